@@ -1,0 +1,260 @@
+"""The whole configuration of a run, section by section. Units stand in the names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from distpc.config.sources import Section, Source
+
+
+class SplitConfig(Section):
+    """How samples are shared out, by a seeded permutation; fractions add up to one."""
+
+    train: float = Field(default=0.8, gt=0, lt=1)
+    """Fraction for training."""
+    valid: float = Field(default=0.1, gt=0, lt=1)
+    """Fraction for choosing the best model."""
+    test: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction for the reported figure; 0 where the source has test data of its own."""
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SplitConfig:
+        total = self.train + self.valid + self.test
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"train + valid + test is {total:g}, must be 1")
+        return self
+
+
+class DataConfig(Section):
+    """Source, splits, shards and what a value means."""
+
+    source: Source
+    """Where the samples come from; `kind` is digits, idx, image_folder, text or arrays."""
+    split: SplitConfig = SplitConfig()
+    """Shares of train, valid and test."""
+    samples_per_shard: int = Field(default=1024, ge=1)
+    """Samples in one WebDataset shard (the last of a split holds fewer)."""
+    color: Literal["as_is", "ycocg_r", "ycocg_lossy"] = "as_is"
+    """Colour space of RGB images: as they are, YCoCg-R (lossless: bits per dimension compare with
+    RGB), or the literature's YCoCg rounded to 256 values (lossy: they do not)."""
+    patch_size_pixels: int = Field(default=2, ge=1)
+    """Side of the square patches that teachers, latents and patch circuits see as units."""
+    max_bad_samples: int = Field(default=0, ge=0)
+    """Undecodable source images that are left out (and listed) before the run stops."""
+    cache_bytes: int = Field(default=2**30, ge=0)
+    """Memory that each training process may fill with decoded shards."""
+
+
+class MaeConfig(Section):
+    """Masked autoencoder (vision transformer), trained on the run's own images."""
+
+    width: int = Field(default=64, ge=8)
+    """Width of the encoder's and decoder's token vectors."""
+    num_heads: int = Field(default=4, ge=1)
+    """Attention heads of every block."""
+    encoder_blocks: int = Field(default=2, ge=1)
+    """Transformer blocks of the encoder."""
+    decoder_blocks: int = Field(default=1, ge=1)
+    """Transformer blocks of the decoder."""
+    feature_width: int = Field(default=16, ge=1)
+    """Width D of a patch feature: a bottleneck between encoder and decoder."""
+    neighbourhood: Literal[1, 3] = 1
+    """Patches that are visible when a patch is encoded: itself, or the 3 x 3 around it."""
+    mask_ratio_min: float = Field(default=0.1, ge=0, lt=1)
+    """Masking ratios are drawn uniformly from min .. max for every batch."""
+    mask_ratio_max: float = Field(default=0.9, gt=0, lt=1)
+    """Upper end of the masking ratio."""
+    num_epochs: int = Field(default=10, ge=1)
+    """Passes over the training split."""
+    batch_size: int = Field(default=128, ge=1)
+    """Images in a global batch, over all ranks."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW; linear warm-up, cosine decay."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Fraction of the steps over which the learning rate rises."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MaeConfig:
+        if self.mask_ratio_min > self.mask_ratio_max:
+            raise ValueError("mask_ratio_min is above mask_ratio_max")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+        return self
+
+
+class TeacherConfig(Section):
+    """Which model's features are clustered into latent values."""
+
+    kind: Literal["mae", "pixels", "random", "none"] = "mae"
+    """`mae`: masked autoencoder; `pixels` and `random`: controls (the patch itself, a random
+    projection of it); `none`: no distillation (structures without patch latents)."""
+    mae: MaeConfig = MaeConfig()
+    """Used when kind is mae."""
+    random_width: int = Field(default=16, ge=1)
+    """Width of the random control's features."""
+    extraction_batch_size: int = Field(default=256, ge=1)
+    """Images encoded at once during feature extraction."""
+
+
+class LatentsConfig(Section):
+    """K-means of teacher features; cluster ids become values of the patch latents."""
+
+    num_clusters: int = Field(default=64, ge=2)
+    """Clusters, and so values of every patch latent (K of k-means, Z in the structures)."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Training samples whose features and latents are made, the first shards up to this many;
+    default: all. What was used is recorded."""
+    num_rounds: int = Field(default=30, ge=1)
+    """Most Lloyd rounds of one restart."""
+    num_restarts: int = Field(default=1, ge=1)
+    """Restarts of the clustering; the one with the least inertia is kept."""
+    tolerance: float = Field(default=1e-4, ge=0)
+    """A restart ends when a round lowers the inertia by less than this fraction."""
+    init: Literal["k-means++", "k-means||"] = "k-means||"
+    """How the first centroids are chosen."""
+    min_usage_entropy_fraction: float = Field(default=0.3, ge=0, le=1)
+    """Refuse latents whose usage entropy is below this fraction of log2(num_clusters)."""
+    max_dead_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Refuse latents with a larger fraction of clusters that no training patch uses."""
+
+
+class StructureConfig(Section):
+    """The circuit's region graph."""
+
+    kind: Literal["patches", "hclt"] = "patches"
+    """`patches`: a leaf bank shared by all patches under a hidden Chow-Liu tree over patch
+    latents; `hclt`: a hidden Chow-Liu tree over the variables."""
+    num_states: int = Field(default=32, ge=1)
+    """Hidden states K a variable (kind hclt)."""
+    leaf: Literal["product", "hclt"] = "product"
+    """Leaf density p(patch | z): fully factorised, or a multi-head HCLT (kind patches)."""
+    leaf_num_states: int = Field(default=8, ge=1)
+    """Hidden states of the leaf HCLT (leaf hclt)."""
+    leaf_num_groups: int = Field(default=1, ge=1)
+    """Groups of clusters with a leaf HCLT body of their own, trained independently (leaf hclt)."""
+    max_samples: int = Field(default=20000, ge=1)
+    """Training samples from which mutual information is counted."""
+    num_bins: int = Field(default=16, ge=2)
+    """Bins that ordered values are put into when mutual information is counted."""
+    pseudocount: float = Field(default=0.1, ge=0)
+    """Added to every cell of the pairwise count tables."""
+
+
+class DistillConfig(Section):
+    """Training on data and latents together."""
+
+    emission_noise: float = Field(default=0.1, ge=0, lt=1)
+    """Share of a random row mixed into counted leaf rows."""
+    transition_noise: float = Field(default=0.04, ge=0, lt=1)
+    """Share of a random row mixed into counted transition rows."""
+    pseudocount: float = Field(default=0.01, ge=0)
+    """Samples' worth of smoothing a row."""
+    leaf_epochs: int = Field(default=20, ge=1)
+    """Passes over a piece's patches (leaf hclt)."""
+    leaf_batch_size: int = Field(default=2048, ge=1)
+    """Patches in a batch (leaf hclt)."""
+    leaf_step_size: float = Field(default=0.5, gt=0, le=1)
+    """First step size of online EM in a piece; it falls linearly (leaf hclt)."""
+
+
+class FinetuneConfig(Section):
+    """Online EM on the data alone."""
+
+    initialization: Literal["distilled", "random"] = "distilled"
+    """Start from the distilled circuit, or from random parameters (the EM baseline)."""
+    num_epochs: int = Field(default=20, ge=0)
+    """Passes over the training split."""
+    batch_size: int = Field(default=256, ge=1)
+    """Samples in a global batch, over all ranks and micro-batches."""
+    micro_batch_size: int = Field(default=256, ge=1)
+    """Most samples that one rank puts through the circuit at once."""
+    step_size: float = Field(default=0.1, gt=0, le=1)
+    """First step size of online EM; after distillation keep it small (about 0.1)."""
+    final_step_size: float = Field(default=0.005, gt=0, le=1)
+    """Last step size; it falls linearly in between."""
+    pseudocount: float = Field(default=0.1, ge=0)
+    """Samples' worth of smoothing a sum row, spread over its entries."""
+    leaf_pseudocount: float = Field(default=1.0, ge=0)
+    """Samples' worth of smoothing an input row, spread over its categories."""
+    init_noise: float = Field(default=1.0, gt=0)
+    """Spread of random parameters: weights are proportional to exp(-init_noise * 2u), u uniform."""
+    learning_rate: float = Field(default=0.01, gt=0)
+    """Adam's learning rate for parameters that are trained by gradient."""
+    evaluate_every_epochs: float = Field(default=1.0, gt=0)
+    """How often the validation split is evaluated and a checkpoint may become the best one."""
+    checkpoint_every_seconds: float = Field(default=60.0, ge=0)
+    """Least time between two checkpoints; 0 writes one after every step."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept, beside the best."""
+    max_divergence_bits: float = Field(default=1.0, gt=0)
+    """Stop when validation is this many bits per dimension worse than the best so far."""
+
+
+class EvaluateConfig(Section):
+    """The final figures and pictures."""
+
+    batch_size: int = Field(default=512, ge=1)
+    """Samples evaluated at once."""
+    num_pictures: int = Field(default=36, ge=1)
+    """Samples and completions in the picture grids."""
+
+
+class ParallelConfig(Section):
+    """Processes of a run. None of these fields changes its result beyond float rounding."""
+
+    num_ranks: int = Field(default=2, ge=1)
+    """Training processes on this machine (DeepSpeed ranks) when no launcher started them."""
+    threads_per_rank: int = Field(default=1, ge=1)
+    """CPU threads of one training process."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage of circuit training."""
+    num_workers: int = Field(default=2, ge=1)
+    """Ray actors for features, k-means, assignment and distillation."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs that Ray reserves for one worker."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs, or a fraction of one, that Ray reserves for one worker."""
+    max_worker_restarts: int = Field(default=3, ge=0)
+    """Times that one shard is tried again after a worker that held it died."""
+
+
+class RunConfig(Section):
+    """One run: the whole pipeline from source data to an evaluated circuit."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the run; its folder is runs/NAME unless --out is given."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random in the run."""
+    data: DataConfig
+    """Source, splits, shards and what a value means."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Which model's features are clustered into latent values."""
+    latents: LatentsConfig = LatentsConfig()
+    """K-means of teacher features."""
+    structure: StructureConfig = StructureConfig()
+    """The circuit's region graph."""
+    distill: DistillConfig = DistillConfig()
+    """Training on data and latents together."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """Online EM on the data alone."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """The final figures and pictures."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Processes of the run."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.structure.kind == "patches" and self.teacher.kind == "none":
+            raise ValueError("structure.kind patches needs patch latents: set teacher.kind")
+        if self.structure.kind == "hclt" and self.finetune.initialization == "distilled":
+            raise ValueError(
+                "structure.kind hclt has no teacher latents to distil from: "
+                "set finetune.initialization to random"
+            )
+        if self.structure.kind == "hclt" and self.teacher.kind != "none":
+            raise ValueError("structure.kind hclt uses no teacher: set teacher.kind to none")
+        return self

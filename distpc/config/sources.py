@@ -1,0 +1,71 @@
+"""Where a run's data comes from: one model a kind of source."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all config sections: unknown keys are refused, values cannot change later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DigitsSource(Section):
+    """scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 pixels with 17 values."""
+
+    kind: Literal["digits"]
+
+
+class IdxSource(Section):
+    """Images in IDX files, the format of MNIST and Fashion-MNIST, gzipped or not."""
+
+    kind: Literal["idx"]
+    train_images: str
+    """Path of the IDX file whose images are split into train and valid."""
+    test_images: str | None = None
+    """Path of the IDX file of the published test images; if absent, test is split from train."""
+
+
+class ImageFolderSource(Section):
+    """A folder or tar archive of image files (png, jpeg, webp, bmp)."""
+
+    kind: Literal["image_folder"]
+    path: str
+    """Folder (searched recursively) or .tar / .tar.gz archive."""
+    mode: Literal["grey", "rgb"] = "rgb"
+    """Colour mode that images are converted to when they are read."""
+    crop_size_pixels: int | None = Field(default=None, ge=1)
+    """Side of a square cut from the centre, before any resize."""
+    resize_pixels: int | None = Field(default=None, ge=1)
+    """Side of the square that images are resized to (area filter)."""
+
+
+class TextSource(Section):
+    """UTF-8 text: a file, several, or a folder of .txt files; one file is one document."""
+
+    kind: Literal["text"]
+    path: str
+    """File or folder; a folder is searched recursively for *.txt."""
+    chunk_length_bytes: int = Field(default=32, ge=2)
+    """Documents are cut into chunks of this many bytes; a short last chunk is padded as missing."""
+
+
+class ArraysSource(Section):
+    """Rows of a table: .npy, or .csv with a header line; NaN or an empty cell is missing."""
+
+    kind: Literal["arrays"]
+    path: str
+    """The .npy or .csv file."""
+    test_path: str | None = None
+    """A file of published test rows; if absent, test is split from `path`."""
+    num_categories: int | None = Field(default=None, ge=2)
+    """Values of every integer column are 0 .. num_categories - 1; default: found in the data."""
+
+
+Source = Annotated[
+    DigitsSource | IdxSource | ImageFolderSource | TextSource | ArraysSource,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,74 @@
+"""What one sample of a data set is: shape, variables and the values they take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distpc.artifacts.files import read_json, write_json
+
+MISSING = -1
+"""Integer that marks a missing value; real columns use NaN."""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Describes the samples of a set of shards; written beside them as dataset.json.
+
+    Attributes:
+        name: the data set's name for reports.
+        kind: image, text or array.
+        num_variables: V, values in a sample.
+        num_categories: values of each variable are 0 .. n - 1; None for a real column. Length V.
+        image_shape: (height, width, channels) for images; variables run in that order, channel
+            fastest.
+        columns: names of the columns of an array, else empty.
+        color: colour space of the values as the loader gives them.
+        has_missing: whether samples may miss values (MISSING in integer, NaN in real columns).
+    """
+
+    name: str
+    kind: Literal["image", "text", "array"]
+    num_variables: int
+    num_categories: tuple[int | None, ...]
+    image_shape: tuple[int, int, int] | None = None
+    columns: tuple[str, ...] = ()
+    color: str = "as_is"
+    has_missing: bool = False
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether every variable is categorical (samples are integers)."""
+        return all(count is not None for count in self.num_categories)
+
+    @property
+    def unit(self) -> str:
+        """Prefix of the report's figure: bpd (per dimension) or bpc (per character)."""
+        return "bpc" if self.kind == "text" else "bpd"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> DatasetSpec:
+        """The inverse of `to_json`."""
+        shape = value["image_shape"]
+        return cls(
+            **{
+                **value,
+                "num_categories": tuple(value["num_categories"]),
+                "image_shape": None if shape is None else tuple(shape),
+                "columns": tuple(value["columns"]),
+            }
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write dataset.json into `folder`."""
+        write_json(folder / "dataset.json", self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> DatasetSpec:
+        """Read dataset.json from `folder`."""
+        return cls.from_json(read_json(folder / "dataset.json"))

@@ -1,0 +1,180 @@
+"""Region graphs: circuits as a small DAG of vector nodes, before any tensor exists.
+
+A region is a vector of `num_units` units over one scope (set of variables):
+
+* ``input``    units are distributions of one variable;
+* ``product``  unit k multiplies unit k of every child (children have disjoint scopes and the same
+  number of units);
+* ``sum``      every unit mixes all units of its one child: a dense `num_units x child units`
+  matrix of weights;
+* ``concat``   the units of several regions over the same scope, side by side. A sum over a concat
+  mixes alternatives.
+
+Regions that carry the same `tie` share their parameters: input regions the same distributions,
+sum regions the same matrix. A product or concat region may carry a `latent`: its unit k then
+stands for the value k of that latent variable, and observing the latent keeps one unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from distpc.errors import StructureError
+
+FORMAT_VERSION = 1
+Kind = Literal["input", "product", "sum", "concat"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """One vector node.
+
+    Attributes:
+        kind: input, product, sum or concat.
+        num_units: length of the vector.
+        children: indices of regions earlier in the graph; empty for inputs.
+        variable: the variable of an input region.
+        tie: name of shared parameters, or None for parameters of its own.
+        latent: index of the latent variable whose values the units are, if any.
+    """
+
+    kind: Kind
+    num_units: int
+    children: tuple[int, ...] = ()
+    variable: int | None = None
+    tie: str | None = None
+    latent: int | None = None
+
+
+class RegionGraph:
+    """Regions in topological order (children first); the last one is the root, of one unit.
+
+    Smooth and decomposable by construction check: a graph that is not is refused.
+
+    Args:
+        regions: children before parents.
+        num_variables: V; every variable must appear below the root.
+
+    Raises:
+        StructureError: naming the region and the rule that it breaks.
+    """
+
+    def __init__(self, regions: list[Region] | tuple[Region, ...], num_variables: int) -> None:
+        self.regions = tuple(regions)
+        self.num_variables = num_variables
+        self._scopes: list[frozenset[int]] = []
+        self._check()
+
+    @property
+    def root(self) -> int:
+        """Index of the root region."""
+        return len(self.regions) - 1
+
+    @cached_property
+    def num_latents(self) -> int:
+        """Latent variables that regions name; they are numbered 0 .. num_latents - 1."""
+        return 1 + max((r.latent for r in self.regions if r.latent is not None), default=-1)
+
+    @property
+    def scopes(self) -> tuple[frozenset[int], ...]:
+        """Variables below each region."""
+        return tuple(self._scopes)
+
+    @cached_property
+    def is_structured_decomposable(self) -> bool:
+        """Whether all products with one scope split it in the same way."""
+        splits: dict[frozenset[int], frozenset[frozenset[int]]] = {}
+        for scope, region in zip(self._scopes, self.regions, strict=True):
+            if region.kind == "product":
+                split = frozenset(self._scopes[child] for child in region.children)
+                if splits.setdefault(scope, split) != split:
+                    return False
+        return True
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with a format version."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "num_variables": self.num_variables,
+            "regions": [
+                {key: value for key, value in asdict(region).items() if value not in (None, ())}
+                for region in self.regions
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RegionGraph:
+        """The inverse of `to_json`.
+
+        Raises:
+            StructureError: another format version, or a broken graph.
+        """
+        if value.get("format_version") != FORMAT_VERSION:
+            raise StructureError(
+                "a region graph has a format version that this code does not read",
+                found=value.get("format_version"),
+                expected=FORMAT_VERSION,
+            )
+        regions = [
+            Region(**{**region, "children": tuple(region.get("children", ()))})
+            for region in value["regions"]
+        ]
+        return cls(regions, value["num_variables"])
+
+    def _check(self) -> None:
+        if not self.regions:
+            raise StructureError("a region graph has no regions")
+        for index, region in enumerate(self.regions):
+            self._check_region(index, region)
+        root = self.regions[-1]
+        if root.num_units != 1:
+            raise self._broken(self.root, "the root has one unit", f"{root.num_units} units")
+        missing = set(range(self.num_variables)) - self.scopes[-1]
+        if missing:
+            raise self._broken(
+                self.root, "the root covers every variable", f"none of {sorted(missing)[:5]}"
+            )
+
+    def _check_region(self, index: int, region: Region) -> None:
+        if any(not 0 <= child < index for child in region.children):
+            raise self._broken(index, "children come before their parent", region.children)
+        if region.num_units < 1:
+            raise self._broken(index, "a region has at least one unit", region.num_units)
+        units = [self.regions[child].num_units for child in region.children]
+        scopes = [self._scopes[child] for child in region.children]
+        if region.kind == "input":
+            if region.children or region.variable is None:
+                raise self._broken(index, "an input has a variable and no children", region)
+            if not 0 <= region.variable < self.num_variables:
+                raise self._broken(
+                    index, f"variables are 0 .. {self.num_variables - 1}", region.variable
+                )
+        elif not region.children:
+            raise self._broken(index, f"a {region.kind} has children", "none")
+        elif region.kind == "sum":
+            if len(region.children) != 1:
+                raise self._broken(index, "a sum has one child", region.children)
+        elif region.kind == "product":
+            if sum(map(len, scopes)) != len(frozenset().union(*scopes)):
+                raise self._broken(index, "a product's children share no variable", region.children)
+            if set(units) != {region.num_units}:
+                raise self._broken(index, f"children have {region.num_units} units", units)
+        elif region.kind == "concat":
+            if len(set(scopes)) != 1:
+                raise self._broken(
+                    index, "a concat's children have one scope (smooth)", region.children
+                )
+            if sum(units) != region.num_units:
+                raise self._broken(index, f"{region.num_units} units in all", units)
+        own = [] if region.variable is None else [region.variable]
+        self._scopes.append(frozenset(own).union(*scopes))
+
+    def _broken(self, index: int, rule: str, found: object) -> StructureError:
+        return StructureError(
+            "a region graph breaks a rule",
+            where=f"region {index} ({self.regions[index].kind})",
+            found=found,
+            expected=rule,
+        )
