@@ -24,10 +24,10 @@ from distpc.artifacts import (
 )
 from distpc.config import RunConfig, dump_config
 from distpc.errors import ArtifactError
-from distpc.pipeline.stages import STAGES, stage_named
+from distpc.pipeline.stages import STAGES
 
 ATTEMPT = ".attempt.json"
-State = Literal["done", "interrupted", "stale", "missing", "not needed"]
+State = Literal["done", "interrupted", "stale", "missing"]
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,21 @@ class Pipeline:
     Args:
         config: the run's configuration.
         folder: the run folder; made when a stage first runs.
+        stages: the stages in order, inputs before the stages that read them.
     """
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+    def __init__(self, config: RunConfig, folder: Path, stages: tuple[Stage, ...] = STAGES) -> None:
         self.config = config
         self.folder = folder.absolute()
+        self.stages = {stage.name: stage for stage in stages if stage.applies(config)}
+        self.not_needed = [stage for stage in stages if stage.name not in self.stages]
+        self._skipped: dict[str, bool] = {}
 
     def steps(self) -> list[Step]:
-        """Every stage with its fingerprint and state, in order."""
+        """Every stage that this configuration needs, in order, with its state."""
         fingerprints: dict[str, str] = {}
         steps = []
-        for stage in STAGES:
-            if not stage.applies(self.config):
-                steps.append(Step(stage, self.folder / stage.name, "", "not needed"))
-                continue
+        for stage in self.stages.values():
             made_from = {
                 "stage": stage.name,
                 "stage_version": stage.version,
@@ -82,13 +83,16 @@ class Pipeline:
 
         with RunLock(self.folder):
             self._prepare()
-            for step in self.steps():
-                if step.state != "not needed":
-                    self._bring_up(step)
+            self.run_stages()
             self._publish_model()
             report = build_report(self.folder, self.config, self._stage_facts())
             write_report(self.folder / "report.json", report)
         return report
+
+    def run_stages(self) -> None:
+        """Bring every stage up to date; the caller holds the lock."""
+        for step in self.steps():
+            self._bring_up(step)
 
     def run_stage(self, name: str) -> Artifact:
         """Run one stage, whose inputs must be done.
@@ -96,18 +100,17 @@ class Pipeline:
         Raises:
             ArtifactError: an input is missing or stale, or the config needs no such stage.
         """
-        wanted = stage_named(name)
         with RunLock(self.folder):
             self._prepare()
             steps = {step.stage.name: step for step in self.steps()}
-            if steps[name].state == "not needed":
+            if name not in steps:
                 raise ArtifactError(
                     f"this configuration has no stage '{name}'",
                     where=self.folder,
                     found=f"teacher.kind={self.config.teacher.kind}, "
                     f"finetune.initialization={self.config.finetune.initialization}",
                 )
-            for needed in self._inputs(wanted):
+            for needed in self._inputs(self.stages[name]):
                 if steps[needed].state != "done":
                     raise ArtifactError(
                         f"stage '{name}' needs stage '{needed}', which is {steps[needed].state}",
@@ -117,7 +120,7 @@ class Pipeline:
             return self._bring_up(steps[name])
 
     def _inputs(self, stage: Stage) -> list[str]:
-        return [name for name in stage.inputs if stage_named(name).applies(self.config)]
+        return [name for name in stage.inputs if name in self.stages]
 
     def _step(self, stage: Stage, wanted: str) -> Step:
         folder = self.folder / stage.name
@@ -139,7 +142,6 @@ class Pipeline:
     def _prepare(self) -> None:
         remove_partials(self.folder)
         write_bytes(self.folder / "config.yaml", dump_config(self.config).encode())
-        self._skipped: dict[str, bool] = {}
 
     def _bring_up(self, step: Step) -> Artifact:
         name = step.stage.name

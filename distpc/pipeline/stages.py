@@ -93,13 +93,3 @@ STAGES: tuple[Stage, ...] = (
         lambda config: (config.evaluate.num_pictures, config.seed),
     ),
 )
-
-
-def stage_names() -> list[str]:
-    """Names of all stages, in the order in which they run."""
-    return [stage.name for stage in STAGES]
-
-
-def stage_named(name: str) -> Stage:
-    """The stage of that name."""
-    return next(stage for stage in STAGES if stage.name == name)
