@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -193,7 +192,7 @@ def get_data(name: str, target: Path) -> None:
         what, fix = f"package {recipe.package}", "The package has changed: this recipe is too old."
         check(complete, recipe, what, fix)
         (complete / "SOURCE").write_text(f"{recipe.about}\nPackage: {recipe.package}\n")
-        os.replace(complete, target)
+        complete.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"{recipe.about}\n{name}: {recipe.num_files} files in {target}, digests match")
