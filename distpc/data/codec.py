@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from distpc.data.color import from_rgb
+from distpc.data.png import SizeMismatchError, decode_png, encode_png
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.errors import DataError
 
@@ -45,7 +46,7 @@ class SampleCodec:
         """The file of one sample: (V,) values, for images as stored (RGB before any colour)."""
         if self.spec.image_shape is None:
             return _npy_bytes(values.astype(self.dtype))
-        return _png_bytes(values.astype(np.uint8).reshape(self.spec.image_shape))
+        return encode_png(values.astype(np.uint8).reshape(self.spec.image_shape))
 
     def decode(self, files: Sequence[bytes], keys: Sequence[str], shard: Path) -> np.ndarray:
         """(N, V) values of N samples' files, in the data set's colour space and checked.
@@ -61,13 +62,12 @@ class SampleCodec:
         for row, data in enumerate(files):
             try:
                 stored[row] = self._decode_one(data)
-            except _Mismatch as error:
-                found, expected = error.args
+            except SizeMismatchError as error:
                 raise DataError(
                     "a sample is not of the data set's size",
                     where=f"{shard}, key {keys[row]}",
-                    found=found,
-                    expected=expected,
+                    found=error.found,
+                    expected=error.expected,
                     fix="remove the shards stage's folder and run the same command again",
                 ) from error
             except (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error) as error:
@@ -104,34 +104,18 @@ class SampleCodec:
         )
 
     def _decode_png(self, data: bytes) -> np.ndarray:
-        from PIL.PngImagePlugin import PngImageFile
-
         assert self.spec.image_shape is not None
-        height, width, channels = self.spec.image_shape
-        # The plugin itself: Image.open would first ask every other format.
-        with PngImageFile(io.BytesIO(data)) as image:
-            mode = {"L": 1, "RGB": 3}.get(image.mode, image.mode)
-            # Checked before pixels are decompressed, so that no file unfolds into gigabytes.
-            if (image.height, image.width, mode) != (height, width, channels):
-                raise _Mismatch(
-                    f"{image.height} x {image.width} pixels, mode {image.mode}",
-                    f"{height} x {width} pixels, {channels} channel(s)",
-                )
-            return np.asarray(image).reshape(-1)
+        return decode_png(data, self.spec.image_shape).reshape(-1)
 
     def _decode_npy(self, data: bytes) -> np.ndarray:
         if data.startswith(self._header) and len(data) == len(self._header) + self._num_bytes:
             return np.frombuffer(data, self.dtype, offset=len(self._header))
         row = np.load(io.BytesIO(data), allow_pickle=False)
         if row.shape != (self.spec.num_variables,) or not np.can_cast(row.dtype, self.dtype):
-            raise _Mismatch(
+            raise SizeMismatchError(
                 f"shape {row.shape}, {row.dtype}", f"shape ({self.spec.num_variables},)"
             )
         return row
-
-
-class _Mismatch(Exception):
-    """A sample of another size: what was found, what was expected."""
 
 
 def value_dtype(spec: DatasetSpec) -> np.dtype:
@@ -162,12 +146,4 @@ def out_of_range(values: np.ndarray, spec: DatasetSpec) -> np.ndarray:
 def _npy_bytes(row: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, row, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _png_bytes(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
     return buffer.getvalue()
