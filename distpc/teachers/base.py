@@ -143,6 +143,7 @@ class Teacher(nn.Module, ABC):
             "dataset": self.spec.to_json(),
             "patch_size_pixels": self.grid.size,
             "feature_width": self.feature_width,
+            "num_parameters": self.num_parameters,
             "weights": listed,
             "training": training or {},
         }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distpc.config.schema import MaeConfig, TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.teachers.base import Teacher
-from distpc.teachers.transformer import Block, grid_positions
+from distpc.teachers.transformer import Block, grid_positions, grid_rotations
 
 _CHUNK_FLOATS = 2**21
 """Floats in one token tensor while encoding; bounds memory at about ten times this."""
@@ -38,6 +38,7 @@ class MaskedAutoencoder(Teacher):
 
     kind = "mae"
     positions: Tensor
+    rotations: Tensor
     neighbours: Tensor
     neighbour_present: Tensor
 
@@ -74,7 +75,9 @@ class MaskedAutoencoder(Teacher):
         self.to_values = nn.Linear(width, num_values)
         positions = grid_positions(self.grid.rows, self.grid.columns, width)
         neighbours, present = _neighbours(self.grid.rows, self.grid.columns, neighbourhood)
+        rotations = grid_rotations(self.grid.rows, self.grid.columns, width // num_heads)
         self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("rotations", rotations, persistent=False)
         self.register_buffer("neighbours", neighbours, persistent=False)
         self.register_buffer("neighbour_present", present, persistent=False)
 
@@ -116,8 +119,8 @@ class MaskedAutoencoder(Teacher):
     def reconstruct(self, values: Tensor, visible: Tensor) -> Tensor:
         """values (B, Z, P) in [0, 1] of which `visible` (B, n) patches are seen -> (B, Z, P)."""
         at_visible = visible[:, :, None].expand(-1, -1, self.embed.out_features)
-        tokens = self._tokens(values).gather(1, at_visible)
-        seen = self.from_feature(self._features(tokens))
+        tokens = self.embed(values - 0.5).gather(1, at_visible)
+        seen = self.from_feature(self._features(tokens, self.rotations[visible]))
         hidden = self.mask_token.expand(values.shape[0], values.shape[1], -1)
         tokens = hidden.scatter(1, at_visible, seen) + self.positions
         for block in self.decoder:
@@ -128,7 +131,7 @@ class MaskedAutoencoder(Teacher):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """x (B, V) integers -> (B, Z, D) float32; patch z sees itself and its neighbourhood."""
-        tokens = self._tokens(self.patches(x))
+        tokens = self.embed(self.patches(x) - 0.5)
         num_images, num_patches, width = tokens.shape
         # Every (image, patch) pair is a sequence of its own: its neighbourhood, the patch first.
         chunk = max(1, _CHUNK_FLOATS // (self.neighbours.shape[1] * width))
@@ -136,19 +139,16 @@ class MaskedAutoencoder(Teacher):
         for start in range(0, len(features), chunk):
             pair = torch.arange(start, min(start + chunk, len(features)), device=tokens.device)
             image, patch = pair // num_patches, pair % num_patches
-            around = tokens[image[:, None], self.neighbours[patch]]
-            alone = self.neighbours.shape[1] == 1
-            present = None if alone else self.neighbour_present[patch]
-            features[start : start + chunk] = self._features(around, present)[:, 0]
+            places = self.neighbours[patch]
+            around = tokens[image[:, None], places]
+            present = self.neighbour_present[patch]
+            found = self._features(around, self.rotations[places], present)
+            features[start : start + chunk] = found[:, 0]
         return features.unflatten(0, (num_images, num_patches))
 
-    def _tokens(self, values: Tensor) -> Tensor:
-        tokens: Tensor = self.embed(values - 0.5) + self.positions
-        return tokens
-
-    def _features(self, tokens: Tensor, present: Tensor | None = None) -> Tensor:
+    def _features(self, tokens: Tensor, rotation: Tensor, present: Tensor | None = None) -> Tensor:
         for block in self.encoder:
-            tokens = block(tokens, present)
+            tokens = block(tokens, rotation, present)
         features: Tensor = self.to_feature(self.encoder_norm(tokens))
         return features
 

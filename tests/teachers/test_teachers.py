@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distpc.config.schema import MaeConfig, TeacherConfig
+from distpc.config.schema import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, TeacherError
 from distpc.teachers import Teacher, build_teacher, load_teacher, teacher_kinds
@@ -24,8 +24,8 @@ IMAGES = {
 
 
 def _teacher(kind: str, side: int, spec: DatasetSpec, seed: int = 3) -> Teacher:
-    mae = MaeConfig(width=16, num_heads=2, feature_width=5, neighbourhood=side)
-    config = TeacherConfig(kind=kind, mae=mae, random_width=7)
+    mae = {"width": 16, "num_heads": 2, "feature_width": 5, "neighbourhood": side}
+    config = TeacherConfig.model_validate({"kind": kind, "mae": mae, "random_width": 7})
     return build_teacher(config, spec, 2, seed).eval()
 
 
