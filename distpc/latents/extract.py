@@ -12,7 +12,6 @@ import torch
 from distpc.artifacts.stage import StageContext
 from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.reader import read_shard as read_data_shard
-from distpc.data.spec import DatasetSpec
 from distpc.errors import LatentError
 from distpc.latents.store import SUFFIX, read_shard, shard_path, write_shard
 from distpc.parallel.cluster import Cluster
@@ -27,7 +26,6 @@ class Extractor:
     """Ray worker: loads the teacher once, then encodes one shard after the other.
 
     Args:
-        shards: folder of the shards stage.
         index: folder of the index stage.
         teacher: folder of the teacher stage.
         out: folder for feature shards.
@@ -40,7 +38,6 @@ class Extractor:
 
     def __init__(
         self,
-        shards: str,
         index: str,
         teacher: str,
         out: str,
@@ -50,9 +47,7 @@ class Extractor:
         batch_size: int,
         device: str,
     ) -> None:
-        self._spec = DatasetSpec.load(Path(shards))
-        self._shards = Path(shards)
-        self._entries = {entry.name: entry for entry in ShardIndex.load(Path(index)).shards(SPLIT)}
+        self._spec = ShardIndex.load(Path(index)).spec
         self._teacher = load_teacher(Path(teacher), device=device)
         self._teacher.check_data(self._spec, patch_size)
         self._teacher_fingerprint = teacher_fingerprint
@@ -60,21 +55,21 @@ class Extractor:
         self._fingerprint = fingerprint
         self._batch_size = batch_size
 
-    def __call__(self, name: str) -> dict[str, float]:
-        """Write the feature shard `name`: (N, Z, D) float16 under the samples' keys.
+    def __call__(self, entry: ShardEntry) -> dict[str, float]:
+        """Write a data shard's features: (N, Z, D) float16 under the samples' keys.
 
         Returns:
             seconds spent on reading, encoding and writing.
         """
         began = time.monotonic()
-        shard = read_data_shard(self._shards, self._entries[name], self._spec)
+        shard = read_data_shard(entry, self._spec)
         read = time.monotonic()
         features = self._encode(torch.from_numpy(shard.x).long())
-        _refuse_not_finite(features, shard.keys, name)
+        _refuse_not_finite(features, shard.keys, entry.name)
         encoded = time.monotonic()
         grid = self._teacher.grid
         write_shard(
-            shard_path(self._out, name),
+            shard_path(self._out, entry.name),
             "features",
             features,
             shard.keys,
@@ -104,13 +99,12 @@ def run(ctx: StageContext) -> None:
         LatentError: the teacher gave features that are not finite.
         ResourceError: the cluster is too small, or keeps losing workers.
     """
-    shards, index, teacher = ctx.input("shards"), ctx.input("index"), ctx.input("teacher")
+    index, teacher = ctx.input("index"), ctx.input("teacher")
     entries = ShardIndex.load(index.path).shards(SPLIT)
     used = first_shards(entries, ctx.config.latents.max_samples)
     _remove_others(ctx.out, {entry.name for entry in used})
-    missing = [entry.name for entry in used if not _is_finished(ctx, entry)]
+    missing = [entry for entry in used if not _is_finished(ctx, entry)]
     kwargs = {
-        "shards": str(shards.path),
         "index": str(index.path),
         "teacher": str(teacher.path),
         "out": str(ctx.out),
@@ -168,7 +162,7 @@ def _is_finished(ctx: StageContext, entry: ShardEntry) -> bool:
     """Whether an interrupted attempt of this very stage left the whole shard."""
     path = shard_path(ctx.out, entry.name)
     try:
-        read_shard(path, "features", fingerprint=ctx.fingerprint, keys=entry.keys)
+        read_shard(path, "features", fingerprint=ctx.fingerprint, keys=entry.samples().keys)
     except LatentError:
         return False
     return True
