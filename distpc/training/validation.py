@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from distpc.data.index import ShardIndex
-from distpc.data.plan import evaluation_ranges
-from distpc.data.reader import read_shard
+from distpc.data.reader import iterate_split
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.parallel.collectives import sum_across
 from distpc.parallel.mesh import Mesh
@@ -46,9 +45,7 @@ class Validation:
         self.split = split
         self.mesh = mesh
         self.cache_bytes = cache_bytes
-        self.ranges = evaluation_ranges(
-            index.num_samples(split), batch_size * mesh.world_size, mesh.rank, mesh.world_size
-        )
+        self.batch_size = batch_size
         self._cache: list[np.ndarray] | None = None
 
     @torch.no_grad()
@@ -88,21 +85,8 @@ class Validation:
         self._cache = kept
 
     def _read(self) -> Iterator[np.ndarray]:
-        """(B, V) batches of this rank's ranges; shards are decoded as they are needed."""
-        shards = self.index.shards(self.split)
-        stops = np.cumsum([shard.num_samples for shard in shards])
-        decoded: dict[int, np.ndarray] = {}
-        for start, stop in self.ranges:
-            first = int(np.searchsorted(stops, start, side="right"))
-            parts = []
-            for number in range(first, len(shards)):
-                offset = int(stops[number]) - shards[number].num_samples
-                if offset >= stop and parts:
-                    break
-                if number not in decoded:
-                    decoded = {n: x for n, x in decoded.items() if n >= first}
-                    decoded[number] = read_shard(self.index, shards[number], self.spec).x
-                parts.append(decoded[number][max(0, start - offset) : max(0, stop - offset)])
-                if int(stops[number]) >= stop:
-                    break
-            yield np.concatenate(parts) if parts else decoded[len(shards) - 1][:0]
+        """(B, V) batches of this rank; as many on every rank, the last one may be empty."""
+        ranks = self.mesh.world_size
+        yield from iterate_split(
+            self.index, self.spec, self.split, self.batch_size * ranks, self.mesh.rank, ranks
+        )
