@@ -95,7 +95,7 @@ def completion_grid(result: Completions, spec: DatasetSpec) -> np.ndarray:
         to_rgb(completions).reshape(count, per_image, height, width, 3),
         heat_map(bits, float(bits.max()))[:, None],
     ]
-    headers = [(0, "original"), (1, "hidden"), (2, "completions"), (2 + per_image, "uncertainty")]
+    headers = [(0, "original"), (1, "masked"), (2, "completions"), (2 + per_image, "uncertainty")]
     cells = np.concatenate(columns, axis=1)
     return tile(cells.reshape(-1, height, width, 3), columns=per_image + 3, headers=headers)
 
