@@ -11,9 +11,8 @@ from distpc.artifacts.files import write_json
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.data.index import ShardIndex
-from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
-from distpc.inference.inpaint import complete, completion_grid, first_samples
+from distpc.inference.inpaint import Completions, complete, completion_grid, first_samples
 from distpc.inference.likelihood import SplitFigures, measure
 from distpc.inference.masks import observed_mask
 from distpc.inference.model import open_model
@@ -42,8 +41,15 @@ def run(ctx: StageContext) -> None:
     """
     circuit, spec = open_model(ctx.input("finetune").path / "model")
     index = ShardIndex.load(ctx.input("index").path)
+    batch_size = ctx.config.evaluate.batch_size
     figures = {
-        split: _measure(circuit, index, spec, split, ctx.config.evaluate.batch_size)
+        split: measure(
+            circuit,
+            index,
+            split,
+            batch_size=batch_size,
+            limit=MAX_TRAIN_SAMPLES if split == "train" else None,
+        )
         for split in SPLITS
         if index.num_samples(split)
     }
@@ -62,20 +68,6 @@ def run(ctx: StageContext) -> None:
         _show(ctx, circuit, spec, index, writer)
     write_json(ctx.out / "evaluation.json", result)
     ctx.metadata.update(result, peak_memory_bytes=peak_memory_bytes())
-
-
-def _measure(
-    circuit: Circuit, index: ShardIndex, spec: DatasetSpec, split: str, batch_size: int
-) -> SplitFigures:
-    there = index.num_samples(split)
-    return measure(
-        circuit,
-        iterate_split(index, spec, split, batch_size),
-        num_samples=min(there, MAX_TRAIN_SAMPLES) if split == "train" else there,
-        num_samples_in_split=there,
-        batch_size=batch_size,
-        label=f"evaluate {split}",
-    )
 
 
 def _headline(figures: dict[str, SplitFigures], spec: DatasetSpec) -> dict[str, Any]:
@@ -109,14 +101,30 @@ def _show(
             writer.add_text("evaluate/samples", "\n\n".join(to_lines(values)), 0)
         return
     grids = {"samples": sample_grid(values, spec)}
-    split = "test" if index.num_samples("test") else "valid"
-    x = first_samples(index, spec, split, math.ceil(count / COMPLETIONS))
-    masks = [observed_mask(COMPLETION_MASKS[i % 3], spec, seed) for i in range(len(x))]
-    completions = complete(circuit, x, torch.stack(masks), COMPLETIONS, seed)
-    grids["completions"] = completion_grid(completions, spec)
+    completions = _completions(ctx, circuit, spec, index)
+    if completions is not None:
+        grids["completions"] = completion_grid(completions, spec)
     for name, grid in grids.items():
         save_png(ctx.out / f"{name}.png", grid)
         writer.add_image(f"evaluate/{name}", grid, 0, dataformats="HWC")
+
+
+def _completions(
+    ctx: StageContext, circuit: Circuit, spec: DatasetSpec, index: ShardIndex
+) -> Completions | None:
+    """Completions of the first test images, whose right, lower or middle part is hidden.
+
+    Images whose visible part is impossible under the circuit have none and are left out.
+    """
+    count = math.ceil(ctx.config.evaluate.num_pictures / COMPLETIONS)
+    split = "test" if index.num_samples("test") else "valid"
+    x = first_samples(index, split, count)
+    masks = [COMPLETION_MASKS[i % len(COMPLETION_MASKS)] for i in range(len(x))]
+    observed = torch.stack([observed_mask(mask, spec) for mask in masks])
+    possible = torch.isfinite(circuit.log_prob(x, observed=observed)).cpu()
+    if not possible.any():
+        return None
+    return complete(circuit, x[possible], observed[possible], COMPLETIONS, ctx.config.seed)
 
 
 def _open_tensorboard(ctx: StageContext) -> SummaryWriter:

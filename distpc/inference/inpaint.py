@@ -151,14 +151,13 @@ def inpaint_command(
     return out
 
 
-def first_samples(index: ShardIndex, spec: DatasetSpec, split: str, n: int) -> torch.Tensor:
+def first_samples(index: ShardIndex, split: str, n: int) -> torch.Tensor:
     """(n, V) the first `n` samples of a split, or all if it has fewer."""
-    parts: list[torch.Tensor] = []
-    for batch in iterate_split(index, spec, split, n):
-        parts.append(torch.as_tensor(batch.x))
-        if sum(map(len, parts)) >= n:
-            break
-    return torch.cat(parts)[:n]
+    first = next(iterate_split(index, index.spec, split, n), None)
+    if first is None:
+        raise EvidenceError("the split has no samples", where=split)
+    x = torch.as_tensor(first)
+    return x if x.is_floating_point() else x.long()
 
 
 def _read(path: Path, spec: DatasetSpec, n: int) -> torch.Tensor:
@@ -173,9 +172,9 @@ def _test_images(model_dir: Path, n: int) -> torch.Tensor:
     """The first test images of the run in whose folder the model lies."""
     folders = [*model_dir.absolute().parents[:3], *model_dir.resolve().parents[:3]]
     for run in folders:
-        if (run / "shards" / "dataset.json").is_file() and (run / "index").is_dir():
+        if (run / "shards").is_dir() and (run / "index" / "index.json").is_file():
             index = ShardIndex.load(run / "index")
-            return first_samples(index, DatasetSpec.load(run / "shards"), "test", n)
+            return first_samples(index, "test" if index.num_samples("test") else "valid", n)
     raise EvidenceError(
         "the model does not lie in a run folder whose test images could be taken",
         where=model_dir,

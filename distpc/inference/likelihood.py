@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from distpc.circuits.circuit import Circuit
+from distpc.data.index import ShardIndex
+from distpc.data.reader import iterate_split
 from distpc.inference.evidence import is_missing
 from distpc.parallel.progress import Progress
 
 MAX_NAMED_SAMPLES = 20
-
-
-class KeyedBatch(Protocol):
-    """What a split's reader yields: keys and (B, V) values."""
-
-    keys: list[str]
-    x: Any
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class SplitFigures:
         bits: -log2 likelihood per observed value: bits per dimension, or per character.
         bits_standard_error: of `bits` over the choice of samples; None if it is not finite.
         num_non_finite: samples at -inf or NaN. They stay in the mean, which is then infinite.
-        non_finite_keys: the keys of the first such samples.
+        non_finite_keys: the keys of the first MAX_NAMED_SAMPLES such samples.
         seconds: time spent.
         samples_per_second: speed.
     """
@@ -59,46 +53,42 @@ class SplitFigures:
 
 
 def measure(
-    circuit: Circuit,
-    batches: Iterable[KeyedBatch],
-    *,
-    num_samples: int,
-    num_samples_in_split: int,
-    batch_size: int,
-    label: str,
+    circuit: Circuit, index: ShardIndex, split: str, *, batch_size: int, limit: int | None = None
 ) -> SplitFigures:
-    """Evaluate the first `num_samples` samples of `batches`.
+    """Evaluate every sample of a split once, or its first `limit` samples.
 
     Args:
-        batches: a split in order, every sample once.
-        batch_size: samples that the circuit evaluates at once.
-        label: names the split in the progress line.
+        circuit: the model.
+        index: of the shards; the split must have samples.
+        split: train, valid or test.
+        batch_size: samples read and evaluated at once.
+        limit: most samples that are evaluated; None for all.
     """
+    there = index.num_samples(split)
+    wanted = there if limit is None else min(limit, there)
     nats: list[np.ndarray] = []
     counts: list[np.ndarray] = []
-    bad: list[str] = []
     done = 0
     start = time.perf_counter()
-    progress = Progress(label, num_samples, "samples")
-    for batch in batches:
-        x = torch.as_tensor(batch.x)[: num_samples - done]
-        log_prob = circuit.log_prob(x, batch_size=batch_size).cpu().double().numpy()
-        nats.append(log_prob)
+    progress = Progress(f"evaluate {split}", wanted, "samples")
+    for batch in iterate_split(index, index.spec, split, batch_size):
+        x = torch.as_tensor(batch)[: wanted - done]
+        log_prob = circuit.log_prob(x, batch_size=batch_size)
+        nats.append(log_prob.cpu().double().numpy())
         counts.append((~is_missing(x)).sum(dim=1).numpy())
-        bad += [batch.keys[i] for i in np.flatnonzero(~np.isfinite(log_prob))]
         done += len(x)
         progress.advance(len(x))
-        if done >= num_samples:
+        if done >= wanted:
             break
     progress.close()
     seconds = time.perf_counter() - start
-    return _figures(
-        np.concatenate(nats), np.concatenate(counts), bad, num_samples_in_split, seconds
-    )
+    bad = np.flatnonzero(~np.isfinite(np.concatenate(nats)))
+    keys = _keys(index, split, bad[:MAX_NAMED_SAMPLES])
+    return _figures(np.concatenate(nats), np.concatenate(counts), keys, there, seconds)
 
 
 def _figures(
-    nats: np.ndarray, counts: np.ndarray, bad: list[str], in_split: int, seconds: float
+    nats: np.ndarray, counts: np.ndarray, keys: tuple[str, ...], in_split: int, seconds: float
 ) -> SplitFigures:
     bits, error = bits_per_value(nats, counts)
     return SplitFigures(
@@ -108,10 +98,21 @@ def _figures(
         nats_per_sample=float(nats.mean()),
         bits=bits,
         bits_standard_error=error,
-        num_non_finite=len(bad),
-        non_finite_keys=tuple(bad[:MAX_NAMED_SAMPLES]),
+        num_non_finite=int((~np.isfinite(nats)).sum()),
+        non_finite_keys=keys,
         seconds=round(seconds, 3),
         samples_per_second=round(len(nats) / max(seconds, 1e-9), 1),
+    )
+
+
+def _keys(index: ShardIndex, split: str, positions: np.ndarray) -> tuple[str, ...]:
+    """Keys of the samples at these positions of a split."""
+    entries = index.shards(split)
+    firsts = np.cumsum([0] + [entry.num_samples for entry in entries])
+    shards = np.searchsorted(firsts, positions, side="right") - 1
+    return tuple(
+        entries[shard].samples().keys[position - firsts[shard]]
+        for shard, position in zip(shards.tolist(), positions.tolist(), strict=True)
     )
 
 

@@ -82,12 +82,11 @@ def conditionals(circuit: Circuit, x: torch.Tensor) -> Iterator[tuple[int, np.nd
         part = x[start : start + ROWS_AT_ONCE]
         seen = ~is_missing(part)
         block = np.full((len(part), len(counts), width), np.nan, dtype=np.float32)
-        block[:, variables] = circuit.conditional(part, seen, variables).cpu().numpy()
-        rows, columns = np.nonzero(seen[:, variables].numpy())
-        columns = np.array(variables)[columns]
-        block[rows, columns] = 0
-        block[rows, columns, part.numpy()[rows, columns].astype(np.int64)] = 1
-        block[~torch.isfinite(circuit.log_prob(part)).cpu().numpy()] = np.nan
+        # Nothing can be conditioned on the impossible: those rows stay NaN.
+        possible = np.flatnonzero(torch.isfinite(circuit.log_prob(part)).cpu().numpy())
+        if len(possible):
+            answer = circuit.conditional(part[possible], seen[possible], variables)
+            block[np.ix_(possible, variables)] = answer.cpu().numpy()
         yield start, block
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,9 +17,10 @@ from distpc.data.index import ShardIndex
 from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
 from distpc.inference import evaluate
-from distpc.structures.hclt import hclt
+from distpc.structures.region_graph import Region, RegionGraph
+from distpc.training.fit import fit
 
-NUM_STATES = 8
+NUM_STATES = 12
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -56,28 +56,13 @@ def seal(ctx: StageContext) -> Artifact:
 
 def load_split(run: Path, split: str) -> torch.Tensor:
     """(N, V) all samples of a split, as the reader gives them."""
-    spec = DatasetSpec.load(run / "shards")
-    shard_index = ShardIndex.load(run / "index")
-    batches = [torch.as_tensor(b.x) for b in iterate_split(shard_index, spec, split, 500)]
-    return torch.cat(batches)
+    index = ShardIndex.load(run / "index")
+    parts = [torch.as_tensor(x) for x in iterate_split(index, index.spec, split, 500)]
+    x = torch.cat(parts)
+    return x if x.is_floating_point() else x.long()
 
 
-def fit(circuit: Circuit, x: torch.Tensor, epochs: int, seed: int = 0) -> None:
-    """Online EM in a plain loop."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = circuit.parameter_groups()["em"]
-    steps = epochs * (len(x) // 128)
-    for step in range(steps):
-        batch = x[torch.randint(len(x), (128,), generator=generator)]
-        size = 0.5 * (1 - step / steps) + 0.02
-        circuit.zero_grad()
-        (-circuit(batch).sum() / len(batch)).backward()
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.mul_(1 - size).sub_(size * parameter.grad)
-
-
-def make_run(run: Path, config: RunConfig, epochs: int = 12) -> Path:
+def make_run(run: Path, config: RunConfig, epochs: int = 8) -> Path:
     """Real shards and index, a fitted circuit, everything sealed, evaluation not yet run."""
     shards = context(run, config, "shards")
     shards_stage.run(shards)
@@ -95,13 +80,30 @@ def make_run(run: Path, config: RunConfig, epochs: int = 12) -> Path:
 
 
 def fitted(x: torch.Tensor, spec: DatasetSpec, epochs: int) -> Circuit:
-    """An HCLT over the variables, fitted to (N, V) samples."""
-    graph = hclt(np.asarray(x), num_categories=spec.num_categories, num_states=NUM_STATES)
-    circuit = Circuit(graph, spec.num_categories, seed=0)
-    circuit.set_smoothing(0.1, 1.0, len(x))
-    circuit.rescale_to_uses_()
-    fit(circuit, x, epochs)
+    """A hidden tree over the variables, fitted to (N, V) samples."""
+    circuit = Circuit(hidden_tree(spec.num_variables), spec.num_categories, seed=0)
+    fit(circuit, x, epochs=epochs, batch_size=128, progress=False)
     return circuit
+
+
+def hidden_tree(num_variables: int) -> RegionGraph:
+    """A hidden state for every variable, in a balanced binary tree; shallow, so quick."""
+    regions: list[Region] = []
+
+    def grow(first: int, end: int) -> int:
+        middle = (first + end) // 2
+        regions.append(Region("input", NUM_STATES, variable=middle))
+        children = [len(regions) - 1]
+        for left, right in ((first, middle), (middle + 1, end)):
+            if left < right:
+                regions.append(Region("sum", NUM_STATES, (grow(left, right),)))
+                children.append(len(regions) - 1)
+        if len(children) > 1:
+            regions.append(Region("product", NUM_STATES, tuple(children)))
+        return len(regions) - 1
+
+    regions.append(Region("sum", 1, (grow(0, num_variables),)))
+    return RegionGraph(regions, num_variables)
 
 
 @pytest.fixture(scope="session")
