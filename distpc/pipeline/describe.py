@@ -36,7 +36,7 @@ def _circuit(pipeline: Pipeline) -> list[str]:
     from distpc.training.structure import sketch
 
     config = pipeline.config
-    spec = source_spec(config)
+    spec = source_spec(config.data)
     graph = sketch(config, spec)
     circuit = Circuit(graph, spec.num_categories)
     parallel = config.parallel
