@@ -1,0 +1,120 @@
+"""Samples out of indexed shards: whole shards, chosen rows, or a split from end to end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from distpc.data.codec import SampleCodec
+from distpc.data.index import ShardEntry, ShardIndex
+from distpc.data.plan import evaluation_ranges
+from distpc.data.spec import DatasetSpec
+from distpc.errors import DataError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A decoded shard.
+
+    Attributes:
+        name: for example train-000000.
+        keys: of its N samples.
+        x: (N, V) int16 or int32 with MISSING, or float32 with NaN where there are real columns.
+    """
+
+    name: str
+    keys: list[str]
+    x: np.ndarray
+
+
+def read_shard(entry: ShardEntry, spec: DatasetSpec) -> Shard:
+    """Decode a whole shard, after comparing its bytes with the index.
+
+    Raises:
+        DataError: it is missing or has changed since it was indexed.
+    """
+    try:
+        content = entry.path.read_bytes()
+    except OSError as error:
+        raise _changed(entry, error) from error
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise _changed(entry, f"another content, {len(content)} bytes")
+    table = entry.samples()
+    files = [
+        content[offset : offset + size]
+        for offset, size in zip(table.offsets.tolist(), table.sizes.tolist(), strict=True)
+    ]
+    x = SampleCodec(spec).decode(files, table.keys, entry.path)
+    return Shard(entry.name, table.keys, x)
+
+
+def read_rows(entry: ShardEntry, codec: SampleCodec, rows: np.ndarray) -> np.ndarray:
+    """(n, V) samples at the given rows of a shard, without reading the others.
+
+    Raises:
+        DataError: the shard is missing or has changed since it was indexed.
+    """
+    table = entry.samples()
+    try:
+        descriptor = os.open(entry.path, os.O_RDONLY)
+    except OSError as error:
+        raise _changed(entry, error) from error
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != entry.bytes:
+            raise _changed(entry, f"{size} bytes")
+        extents = zip(table.sizes[rows].tolist(), table.offsets[rows].tolist(), strict=True)
+        files = [os.pread(descriptor, size, offset) for size, offset in extents]
+    finally:
+        os.close(descriptor)
+    return codec.decode(files, [table.keys[row] for row in rows.tolist()], entry.path)
+
+
+def iterate_split(
+    index: ShardIndex,
+    spec: DatasetSpec,
+    split: str,
+    batch_size: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> Iterator[np.ndarray]:
+    """Yield (b, V) samples of a split in order, every sample exactly once over all ranks.
+
+    Args:
+        index: of the shards.
+        spec: of the data set.
+        split: train, valid or test.
+        batch_size: samples of a batch over all ranks; the last batch may be smaller.
+        rank: whose share is wanted.
+        num_ranks: ranks that share each batch. All make the same number of steps, so with several
+            ranks a share of the last batch may be empty (0, V).
+
+    Raises:
+        DataError: a shard is missing or has changed since it was indexed.
+    """
+    codec = SampleCodec(spec)
+    entries = index.shards(split)
+    firsts = np.cumsum([0] + [entry.num_samples for entry in entries])
+    for start, stop in evaluation_ranges(int(firsts[-1]), batch_size, rank, num_ranks):
+        parts = [np.empty((0, spec.num_variables), codec.dtype)]
+        for number, entry in enumerate(entries):
+            rows = np.arange(
+                max(start - firsts[number], 0), min(stop - firsts[number], entry.num_samples)
+            )
+            if len(rows):
+                parts.append(read_rows(entry, codec, rows))
+        yield np.concatenate(parts)
+
+
+def _changed(entry: ShardEntry, found: object) -> DataError:
+    return DataError(
+        "a shard is missing or has changed since it was indexed",
+        where=entry.path,
+        found=found,
+        expected=f"{entry.bytes} bytes with SHA-256 {entry.sha256}",
+        fix="remove the shards and index stages' folders and run the same command again",
+    )

@@ -1,0 +1,50 @@
+"""Sources: named kinds of raw data, turned into samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distpc.config.sources import (
+    ArraysSource,
+    DigitsSource,
+    IdxSource,
+    ImageFolderSource,
+    TextSource,
+)
+from distpc.data.sources.base import BadSampleError, Source
+
+__all__ = ["BadSampleError", "Source", "open_source"]
+
+
+def open_source(
+    config: DigitsSource | IdxSource | ImageFolderSource | TextSource | ArraysSource,
+    scratch: Path,
+) -> Source:
+    """The source that `data.source` describes, checked as far as its headers go.
+
+    Args:
+        config: the section `data.source`.
+        scratch: folder on whose disk compressed archives may be unpacked while they are read.
+
+    Raises:
+        DataError: it is missing, or not what its kind promises.
+    """
+    if isinstance(config, DigitsSource):
+        from distpc.data.sources.digits import Digits
+
+        return Digits(config)
+    if isinstance(config, IdxSource):
+        from distpc.data.sources.idx import Idx
+
+        return Idx(config)
+    if isinstance(config, ImageFolderSource):
+        from distpc.data.sources.image_folder import ImageFolder
+
+        return ImageFolder(config, scratch)
+    if isinstance(config, TextSource):
+        from distpc.data.sources.text import Text
+
+        return Text(config)
+    from distpc.data.sources.arrays import Arrays
+
+    return Arrays(config)
