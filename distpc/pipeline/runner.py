@@ -91,8 +91,11 @@ class Pipeline:
 
     def run_stages(self) -> None:
         """Bring every stage up to date; the caller holds the lock."""
-        for step in self.steps():
-            self._bring_up(step)
+        from distpc.parallel.cluster import Cluster
+
+        with Cluster.session():
+            for step in self.steps():
+                self._bring_up(step)
 
     def run_stage(self, name: str) -> Artifact:
         """Run one stage, whose inputs must be done.
