@@ -49,7 +49,7 @@ def test_splits_do_not_depend_on_the_size_of_shards(tmp_path: Path, build: Build
     first = [key for entry in index.shards("test") for key in read_shard(entry, index.spec).keys]
     shutil.rmtree(tmp_path / "shards")
     shutil.rmtree(tmp_path / "index")
-    index = build({**DIGITS, "samples_per_shard": 7})
+    index = build({**DIGITS, "samples_per_shard": 70})
     again = [key for entry in index.shards("test") for key in read_shard(entry, index.spec).keys]
     assert first == again
 
