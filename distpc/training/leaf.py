@@ -20,7 +20,6 @@ from distpc.structures.patches import group_graph
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.samples import LatentSource
 from distpc.training.schedule import LinearSchedule
-from distpc.training.start import start_near_data_
 
 _FINAL_STEP_SIZE = 0.02
 _MAX_POOL_BYTES = 2**30
@@ -71,7 +70,7 @@ def fit_leaf(
     Returns:
         for every epoch the mean nats of the batches just before they were learnt from.
     """
-    start_near_data_(circuit, [patches])
+    _start_near_data_(circuit, patches)
     circuit.set_smoothing(settings.pseudocount, settings.pseudocount, len(patches))
     optimizer = CircuitOptimizer(circuit.parameter_groups(), step_size=settings.leaf_step_size)
     last = min(_FINAL_STEP_SIZE, settings.leaf_step_size)
@@ -92,6 +91,18 @@ def fit_leaf(
             nats += float(log_prob.detach().double().sum())
         curve.append(nats / len(patches))
     return curve
+
+
+@torch.no_grad()
+def _start_near_data_(circuit: Circuit, patches: Tensor) -> None:
+    """Multiply every random input row by its variable's histogram: no state starts off the data."""
+    for index, region in enumerate(circuit.graph.regions):
+        if region.variable is not None:
+            rows = circuit.statistics_of(index)
+            values = patches[:, region.variable].long()
+            counts = torch.bincount(values[values >= 0], minlength=rows.shape[1])
+            rows.mul_((counts + 1.0 / len(counts)).to(rows))
+    circuit.rescale_to_uses_()
 
 
 def _pool(

@@ -84,29 +84,24 @@ def load_graph(ctx: StageContext) -> RegionGraph:
 
 
 def plan_pieces(ctx: StageContext, layout: PatchLayout, source: LatentSource) -> list[Piece]:
-    """All pieces, the longest first; the same ones for every number of workers."""
+    """All pieces, the longest first; the same ones for every number of workers.
+
+    Raises:
+        LatentError: latents of some shard do not belong to its data; found before any work.
+    """
     shards = source.shards()
-    num_latents = sum(entry.num_samples for entry in shards) * layout.num_patches
-    pieces = [Piece("top", "top", _COUNT_COST * num_latents)]
+    usage = np.zeros(layout.num_clusters, dtype=np.int64)
+    for entry in shards:
+        usage += np.bincount(source.latents(entry).ravel(), minlength=len(usage))
+    pieces = [Piece("top", "top", _COUNT_COST * int(usage.sum()))]
     if layout.leaf is None:
         pieces += _count_pieces(layout, source, shards)
     else:
-        usage = sum(
-            np.bincount(source.latents(entry).ravel(), minlength=layout.num_clusters)
-            for entry in shards
-        )
-        work = (
-            layout.variables_per_patch * layout.leaf.num_states**2 * ctx.config.distill.leaf_epochs
-        )
-        pieces += [
-            Piece(
-                f"leaf-{group}",
-                "leaf",
-                _LEAF_COST * work * float(np.asarray(usage)[clusters.start : clusters.stop].sum()),
-                group=group,
-            )
-            for group, clusters in enumerate(layout.groups)
-        ]
+        weights = layout.variables_per_patch * layout.leaf.num_states**2
+        visit = _LEAF_COST * ctx.config.distill.leaf_epochs * weights
+        for group, clusters in enumerate(layout.groups):
+            cost = visit * int(usage[clusters.start : clusters.stop].sum())
+            pieces.append(Piece(f"leaf-{group}", "leaf", cost, group=group))
     return sorted(pieces, key=lambda piece: -piece.cost)
 
 
