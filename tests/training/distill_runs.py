@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from distpc.data import shards as data_shards
 from distpc.data.patches import PatchGrid
 from distpc.data.reader import read_shard
 from distpc.latents.store import shard_path, write_shard
-from distpc.training import distill, structure
+from distpc.training import structure
 
 NUM_CLUSTERS = 12
 
@@ -88,9 +87,3 @@ def cluster_patches(ctx: StageContext) -> None:
         rows = torch.from_numpy(latents.astype(np.int32)).reshape(len(shard.keys), -1)
         facts = {"fingerprint": ctx.fingerprint, "num_clusters": NUM_CLUSTERS}
         write_shard(shard_path(ctx.out, shard.name), "latents", rows, shard.keys, facts)
-
-
-if __name__ == "__main__":
-    import json
-
-    distill.run(StageContext.from_json(json.loads(Path(sys.argv[1]).read_text())))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distill_runs import NUM_CLUSTERS, Runs
 
 from distpc.artifacts import Artifact, StageContext
 from distpc.circuits.circuit import Circuit
@@ -19,8 +20,6 @@ from distpc.training.assembly import mix_rows
 from distpc.training.distill import collect
 from distpc.training.pieces import load_graph, plan_pieces
 from distpc.training.samples import LatentSource
-
-from .distill_runs import NUM_CLUSTERS, Runs
 
 EXACT = {"emission_noise": 0.0, "transition_noise": 0.0, "pseudocount": 0.0}
 

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from distill_runs import NUM_CLUSTERS, Runs, make_config
 
 from distpc.data.index import ShardIndex
 from distpc.data.spec import DatasetSpec
@@ -10,8 +11,6 @@ from distpc.structures import PatchLayout, RegionGraph, Tree
 from distpc.structures.size import num_parameters
 from distpc.training import structure
 from distpc.training.structure import sketch
-
-from .distill_runs import NUM_CLUSTERS, Runs, make_config
 
 
 @pytest.fixture(scope="module")
