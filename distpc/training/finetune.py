@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from distpc.artifacts.files import fingerprint, read_json, write_json
 from distpc.artifacts.stage import StageContext
@@ -17,7 +19,7 @@ from distpc.data.loader import Loader
 from distpc.data.plan import LoaderState
 from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
-from distpc.parallel.collectives import barrier
+from distpc.parallel.collectives import barrier, sum_across
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh
@@ -25,7 +27,7 @@ from distpc.structures.region_graph import RegionGraph
 from distpc.training.checkpoint import Checkpoint, Checkpoints, TrainingFacts, check_shapes
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
-from distpc.training.start import MARGINAL_SAMPLES, marginal_counts, start_near_marginals_
+from distpc.training.start import MARGINAL_SAMPLES, start_near_data_
 from distpc.training.trainer import Parts, Trainer
 from distpc.training.validation import Validation
 
@@ -64,8 +66,9 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     found = checkpoints.newest()
     facts = TrainingFacts() if found is None else found.facts
     circuit = starting_circuit(ctx, spec, index, random_rows=found is None)
+    # Both before the engine is made: under ZeRO-3 no whole parameter is left after it.
+    num_parameters = circuit.num_parameters
     if found is not None:
-        # Before the engine is made: under ZeRO-3 no whole parameter is left after it.
         _load(circuit, found)
     parts = _assemble(ctx, spec, index, mesh, circuit, checkpoints, facts)
     if found is not None:
@@ -76,7 +79,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
         results = trainer.results()
     if mesh.is_main:
         extra = {
-            "num_parameters": circuit.num_parameters,
+            "num_parameters": num_parameters,
             "zero_stage": ctx.config.parallel.zero_stage,
             "resumed_at_step": 0 if found is None else found.facts.step,
             "deepspeed": parts.engine.config_json,
@@ -105,8 +108,7 @@ def starting_circuit(
             graph, spec.num_categories, seed=ctx.config.seed, init_noise=config.init_noise
         )
         if random_rows:
-            counts = marginal_counts(_first_samples(index, spec), spec.num_categories)
-            start_near_marginals_(circuit, counts)
+            start_near_data_(circuit, _first_samples(index, spec))
     circuit.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
     return circuit
 
@@ -138,6 +140,9 @@ def _assemble(
         whole = Circuit(circuit.graph, circuit.num_categories)
         whole.load_state_dict(circuit.state_dict())
         whole.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
+    if parallel.zero_stage >= 2 and mesh.world_size > 1:
+        # Gradients are reduced while they come: every rank has to make the same passes.
+        circuit.any_rank = partial(_any_rank, mesh=mesh)
     optimizer = CircuitOptimizer(
         circuit.parameter_groups(), step_size=config.step_size, learning_rate=config.learning_rate
     )
@@ -172,6 +177,10 @@ def _assemble(
         ),
         mesh=mesh,
     )
+
+
+def _any_rank(flag: bool, mesh: Mesh) -> bool:
+    return bool(sum_across(torch.tensor(float(flag), device=mesh.device), mesh) > 0)
 
 
 def _load(circuit: Circuit, checkpoint: Checkpoint) -> None:
