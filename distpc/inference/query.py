@@ -86,7 +86,7 @@ def conditionals(circuit: Circuit, x: torch.Tensor) -> Iterator[tuple[int, np.nd
         possible = np.flatnonzero(torch.isfinite(circuit.log_prob(part)).cpu().numpy())
         if len(possible):
             answer = circuit.conditional(part[possible], seen[possible], variables)
-            block[np.ix_(possible, variables)] = answer.cpu().numpy()
+            block[possible[:, None], variables] = answer.cpu().numpy()
         yield start, block
 
 
