@@ -1,0 +1,223 @@
+"""Ray: a pool of workers, each with one item at a time, that outlives the death of a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from distpc.config.schema import ParallelConfig
+from distpc.errors import ResourceError
+from distpc.parallel import reaper
+from distpc.parallel.pool import Pool
+from distpc.parallel.processes import python_path
+from distpc.parallel.worker import WorkerHost
+
+# Unix sockets have paths of at most 107 bytes, of which Ray uses these below the cluster's folder.
+_SOCKET_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+
+
+class Cluster:
+    """A connection to Ray, as a context manager.
+
+    With RAY_ADDRESS in the environment it joins that cluster; else it starts one on this machine
+    that ends with this process, however that ends.
+    """
+
+    def __init__(
+        self, parallel: ParallelConfig, own: tuple[Path, subprocess.Popen[bytes]] | None = None
+    ) -> None:
+        self.parallel = parallel
+        # Folder and reaper of a cluster that this process started.
+        self._own = own
+
+    @classmethod
+    def connect(cls, parallel: ParallelConfig) -> Cluster:
+        """Join or start a cluster that has room for the workers that `parallel` asks for.
+
+        Raises:
+            ResourceError: it has not, or RAY_ADDRESS names no cluster.
+        """
+        address = os.environ.get("RAY_ADDRESS")
+        return _join(parallel, address) if address else _start(parallel)
+
+    def pool(self, worker: str, kwargs: dict[str, Any]) -> Pool:
+        """Workers that keep living, with what they cached, over several `map` calls."""
+        return Pool(_ray(), _Host, worker, kwargs, self.parallel)
+
+    def map(
+        self,
+        worker: str,
+        kwargs: dict[str, Any],
+        items: Sequence[Any],
+        *,
+        method: str = "__call__",
+        label: str = "",
+        retries: int | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (index, result) of every item as it is finished; see `Pool.map`.
+
+        Args:
+            worker: `module:Class`; every worker process constructs `Class(**kwargs)` once.
+            kwargs: of the constructor; handles of `put` arrive as their values.
+        """
+        with contextlib.closing(self.pool(worker, kwargs)) as pool:
+            yield from pool.map(items, method=method, label=label, retries=retries)
+
+    def put(self, value: Any) -> Any:
+        """Store `value` once for all workers; the handle goes inside items or kwargs."""
+        return _ray().put(value)
+
+    def close(self) -> None:
+        """Leave the cluster; end it if it is this process's own. Idempotent."""
+        _ray().shutdown()
+        if self._own is not None:
+            folder, keeper = self._own
+            self._own = None
+            reaper.sweep(folder, spared=reaper.command_line(os.getpid()))
+            keeper.kill()
+            keeper.wait()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Host(WorkerHost):
+    def gpu_ids(self) -> list[Any]:
+        return _ray().get_gpu_ids()
+
+
+def _start(parallel: ParallelConfig) -> Cluster:
+    """A new cluster on this machine, watched by a reaper."""
+    num_cpus = os.cpu_count() or 1
+    num_gpus = torch.cuda.device_count() if parallel.gpus_per_worker > 0 else 0
+    check_room(parallel, [{"CPU": num_cpus, "GPU": num_gpus}], "this machine")
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    folder = _new_folder()
+    # A session of its own, so that neither Ctrl-C nor the end of the terminal reaches it.
+    keeper = subprocess.Popen(
+        [sys.executable, "-I", "-S", reaper.__file__, str(folder), str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
+    cluster = Cluster(parallel, (folder, keeper))
+    try:
+        _ray().init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            include_dashboard=False,
+            _temp_dir=str(folder),
+            **_settings(),
+        )
+    except BaseException:
+        cluster.close()
+        raise
+    return cluster
+
+
+def _join(parallel: ParallelConfig, address: str) -> Cluster:
+    """The cluster at `address`."""
+    ray = _ray()
+    try:
+        ray.init(address=address, **_settings())
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ResourceError(
+            "no Ray cluster answers at RAY_ADDRESS",
+            where=f"RAY_ADDRESS={address}",
+            found=f"{type(error).__name__}: {error}",
+            expected="the address of a running cluster, such as 10.0.0.1:6379",
+            fix="start one with `ray start --head`, or unset RAY_ADDRESS to use this machine",
+        ) from error
+    cluster = Cluster(parallel)
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        check_room(parallel, nodes, f"the Ray cluster at {address}")
+    except BaseException:
+        cluster.close()
+        raise
+    return cluster
+
+
+def check_room(parallel: ParallelConfig, nodes: list[dict[str, float]], place: str) -> None:
+    """Refuse a request that Ray would wait for without end.
+
+    Args:
+        parallel: what is asked for.
+        nodes: "CPU" and "GPU" of every machine; a worker fits on one machine or none.
+        place: name of the cluster.
+
+    Raises:
+        ResourceError: fewer workers fit than are asked for.
+    """
+    cpus, gpus = parallel.cpus_per_worker, parallel.gpus_per_worker
+    room = 0
+    for node in nodes:
+        by_cpu = node.get("CPU", 0) / cpus
+        by_gpu = node.get("GPU", 0) / gpus if gpus else by_cpu
+        # The small number forgives rounding: 0.3 / 0.1 is less than 3.
+        room += int(min(by_cpu, by_gpu) + 1e-6)
+    if room >= parallel.num_workers:
+        return
+    total_cpus = sum(node.get("CPU", 0) for node in nodes)
+    total_gpus = sum(node.get("GPU", 0) for node in nodes)
+    raise ResourceError(
+        f"{place} has no room for {parallel.num_workers} workers",
+        where="parallel.num_workers",
+        found=f"{total_cpus:g} CPUs and {total_gpus:g} GPUs on {len(nodes)} machine(s): "
+        f"room for {room} workers",
+        expected=f"{parallel.num_workers} workers x {cpus:g} CPUs and {gpus:g} GPUs = "
+        f"{parallel.num_workers * cpus:g} CPUs and {parallel.num_workers * gpus:g} GPUs",
+        fix=f"set parallel.num_workers={room}"
+        if room
+        else "lower parallel.cpus_per_worker or parallel.gpus_per_worker",
+    )
+
+
+def _new_folder() -> Path:
+    """A folder for one cluster: private, and short enough for sockets in it."""
+    parent = Path(tempfile.gettempdir())
+    prefix = f"ray-{os.getuid()}-"
+    if len(os.fsencode(parent / f"{prefix}12345678")) > _SOCKET_BYTES:
+        parent = Path("/tmp")
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent)).resolve()
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "configure_logging": True,
+        "logging_level": "warning",
+        "log_to_driver": False,
+        "runtime_env": {"env_vars": {"PYTHONPATH": python_path()}},
+    }
+
+
+def _ray() -> Any:
+    """The ray module, imported after the settings that it reads when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    import ray
+
+    return ray

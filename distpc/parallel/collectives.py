@@ -1,0 +1,83 @@
+"""What the ranks tell each other; every function also works alone, without a process group."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from distpc.parallel.mesh import Mesh
+
+T = TypeVar("T")
+
+
+def start(mesh: Mesh) -> None:
+    """Join the process group of the mesh: gloo for CPU tensors, nccl for GPU tensors.
+
+    Idempotent. A mesh of one process gets a group of its own that opens no port.
+    """
+    if dist.is_initialized():
+        return
+    if mesh.device.type == "cuda":
+        torch.cuda.set_device(mesh.device)
+    backend = "cpu:gloo,cuda:nccl" if mesh.device.type == "cuda" else "gloo"
+    if mesh.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, rank=mesh.rank, world_size=mesh.world_size)
+
+
+def finish() -> None:
+    """Leave the process group; call it at the end of every rank, also after an error.
+
+    Without it a rank may exit non-zero after correct results.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_across(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Element-wise sum of `tensor` (same shape on every rank) over the R ranks, as a new tensor."""
+    return _reduced(tensor, mesh, dist.ReduceOp.SUM)
+
+
+def mean_across(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Element-wise mean of a floating `tensor` over the R ranks, as a new tensor."""
+    return sum_across(tensor, mesh) / mesh.world_size
+
+
+def max_across(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Element-wise maximum of `tensor` over the R ranks, as a new tensor."""
+    return _reduced(tensor, mesh, dist.ReduceOp.MAX)
+
+
+def broadcast_object(value: T, mesh: Mesh) -> T:
+    """Rank 0's `value`, on every rank; what other ranks pass is ignored."""
+    if mesh.world_size == 1:
+        return value
+    holder: list[Any] = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def gather_objects(value: T, mesh: Mesh) -> list[T]:
+    """The `value` of every rank, in rank order, on every rank."""
+    if mesh.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier(mesh: Mesh) -> None:
+    """Wait until every rank is here."""
+    if mesh.world_size > 1:
+        dist.barrier()
+
+
+def _reduced(tensor: torch.Tensor, mesh: Mesh, operation: Any) -> torch.Tensor:
+    result = tensor.detach().clone()
+    if mesh.world_size > 1:
+        dist.all_reduce(result, op=operation)
+    return result

@@ -1,0 +1,232 @@
+"""Training steps through DeepSpeed ZeRO, for any model and any element-wise optimizer."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from distpc.errors import TrainingError
+from distpc.parallel import collectives
+from distpc.parallel.mesh import Mesh
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+
+# Otherwise DeepSpeed compiles a C++ reduction for CPUs at the first start, which takes minutes
+# where it works at all, and whose shared memory outlives a killed rank.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+class Engine:
+    """A model and its optimizer under ZeRO, stepped once a global batch.
+
+    ::
+
+        for piece in engine.micro_batches(len(x), global_count=G, micro_batch=64):
+            engine.backward(-engine(x[piece]).sum(), global_count=G)
+        engine.step()
+
+    Under ZeRO 2 and 3 every forward and backward pass is a collective operation: all ranks must
+    make the same number of them (see `micro_batches`). The optimizer sees flat pieces of
+    parameters, so its step must be element-wise, and under ZeRO 3 it is stepped several times a
+    step, each time with part of the parameters. Writing to `optimizer.param_groups` (learning
+    rates) works between steps.
+
+    Attributes:
+        module: the model; under ZeRO 3 its parameters are empty outside a forward pass.
+        optimizer: the optimizer that was given.
+        mesh: this process among the ranks.
+        config_json: the configuration that DeepSpeed was given, for the logs.
+
+    Args:
+        model: float32 module, the same on every rank (rank 0's values count).
+        optimizer: over the model's parameters; parameters without a gradient may be left out.
+        mesh: this process among the ranks; its process group is joined if it was not.
+        zero_stage: 0 replicates everything; 1 shards optimizer state, 2 also gradients, 3 also
+            parameters.
+        reduce_bucket: elements that are reduced, gathered or kept alive at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        mesh: Mesh,
+        zero_stage: int = 0,
+        reduce_bucket: int = 50_000_000,
+    ) -> None:
+        collectives.start(mesh)
+        self.module = model.to(mesh.device)
+        self.optimizer = optimizer
+        self.mesh = mesh
+        self.zero_stage = zero_stage
+        self.config_json = deepspeed_config(zero_stage, reduce_bucket)
+        # It warns of every optimizer that is not on its list; ours are element-wise and tested.
+        log = logging.getLogger("DeepSpeed")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=self.config_json,
+                dist_init_required=False,
+            )
+        finally:
+            log.setLevel(level)
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """The model's forward pass."""
+        return self._engine(*inputs, **keywords)
+
+    def train(self, mode: bool = True) -> Engine:
+        """Put the model in training mode, or in evaluation mode with False."""
+        self._engine.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """Put the model in evaluation mode."""
+        return self.train(False)
+
+    def micro_batches(self, num_local: int, *, global_count: int, micro_batch: int) -> list[slice]:
+        """Cut this rank's samples into as many pieces as every other rank's.
+
+        Assumes shares of a global batch that differ by one sample at most. Pieces hold at most
+        `micro_batch` samples; one may be empty, and has to be forwarded all the same.
+
+        Args:
+            num_local: samples of this rank.
+            global_count: samples of all ranks.
+            micro_batch: samples that fit in memory at once.
+        """
+        largest_share = -(-global_count // self.mesh.world_size)
+        pieces = max(1, -(-largest_share // micro_batch))
+        cuts = [num_local * piece // pieces for piece in range(pieces + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(cuts)]
+
+    def backward(self, local_sum_loss: torch.Tensor, *, global_count: int) -> None:
+        """Add to the gradients those of one micro-batch.
+
+        After all micro-batches of all ranks a gradient is that of (sum of their losses) /
+        `global_count`, whatever the sizes of the micro-batches.
+
+        Args:
+            local_sum_loss: loss summed (not averaged) over this micro-batch's samples.
+            global_count: samples in the global batch, over all ranks and micro-batches.
+        """
+        # DeepSpeed averages over ranks, so the factor R turns its mean into a sum.
+        scale = self.mesh.world_size / global_count
+        self._engine.backward(local_sum_loss * scale, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Reduce the gradients of this global batch, step the optimizer, clear the gradients.
+
+        Raises:
+            TrainingError: a gradient was not finite, so that DeepSpeed left out the step.
+        """
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            raise TrainingError(
+                "a training step was left out because a gradient is not finite",
+                where=f"step {self._engine.global_steps}",
+                expected="finite gradients",
+                fix="lower the step size, or check the data; the last good model is kept",
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken by this engine."""
+        return self._engine.global_steps
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Every parameter and persistent buffer whole, as CPU tensors, on rank 0 only.
+
+        Collective: every rank calls it; ranks above 0 get an empty dict.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in self._named_tensors():
+            with self._whole(tensor):
+                if self.mesh.is_main:
+                    state[name] = tensor.detach().to("cpu", copy=True)
+        return state
+
+    def load_full_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Set parameters and persistent buffers on every rank to rank 0's `state`.
+
+        Collective: every rank calls it; what ranks above 0 pass is ignored.
+
+        Raises:
+            TrainingError: names or shapes are not those of the model.
+        """
+        named = self._named_tensors()
+        shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        found = collectives.broadcast_object(found, self.mesh)
+        if found != shapes:
+            differing = sorted(set(found.items()) ^ set(shapes.items()))
+            raise TrainingError(
+                "a saved state is not one of this model",
+                where=", ".join(dict.fromkeys(name for name, _ in differing)),
+                found={name: shape for name, shape in differing if found.get(name) == shape},
+                expected={name: shape for name, shape in differing if shapes.get(name) == shape},
+                fix="use the configuration that the state was saved under",
+            )
+        for name, tensor in named:
+            with torch.no_grad(), self._whole(tensor, writes=True):
+                if self.mesh.is_main:
+                    tensor.copy_(state[name])
+                self._broadcast(tensor)
+        refresh = getattr(self._engine.optimizer, "refresh_fp32_params", None)
+        if refresh is not None:
+            refresh()
+
+    def _named_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        # A tied parameter appears under each of its names, as in a plain state dict.
+        return list(self.module.state_dict(keep_vars=True).items())
+
+    def _whole(self, tensor: torch.Tensor, writes: bool = False) -> Any:
+        sharded = [tensor] if hasattr(tensor, "ds_id") else []
+        return deepspeed.zero.GatheredParameters(
+            sharded, modifier_rank=0 if writes else None, enabled=bool(sharded)
+        )
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        if self.mesh.world_size > 1 and not hasattr(tensor, "ds_id"):
+            torch.distributed.broadcast(tensor.data, src=0)
+
+
+def deepspeed_config(zero_stage: int, reduce_bucket: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for a float32 engine whose caller scales losses and owns the boundary."""
+    return {
+        # Nominal: `backward` divides by the true global count, `step` ends the global batch.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # Absent would mean 1.0, and clipping would rescale the flows of expectation maximisation.
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "reduce_bucket_size": reduce_bucket,
+            "allgather_bucket_size": reduce_bucket,
+            "overlap_comm": False,
+            # The defaults of the following keep a whole circuit of 1e9 parameters on every rank.
+            "stage3_prefetch_bucket_size": reduce_bucket,
+            "stage3_max_live_parameters": reduce_bucket,
+            "stage3_max_reuse_distance": reduce_bucket,
+            "stage3_param_persistence_threshold": min(10_000, reduce_bucket),
+        },
+    }
