@@ -76,6 +76,8 @@ def fit(
         rows = torch.from_numpy(plan.take(first, first + batch_size)[1])
         optimizer.set_step_size(schedule(first))
         figures = _update(circuit, optimizer, x[rows], sums)
+        if figures.not_a_number:
+            guard.check_statistics(step, dict(circuit.named_parameters()))
         guard.check_batch(
             step + 1,
             not_a_number=figures.not_a_number,

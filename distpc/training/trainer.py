@@ -148,6 +148,9 @@ class Trainer:
         totals[-1] = float(parts.mesh.is_main and late)
         totals = sum_across(totals, parts.mesh)
         figures = Figures.of(totals[:-1])
+        if figures.not_a_number:
+            # Where the statistics are the cause, they name the layer and the row.
+            self._check_statistics(facts.step)
         self.guard.check_batch(
             step,
             not_a_number=figures.not_a_number,
@@ -155,7 +158,7 @@ class Trainer:
             size=batch.global_size,
         )
         parts.engine.step()
-        if watched:
+        if watched and self._found_by_any_rank():
             self._check_statistics(step)
         return figures, bool(totals[-1] > 0)
 
@@ -177,11 +180,15 @@ class Trainer:
                 missing = float("nan") if batch.x.is_floating_point() else MISSING
                 yield batch.x.new_full((1, batch.x.shape[1]), missing), False
 
-    def _check_statistics(self, step: int) -> None:
+    def _found_by_any_rank(self) -> bool:
         mesh = self.parts.mesh
         found = torch.tensor(float(self.parts.optimizer.end_watch()), device=mesh.device)
-        if sum_across(found, mesh) > 0:
-            self.guard.check_statistics(step, self.parts.engine.full_state())
+        return bool(sum_across(found, mesh) > 0)
+
+    def _check_statistics(self, step: int) -> None:
+        # Rank 0 alone has the whole state, and its error is the one that says most: wait for it.
+        self.guard.check_statistics(step, self.parts.engine.full_state())
+        barrier(self.parts.mesh)
 
     def _account(self, figures: Figures, before: int) -> None:
         facts = self.facts
@@ -227,7 +234,7 @@ class Trainer:
         rank = (figures.impossible, figures.bits)
         if facts.best is None or rank < (facts.best["impossible"], facts.best["bits"]):
             facts.best = facts.valid
-        self._save(check=True)
+        self._save()
         self._report_validation(last)
 
     def _report_validation(self, last: bool) -> None:
@@ -248,11 +255,11 @@ class Trainer:
             f"{self._samples_per_second():.0f} samples/s"
         )
 
-    def _save(self, *, check: bool = False) -> None:
+    def _save(self) -> None:
+        """Leave a checkpoint of the present state, unless the state is not finite."""
         parts, facts, mesh = self.parts, self.facts, self.parts.mesh
         state = parts.engine.full_state()
-        if check:
-            self.guard.check_statistics(facts.step, state)
+        self.guard.check_statistics(facts.step, state)
         moments = parts.optimizer.moments()
         if mesh.is_main:
             parts.checkpoints.open_draft(facts.step)

@@ -13,6 +13,7 @@ from distpc.config import parse_config
 from distpc.parallel.mesh import Mesh
 from distpc.structures.region_graph import Region, RegionGraph
 from distpc.training import finetune
+from distpc.training.optimizer import CircuitOptimizer
 
 
 def hidden_chain(num_variables: int, num_states: int) -> RegionGraph:
@@ -75,6 +76,22 @@ def train_each(payload: dict[str, Any], mesh: Mesh) -> None:
     """Rank target: one fine-tuning after the other in the same processes."""
     for context in payload["contexts"]:
         finetune.train_rank(context, mesh)
+
+
+def train_poisoned(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Rank target: one entry of the statistics turns into NaN at step 20, as bad memory may do."""
+    step = CircuitOptimizer.step
+    steps_done = 0
+
+    def poisonous(self: CircuitOptimizer, closure: Any = None) -> None:
+        nonlocal steps_done
+        steps_done += 1
+        step(self, closure)
+        if steps_done == 20:
+            self.param_groups[0]["params"][0].data.view(-1)[-1] = float("nan")
+
+    CircuitOptimizer.step = poisonous  # type: ignore[method-assign]
+    finetune.train_rank(payload, mesh)
 
 
 def _structure(ctx: StageContext) -> None:

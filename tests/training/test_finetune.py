@@ -13,7 +13,7 @@ from runs import prepare, variant
 
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.io import load_model
-from distpc.errors import ArtifactError
+from distpc.errors import ArtifactError, TrainingError
 from distpc.parallel.launch import run_ranks
 from distpc.training import finetune
 from distpc.training.checkpoint import Checkpoint, Checkpoints
@@ -91,6 +91,25 @@ def test_another_training_is_refused(stages: dict[str, StageContext]) -> None:
             threads_per_rank=1,
             log_folder=ctx.out / "logs",
         )
+
+
+def test_stops_at_poisoned_statistics_and_keeps_the_last_good_model(base: StageContext) -> None:
+    ctx = variant(base, "poisoned", zero_stage=1)
+    with pytest.raises(TrainingError, match="statistics are not finite") as caught:
+        run_ranks(
+            "runs:train_poisoned",
+            ctx.to_json(),
+            num_ranks=2,
+            threads_per_rank=1,
+            log_folder=ctx.out / "logs",
+        )
+    assert "step 20, parameter" in str(caught.value.where) and "row [" in str(caught.value.where)
+    facts = newest(ctx).facts
+    assert facts.best is not None
+    best = Checkpoints(ctx.out / "checkpoints", finetune.identity_of(ctx)).at(
+        int(facts.best["step"])
+    )
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in best.statistics().values())
 
 
 def start(ctx: StageContext, folder: Path) -> subprocess.Popen[bytes]:
