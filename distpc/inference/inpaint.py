@@ -85,8 +85,8 @@ def completion_grid(result: Completions, spec: DatasetSpec) -> np.ndarray:
     count, per_image = result.values.shape[:2]
     shape = (count, height, width, channels)
     originals = to_pictures(result.x.numpy(), spec)
-    absent = is_missing(result.x).numpy().reshape(shape).any(axis=-1)
-    hidden = (~result.observed.numpy()).reshape(shape).any(axis=-1)
+    absent = is_missing(result.x).reshape(shape).any(dim=-1).numpy()
+    hidden = (~result.observed).reshape(shape).any(dim=-1).numpy()
     completions = to_pictures(result.values.numpy().reshape(count * per_image, -1), spec)
     bits = result.entropy_bits.numpy().reshape(shape).sum(axis=-1)
     columns = [

@@ -70,17 +70,16 @@ def measure(
     counts: list[np.ndarray] = []
     done = 0
     start = time.perf_counter()
-    progress = Progress(f"evaluate {split}", wanted, "samples")
-    for batch in iterate_split(index, index.spec, split, batch_size):
-        x = torch.as_tensor(batch)[: wanted - done]
-        log_prob = circuit.log_prob(x, batch_size=batch_size)
-        nats.append(log_prob.cpu().double().numpy())
-        counts.append((~is_missing(x)).sum(dim=1).numpy())
-        done += len(x)
-        progress.advance(len(x))
-        if done >= wanted:
-            break
-    progress.close()
+    with Progress(f"evaluate {split}", wanted, "samples") as progress:
+        for batch in iterate_split(index, index.spec, split, batch_size):
+            x = torch.as_tensor(batch)[: wanted - done]
+            log_prob = circuit.log_prob(x, batch_size=batch_size)
+            nats.append(log_prob.cpu().double().numpy())
+            counts.append((~is_missing(x)).sum(dim=1).numpy())
+            done += len(x)
+            progress.advance(len(x))
+            if done >= wanted:
+                break
     seconds = time.perf_counter() - start
     bad = np.flatnonzero(~np.isfinite(np.concatenate(nats)))
     keys = _keys(index, split, bad[:MAX_NAMED_SAMPLES])

@@ -38,6 +38,7 @@ def query_command(
             are named by row and column.
         ModelFileError: the model cannot be read.
     """
+    out = None if out is None else Path(out)
     if what not in QUESTIONS:
         raise EvidenceError(
             "an unknown question", where="what", found=what, expected=" or ".join(QUESTIONS)
@@ -57,7 +58,7 @@ def query_command(
         else:
             _write_conditional_array(out, circuit, x)
     elif what == "log_prob":
-        write_csv(out, ("row", "log_prob"), enumerate(circuit.log_prob(x).tolist()))
+        write_csv(out, ("row", "log_prob"), _log_prob_lines(circuit, x))
     else:
         header = ("row", "column", "value", "probability")
         write_csv(out, header, _conditional_lines(circuit, x, spec))
@@ -86,7 +87,7 @@ def conditionals(circuit: Circuit, x: torch.Tensor) -> Iterator[tuple[int, np.nd
         possible = np.flatnonzero(torch.isfinite(circuit.log_prob(part)).cpu().numpy())
         if len(possible):
             answer = circuit.conditional(part[possible], seen[possible], variables)
-            block[np.ix_(possible, variables)] = answer.cpu().numpy()
+            block[possible[:, None], variables] = answer.cpu().numpy()
         yield start, block
 
 
@@ -104,13 +105,18 @@ def _write_conditional_array(out: Path, circuit: Circuit, x: torch.Tensor) -> No
             handle.write(block.tobytes())
 
 
+def _log_prob_lines(circuit: Circuit, x: torch.Tensor) -> Iterator[tuple[int, str]]:
+    for row, value in enumerate(circuit.log_prob(x).tolist()):
+        yield row, f"{value:.9g}"
+
+
 def _conditional_lines(
     circuit: Circuit, x: torch.Tensor, spec: DatasetSpec
-) -> Iterator[tuple[int, str, int, float]]:
+) -> Iterator[tuple[int, str, int, str]]:
     for start, block in conditionals(circuit, x):
         missing = is_missing(x[start : start + len(block)]).numpy()
         for row, column in np.argwhere(missing).tolist():
             count = spec.num_categories[column]
             for value in range(count or 0):
-                probability = float(block[row, column, value])
+                probability = f"{block[row, column, value]:.7g}"
                 yield start + row, column_name(spec, column), value, probability

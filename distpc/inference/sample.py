@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def write_values(path: Path, values: np.ndarray, spec: DatasetSpec) -> None:
         write_npy(path, values)
     elif path.suffix == ".csv":
         header = [column_name(spec, column) for column in range(spec.num_variables)]
-        write_csv(path, header, values.tolist())
+        write_csv(path, header, _cells(values, spec))
     elif path.suffix == ".txt" and spec.kind == "text":
         write_lines(path, to_lines(values))
     else:
@@ -68,6 +69,15 @@ def write_values(path: Path, values: np.ndarray, spec: DatasetSpec) -> None:
                 spec.kind, ".csv or .npy"
             ),
         )
+
+
+def _cells(values: np.ndarray, spec: DatasetSpec) -> Iterator[list[object]]:
+    """Rows whose categories are whole numbers, whatever the array's type."""
+    for row in values.tolist():
+        yield [
+            f"{value:.7g}" if count is None else int(value)
+            for value, count in zip(row, spec.num_categories, strict=True)
+        ]
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

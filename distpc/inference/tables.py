@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_rows(path: Path, spec: DatasetSpec) -> np.ndarray:
 def write_csv(path: Path | None, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a header and rows to `path`, whole or not at all; None prints them."""
     if path is None:
-        _write_lines(sys.stdout, header, rows)
+        _print_lines(header, rows)
         return
     with (
         atomic_path(path) as partial,
@@ -62,6 +63,15 @@ def write_npy(path: Path, values: np.ndarray) -> None:
     """Write an array to `path`, whole or not at all."""
     with atomic_path(path) as partial, partial.open("wb") as handle:
         np.save(handle, values, allow_pickle=False)
+
+
+def _print_lines(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    try:
+        _write_lines(sys.stdout, header, rows)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. Python flushes once more at exit: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write_lines(handle: TextIO, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -28,11 +28,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def config_of(source: dict[str, object], **evaluate_fields: object) -> RunConfig:
+def config_of(
+    source: dict[str, object], color: str = "as_is", **evaluate_fields: object
+) -> RunConfig:
     """A configuration without a teacher, which is all that evaluation depends on."""
     values = {
         "name": "tiny",
-        "data": {"source": source, "samples_per_shard": 256},
+        "data": {"source": source, "samples_per_shard": 256, "color": color},
         "teacher": {"kind": "none"},
         "structure": {"kind": "hclt", "num_states": NUM_STATES},
         "finetune": {"initialization": "random"},

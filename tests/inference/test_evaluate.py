@@ -17,7 +17,7 @@ from distpc.circuits.io import load_model
 from distpc.data.spec import DatasetSpec
 from distpc.inference import evaluate
 from distpc.inference.likelihood import bits_per_value
-from distpc.inference.pictures import tile_size
+from distpc.inference.pictures import tile_size, to_pictures
 
 from .conftest import config_of, context, load_split, make_run
 
@@ -146,6 +146,50 @@ def test_text_has_bits_per_character_and_samples_as_lines(tmp_path):
     lines = (run / "evaluate" / "samples.txt").read_text().splitlines()
     assert len(lines) == config.evaluate.num_pictures
     assert DatasetSpec.load(run / "shards").kind == "text"
+
+
+def test_colour_images_in_lossless_ycocg(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(120):
+        colour = rng.integers(0, 256, 3)
+        pixels = (colour + rng.integers(-20, 20, (6, 4, 3))).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    source = {"kind": "image_folder", "path": str(tmp_path / "images"), "mode": "rgb"}
+    config = config_of(source, color="ycocg_r")
+    run = make_run(tmp_path / "run", config, 3)
+    ctx = context(run, config, "evaluate", "shards", "index", "finetune")
+    evaluate.run(ctx)
+    assert 0 < ctx.metadata["test_bpd"] < 9
+    assert ctx.metadata["splits"]["test"]["num_values"] == 12 * 6 * 4 * 3
+    with Image.open(run / "evaluate" / "completions.png") as picture:
+        assert (picture.height, picture.width) == tile_size(21, 7, 6, 4, headers=True)
+        cell = np.asarray(picture)[20:-2, 2:]
+    x = load_split(run, "test")[:1]
+    shown = to_pictures(x.numpy(), DatasetSpec.load(run / "shards"))[0]
+    assert np.array_equal(cell[4 : 6 * 8 : 8, 4 : 4 * 8 : 8], shown)
+
+
+def test_real_and_categorical_columns_together(tmp_path):
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 3, 300)
+    lines = ["kind,size,flag"]
+    for row in range(300):
+        size = "" if row % 7 == 0 else f"{group[row] * 2 + rng.normal() / 4:.3f}"
+        lines.append(f"{group[row]},{size},{int(group[row] > 0)}")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    config = config_of({"kind": "arrays", "path": str(tmp_path / "table.csv")})
+    run = make_run(tmp_path / "run", config, 10)
+    ctx = context(run, config, "evaluate", "shards", "index", "finetune")
+    evaluate.run(ctx)
+    x = load_split(run, "test")
+    nats = exact_nats(load_model(run / "finetune" / "model"), x)
+    bpd = -nats.sum() / math.log(2) / int((~x.isnan()).sum())
+    assert ctx.metadata["test_bpd"] == pytest.approx(bpd, abs=1e-4)
+    header, first, *_ = (run / "evaluate" / "samples.csv").read_text().splitlines()
+    assert header == "kind,size,flag"
+    kind, size, flag = first.split(",")
+    assert kind in "012" and flag in "01" and math.isfinite(float(size))
 
 
 def test_the_standard_error_is_that_of_a_ratio():

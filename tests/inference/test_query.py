@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -78,6 +80,21 @@ def test_without_a_file_the_lines_are_printed(model_dir, rows, data_path, capsys
     header, *lines = capsys.readouterr().out.splitlines()
     assert header == "row,log_prob"
     assert float(lines[0].split(",")[1]) == pytest.approx(exact(model_dir, rows)[0], abs=1e-3)
+
+
+def test_a_closed_pipe_is_no_error(model_dir, data_path, tmp_path):
+    np.save(tmp_path / "empty.npy", np.full((64, 64), np.nan))
+    code = (
+        "import sys; from distpc.inference.query import query_command as ask\n"
+        "ask(sys.argv[1], sys.argv[2], 'conditional')"
+    )
+    command = [sys.executable, "-c", code, str(model_dir), str(tmp_path / "empty.npy")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"row,column,value,probability\n"
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+        assert process.wait() == 0, errors
+    assert "BrokenPipe" not in errors
 
 
 def test_conditionals_as_lines(model_dir, rows, data_path, tmp_path):
