@@ -17,7 +17,7 @@ def test_python_example(repository: Path) -> None:
     np.testing.assert_array_equal(
         np.asarray(completed)[:, :, :32], np.repeat(images[1500:1504, None, :32], 3, axis=1)
     )
-    assert 0 <= completed.min() and completed.max() <= 16
+    assert completed.min() >= 0 and completed.max() <= 16
     nats = float(scope["circuit"].log_prob(images[1500:]).mean())
     assert nats / (-np.log(2) * 64) < 2.3  # bits per dimension
 
