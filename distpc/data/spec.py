@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from distpc.artifacts.files import read_json, write_json
 from distpc.errors import ArtifactError
 
 MISSING = -1
@@ -79,9 +78,15 @@ class DatasetSpec:
 
     def save(self, folder: Path) -> None:
         """Write dataset.json into `folder`."""
+        # Here, not above: circuits are used with specs where no pydantic is, which the package
+        # distpc.artifacts needs.
+        from distpc.artifacts.files import write_json
+
         write_json(folder / "dataset.json", self.to_json())
 
     @classmethod
     def load(cls, folder: Path) -> DatasetSpec:
         """Read dataset.json from `folder`."""
+        from distpc.artifacts.files import read_json
+
         return cls.from_json(read_json(folder / "dataset.json"))
