@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from distpc.data.color import from_rgb
+from distpc.data.png import SizeMismatchError, decode_png, encode_png
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.errors import DataError
 
@@ -30,6 +31,9 @@ class SampleCodec:
         self.spec = spec
         self.extension = "png" if spec.kind == "image" else "npy"
         self.dtype = value_dtype(spec)
+        self._tops = np.array(
+            [np.inf if count is None else count - 1 for count in spec.num_categories]
+        )
         self._decode_one: Callable[[bytes], np.ndarray]
         if spec.image_shape is not None:
             self._decode_one = self._decode_png
@@ -44,8 +48,8 @@ class SampleCodec:
     def encode(self, values: np.ndarray) -> bytes:
         """The file of one sample: (V,) values, for images as stored (RGB before any colour)."""
         if self.spec.image_shape is None:
-            return _npy_bytes(values.astype(self.dtype))
-        return _png_bytes(values.astype(np.uint8).reshape(self.spec.image_shape))
+            return self._header + values.astype(self.dtype).tobytes()
+        return encode_png(values.astype(np.uint8).reshape(self.spec.image_shape))
 
     def decode(self, files: Sequence[bytes], keys: Sequence[str], shard: Path) -> np.ndarray:
         """(N, V) values of N samples' files, in the data set's colour space and checked.
@@ -61,13 +65,12 @@ class SampleCodec:
         for row, data in enumerate(files):
             try:
                 stored[row] = self._decode_one(data)
-            except _Mismatch as error:
-                found, expected = error.args
+            except SizeMismatchError as error:
                 raise DataError(
                     "a sample is not of the data set's size",
                     where=f"{shard}, key {keys[row]}",
-                    found=found,
-                    expected=expected,
+                    found=error.found,
+                    expected=error.expected,
                     fix="remove the shards stage's folder and run the same command again",
                 ) from error
             except (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error) as error:
@@ -90,7 +93,9 @@ class SampleCodec:
         return from_rgb(pixels, self.spec.color).reshape(stored.shape)
 
     def _check_range(self, values: np.ndarray, keys: Sequence[str], shard: Path) -> None:
-        bad = out_of_range(values, self.spec)
+        bad = out_of_range(values, self._tops)
+        if self.spec.has_missing:
+            bad &= ~(np.isnan(values) if values.dtype.kind == "f" else values == MISSING)
         if not bad.any():
             return
         row, variable = (int(number) for number in np.argwhere(bad)[0])
@@ -104,34 +109,29 @@ class SampleCodec:
         )
 
     def _decode_png(self, data: bytes) -> np.ndarray:
-        from PIL.PngImagePlugin import PngImageFile
-
         assert self.spec.image_shape is not None
-        height, width, channels = self.spec.image_shape
-        # The plugin itself: Image.open would first ask every other format.
-        with PngImageFile(io.BytesIO(data)) as image:
-            mode = {"L": 1, "RGB": 3}.get(image.mode, image.mode)
-            # Checked before pixels are decompressed, so that no file unfolds into gigabytes.
-            if (image.height, image.width, mode) != (height, width, channels):
-                raise _Mismatch(
-                    f"{image.height} x {image.width} pixels, mode {image.mode}",
-                    f"{height} x {width} pixels, {channels} channel(s)",
-                )
-            return np.asarray(image).reshape(-1)
+        return decode_png(data, self.spec.image_shape).reshape(-1)
 
     def _decode_npy(self, data: bytes) -> np.ndarray:
         if data.startswith(self._header) and len(data) == len(self._header) + self._num_bytes:
             return np.frombuffer(data, self.dtype, offset=len(self._header))
-        row = np.load(io.BytesIO(data), allow_pickle=False)
-        if row.shape != (self.spec.num_variables,) or not np.can_cast(row.dtype, self.dtype):
-            raise _Mismatch(
-                f"shape {row.shape}, {row.dtype}", f"shape ({self.spec.num_variables},)"
+        return self._decode_foreign_npy(data)
+
+    def _decode_foreign_npy(self, data: bytes) -> np.ndarray:
+        """A row whose header is spelt otherwise, as other numpy versions may do."""
+        stream = io.BytesIO(data)
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("not a NPY file of version 1.0")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        # Before anything of that shape is allocated; object arrays (pickles) end here as well.
+        if shape != (self.spec.num_variables,) or dtype != self.dtype:
+            raise SizeMismatchError(
+                f"shape {shape} of {dtype}", f"shape ({self.spec.num_variables},) of {self.dtype}"
             )
-        return row
-
-
-class _Mismatch(Exception):
-    """A sample of another size: what was found, what was expected."""
+        content = stream.read()
+        if len(content) != self._num_bytes:
+            raise ValueError(f"{len(content)} bytes of values instead of {self._num_bytes}")
+        return np.frombuffer(content, self.dtype)
 
 
 def value_dtype(spec: DatasetSpec) -> np.dtype:
@@ -142,32 +142,20 @@ def value_dtype(spec: DatasetSpec) -> np.dtype:
     return np.dtype("<i2") if most <= 2**15 else np.dtype("<i4")
 
 
-def out_of_range(values: np.ndarray, spec: DatasetSpec) -> np.ndarray:
-    """(N, V) bool: which of (N, V) values are neither of their variable nor allowed to be missing.
+def out_of_range(values: np.ndarray, tops: np.ndarray) -> np.ndarray:
+    """(N, V) bool: which of (N, V) values their variables do not have; missing ones among them.
 
-    Missing is MISSING in integer arrays and NaN in float ones.
+    Args:
+        values: integers, or floats where there are real columns.
+        tops: (V,) largest category of each variable, infinite for real ones.
     """
-    tops = np.array([np.inf if count is None else count - 1 for count in spec.num_categories])
     if values.dtype.kind != "f":
-        bad = (values < 0) | (values > tops.astype(values.dtype))
-        return bad & (values != MISSING) if spec.has_missing else bad
-    missing = np.isnan(values)
-    categorical = np.isfinite(tops)
-    wrong = ~np.isfinite(values) | (
-        categorical & ((values < 0) | (values > tops) | (values != np.floor(values)))
-    )
-    return wrong & ~missing if spec.has_missing else wrong
+        return (values < 0) | (values > tops.astype(values.dtype))
+    off_grid = (values < 0) | (values > tops) | (values != np.floor(values))
+    return ~np.isfinite(values) | (np.isfinite(tops) & off_grid)
 
 
 def _npy_bytes(row: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, row, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _png_bytes(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
     return buffer.getvalue()

@@ -23,7 +23,7 @@ from distpc.parallel.processes import loopback_interface, python_path
 from distpc.parallel.rank import error_file, import_target, joined_mesh, log_file
 
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = 1.0
+_GRACE_SECONDS = 2.0
 _SHOWN_LINES = 15
 
 

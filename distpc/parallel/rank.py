@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         with joined_mesh(int(num_threads)) as mesh:
             try:
                 function(payload, mesh)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # Before leaving the group, which makes the other ranks fail in their turn.
                 _leave(error, Path(log_folder), int(rank))
                 return 1
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _leave(error: Exception, log_folder: Path, rank: int) -> None:
+def _leave(error: BaseException, log_folder: Path, rank: int) -> None:
     """Write `error` for the launcher, unless the one that caused it is there already."""
     if error_file(log_folder, rank).exists():
         return

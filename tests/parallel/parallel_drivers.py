@@ -45,7 +45,8 @@ def mapping(num_workers: str) -> None:
 
     with Cluster.connect(ParallelConfig(num_workers=int(num_workers))) as cluster:
         items = [{"value": value} for value in range(4)]
-        print(dict(cluster.map("parallel_targets:Adder", {"base": torch.ones(2)}, items)))
+        results = dict(cluster.map("parallel_targets:Adder", {"base": torch.ones(2)}, items))
+    print(sorted(results.items()))
 
 
 if __name__ == "__main__":

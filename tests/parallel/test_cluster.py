@@ -191,7 +191,7 @@ def test_nothing_is_left_after_an_ordinary_end_and_nothing_is_said(tmp_path: Pat
             break
         time.sleep(0.2)
     output, _ = driver.communicate()
-    assert output == "{0: 2.0, 1: 3.0, 2: 4.0, 3: 5.0}\n"
+    assert output == "[(0, 2.0), (1, 3.0), (2, 4.0), (3, 5.0)]\n"
     assert driver.returncode == 0
     assert len(seen) > 5
     wait_until(lambda: not alive(list(seen.values())), 5, "the cluster to be gone")
@@ -224,7 +224,7 @@ def test_an_existing_cluster_is_joined_and_left_alone(
 
     port = int(existing_cluster["RAY_ADDRESS"].rpartition(":")[2])
     joined = run("2", existing_cluster)
-    assert joined.stdout == "{0: 2.0, 1: 3.0, 2: 4.0, 3: 5.0}\n", joined.stderr
+    assert joined.stdout == "[(0, 2.0), (1, 3.0), (2, 4.0), (3, 5.0)]\n", joined.stderr
     assert port in listening()
 
     refused = run("64", existing_cluster)

@@ -70,8 +70,8 @@ def test_any_other_error_names_the_rank_that_began(tmp_path: Path) -> None:
 def test_an_exit_status_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
         run("exit_with_status", tmp_path)
-    assert "training rank 1 of 2 ended with exit status 7" in str(caught.value)
-    assert "last words" in str(caught.value)
+    assert "training rank 1 of 2 failed: SystemExit: 7" in str(caught.value)
+    assert "last words" in (tmp_path / "logs" / "rank-1.log").read_text()
 
 
 def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:

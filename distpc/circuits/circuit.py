@@ -1,0 +1,316 @@
+"""The circuit: a torch module that evaluates a compiled region graph on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distpc.circuits import queries, sampling
+from distpc.circuits.compiled import compile_graph
+from distpc.circuits.evidence import Evidence, EvidenceReader
+from distpc.circuits.inputs import CategoricalBank, GaussianBank
+from distpc.circuits.layers import SumBank
+from distpc.circuits.schedule import BankPlan
+from distpc.circuits.steps import Bank, Pass, build_step, run_steps
+from distpc.structures.region_graph import RegionGraph
+
+
+class Evaluation(NamedTuple):
+    """A batch's log-likelihoods and how they came about.
+
+    Attributes:
+        log_prob: (B,) float32 nats.
+        scaled: the pass over scaled values, of all samples.
+        logs: the pass in the log domain, of the samples `again`; None where none needed it.
+        again: indices of those samples.
+    """
+
+    log_prob: Tensor
+    scaled: Pass
+    logs: Pass | None
+    again: Tensor
+
+
+class Circuit(nn.Module):
+    """A probabilistic circuit whose parameters are expected statistics (see `statistics`).
+
+    Calling it gives log-likelihoods in nats; backward of a loss linear in them leaves *flows* in
+    the `.grad` of the statistics: for the loss -log_prob.sum() / N, S.grad is minus the mean flow.
+
+    Args:
+        graph: the structure.
+        num_categories: for each variable its number of categories; None for a real variable.
+        seed: of the random initial weights.
+        init_noise: 0 makes all weights uniform; 1 gives rows whose entries differ up to e^2-fold.
+
+    Attributes:
+        any_rank: given whether this process needs the log-domain pass, whether any does. Where
+            parameters are partitioned over processes (ZeRO-3) every process has to take part in
+            every pass: set it to an all-reduce there.
+        last_impossible: number of samples of the last forward with likelihood 0 or NaN.
+    """
+
+    def __init__(
+        self,
+        graph: RegionGraph,
+        num_categories: Sequence[int | None],
+        *,
+        seed: int = 0,
+        init_noise: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if len(num_categories) != graph.num_variables:
+            raise ValueError(f"{graph.num_variables} variables, {len(num_categories)} categories")
+        self.graph = graph
+        self.num_categories = tuple(num_categories)
+        self.schedule = compile_graph(graph, self.num_categories)
+        self.banks = nn.ModuleDict(
+            {
+                f"{plan.kind}_{number:04d}": _build_bank(plan)
+                for number, plan in enumerate(self.schedule.banks)
+            }
+        )
+        variables = [-1 if r.variable is None else r.variable for r in graph.regions]
+        self.step_list = [
+            build_step(plan, fanout, self.schedule.banks, variables)
+            for plan, fanout in zip(self.schedule.steps, self.schedule.fanouts, strict=True)
+        ]
+        self.steps = nn.ModuleList(self.step_list)
+        self._units = [graph.regions[p.regions[0]].num_units for p in self.schedule.steps]
+        self._tables = {
+            owner: (number, table)
+            for number, plan in enumerate(self.schedule.banks)
+            for table, owners in enumerate(plan.owners)
+            for owner in owners
+        }
+        values = [0] * graph.num_latents
+        for region in graph.regions:
+            if region.latent is not None:
+                values[region.latent] = max(values[region.latent], region.num_units)
+        self.latent_sizes = tuple(values)
+        self.reader = EvidenceReader(self.num_categories, self.latent_sizes)
+        self.any_rank: Callable[[bool], bool] = bool
+        self.smoothing = (0.0, 0.0, 1)
+        self.last_impossible = torch.zeros((), dtype=torch.int64)
+        self.dataset: dict[str, Any] = {}
+        self.training_facts: dict[str, Any] = {}
+        self._init(seed, init_noise)
+
+    def forward(self, x: Any, latents: Any = None, observed: Any = None) -> Tensor:
+        """Log-likelihoods (B,) in nats, float32; exactly -inf for impossible evidence.
+
+        Args:
+            x: (B, V) integers with -1, or floats with NaN, where missing.
+            latents: (B, Z) integers, -1 where unobserved: evidence on latent variables.
+            observed: bool (V,) or (B, V); False sums the variable out.
+
+        Raises:
+            EvidenceError: values, mask or latents do not fit the circuit.
+        """
+        evidence = self.reader.read(x, latents, observed, self.device)
+        log_prob = self.evaluate(evidence).log_prob
+        self.last_impossible = (~log_prob.detach().isfinite()).sum()
+        return log_prob
+
+    def evaluate(self, evidence: Evidence, keep: bool = False) -> Evaluation:
+        """Evaluate scaled values, then in logs the samples that those cannot represent.
+
+        Args:
+            evidence: checked observations.
+            keep: keep the messages of every step, and make them differentiable.
+        """
+        scaled = self._run(evidence, in_logs=False, keep=keep)
+        again = scaled.is_weak.nonzero()[:, 0]
+        if not self.any_rank(len(again) > 0):
+            return Evaluation(scaled.log_prob, scaled, None, again)
+        logs = self._run(evidence.select(again), in_logs=True, keep=keep)
+        log_prob = scaled.log_prob.index_copy(0, again, logs.log_prob)
+        return Evaluation(log_prob, scaled, logs, again)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def num_variables(self) -> int:
+        """V."""
+        return self.graph.num_variables
+
+    @property
+    def num_latents(self) -> int:
+        """Z."""
+        return self.graph.num_latents
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of the statistics; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """ "em": statistics, for the rule S <- (1 - step) * S - step * S.grad; "gradient": none."""
+        return {"em": list(self.parameters()), "gradient": []}
+
+    def set_smoothing(self, pseudocount: float, leaf_pseudocount: float, num_samples: int) -> None:
+        """Smooth the read-out of weights.
+
+        Args:
+            pseudocount: samples added to a sum row, spread over its entries.
+            leaf_pseudocount: samples added to an input unit, spread over its categories.
+            num_samples: N of the training data.
+        """
+        self.smoothing = (pseudocount, leaf_pseudocount, num_samples)
+        for bank in self.bank_list:
+            count = pseudocount if isinstance(bank, SumBank) else leaf_pseudocount
+            bank.set_smoothing(count, num_samples)
+
+    @property
+    def bank_list(self) -> list[Bank]:
+        """The parameter modules, in the order of the schedule's banks."""
+        return list(self.banks.values())  # type: ignore[arg-type]
+
+    def statistics_of(self, region: int) -> Tensor:
+        """A view of a region's statistics: (K', K) of a sum, (K, C) of a categorical input,
+        (K, 3) of a Gaussian one; writing to it writes the parameter.
+
+        Raises:
+            ValueError: a product or concat region.
+        """
+        bank, table = self.bank_of(region)
+        statistics = bank.statistics.detach()
+        if isinstance(bank, CategoricalBank):
+            return statistics[bank.table(table)].T
+        return statistics[table] if isinstance(bank, SumBank) else statistics[table].T
+
+    def weights_of(self, region: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normalised weights of a region, shaped as `statistics_of`.
+
+        Of a Gaussian input: mean and variance, (K, 2), in the variable's units.
+        """
+        bank, table = self.bank_of(region)
+        if isinstance(bank, SumBank):
+            return bank.weights(dtype)[table]
+        if isinstance(bank, CategoricalBank):
+            return bank.weights(dtype)[bank.table(table)].T
+        mean, variance = bank.moments(bank.statistics.detach().to(dtype))
+        spread = bank.spread[table]
+        return torch.stack(
+            [mean[table] * spread + bank.centre[table], variance[table] * spread**2], dim=-1
+        ).to(dtype)
+
+    def bank_of(self, region: int) -> tuple[Bank, int]:
+        """The parameter module of a region, and the number of its table there."""
+        if region not in self._tables:
+            raise ValueError(f"region {region} ({self.graph.regions[region].kind}) has no weights")
+        number, table = self._tables[region]
+        return self.bank_list[number], table
+
+    def uses(self) -> list[Tensor]:
+        """For each region (num_units,): how often a sample is expected to use each unit."""
+        return queries.uses(self)
+
+    @torch.no_grad()
+    def rescale_to_uses_(self) -> None:
+        """Bring statistics to the scale of flows: S <- theta * expected uses of the row.
+
+        Needed after random initialisation, and after assembling a circuit from pieces that were
+        trained alone; else the first steps of training are too small or too large.
+        """
+        uses = self.uses()
+        for bank, plan in zip(self.bank_list, self.schedule.banks, strict=True):
+            of_tables = [
+                torch.stack([uses[owner] for owner in owners]).sum(0) for owners in plan.owners
+            ]
+            if isinstance(bank, SumBank):
+                weights = bank.weights()
+                bank.statistics.copy_(weights * torch.stack(of_tables).unsqueeze(-1))
+            elif isinstance(bank, CategoricalBank):
+                weights = bank.weights()
+                for table, of_table in enumerate(of_tables):
+                    bank.statistics[bank.table(table)] = weights[bank.table(table)] * of_table
+            else:
+                moments = bank.statistics / bank.statistics[:, :1].clamp_min(1e-30)
+                bank.statistics.copy_(moments * torch.stack(of_tables).unsqueeze(1))
+
+    def standardise(self, centre: Tensor, spread: Tensor) -> None:
+        """Set about which values the statistics of real variables are kept; call before training.
+
+        Initial means are drawn about the centre, on the scale of the spread.
+
+        Args:
+            centre: (V,) for instance training means; entries of categorical variables are unused.
+            spread: (V,) for instance standard deviations, > 0.
+        """
+        for bank, plan in zip(self.bank_list, self.schedule.banks, strict=True):
+            if not isinstance(bank, GaussianBank):
+                continue
+            for table, owners in enumerate(plan.owners):
+                variables = [self.graph.regions[owner].variable for owner in owners]
+                bank.centre[table] = centre[variables].double().mean()
+                bank.spread[table] = spread[variables].double().mean()
+
+    @torch.no_grad()
+    def entropy_of_weights(self) -> dict[str, float]:
+        """Mean entropy in bits of the rows of each sum fold, by its name."""
+        entropies = {}
+        for name, bank in self.banks.items():
+            if isinstance(bank, SumBank):
+                weights = bank.weights()
+                bits = -torch.special.xlogy(weights, weights).sum(-1) / torch.log(torch.tensor(2.0))
+                entropies[name] = float(bits.mean())
+        return entropies
+
+    def dead_states(self, threshold: float = 1e-4) -> int:
+        """How many states (units of latent regions, or else of all products) a sample is expected
+        to use less than `threshold` times."""
+        regions = self.graph.regions
+        states = [i for i, region in enumerate(regions) if region.latent is not None]
+        states = states or [i for i, region in enumerate(regions) if region.kind == "product"]
+        uses = self.uses()
+        return sum(int((uses[index] < threshold).sum()) for index in states)
+
+    def log_prob(
+        self, x: Any, observed: Any = None, latents: Any = None, batch_size: int = 1024
+    ) -> Tensor:
+        """As calling the circuit, in batches and without gradients."""
+        return queries.log_prob(self, x, observed, latents, batch_size)
+
+    def conditional(self, x: Any, observed: Any, variables: Sequence[int]) -> Tensor:
+        """P(variable = c | observed), (B, len(variables), C); see `queries.conditional`."""
+        return queries.conditional(self, x, observed, variables)
+
+    def posterior(self, x: Any, observed: Any = None) -> Tensor:
+        """P(latent = k | observed), (B, Z, K); see `queries.posterior`."""
+        return queries.posterior(self, x, observed)
+
+    def sample(self, n: int = 1, seed: int = 0, x: Any = None, observed: Any = None) -> Tensor:
+        """Samples (n, V); given evidence (B, n, V); see `sampling.sample`."""
+        return sampling.sample(self, n, seed, x, observed)
+
+    def _run(self, evidence: Evidence, *, in_logs: bool, keep: bool) -> Pass:
+        return run_steps(
+            self.schedule,
+            self.step_list,
+            self.bank_list,
+            self._units,
+            evidence,
+            in_logs=in_logs,
+            keep=keep,
+        )
+
+    def _init(self, seed: int, noise: float) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for bank in self.bank_list:
+            bank.init(noise, generator)
+        self.rescale_to_uses_()
+
+
+def _build_bank(plan: BankPlan) -> Bank:
+    if plan.kind == "sum":
+        return SumBank(len(plan.owners), plan.num_units, plan.sizes[0])
+    if plan.kind == "categorical":
+        return CategoricalBank(plan.sizes, plan.num_units)
+    return GaussianBank(len(plan.owners), plan.num_units)

@@ -1,0 +1,168 @@
+"""Model folders: `model.safetensors` (statistics) and `circuit.json` (everything else).
+
+Both are written under temporary names, the JSON last: a folder with `circuit.json` is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distpc.artifacts.files import atomic_path, file_digest, write_json
+from distpc.errors import DistpcError, ModelFileError
+from distpc.structures.region_graph import RegionGraph
+
+if TYPE_CHECKING:
+    from distpc.circuits.circuit import Circuit
+
+FORMAT_VERSION = 1
+TENSORS = "model.safetensors"
+DESCRIPTION = "circuit.json"
+
+
+def save_model(
+    circuit: Circuit, folder: Path, *, dataset: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """Write a circuit into `folder`.
+
+    Args:
+        circuit: the model.
+        folder: made where it is missing; files of an earlier model are replaced.
+        dataset: description of the data (JSON values).
+        training: facts about training worth keeping (JSON values).
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in circuit.state_dict().items()}
+    # While the tensors are replaced, the old description must not vouch for the new file.
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    with atomic_path(folder / TENSORS) as partial:
+        save_file(tensors, partial)
+    pseudocount, leaf_pseudocount, num_samples = circuit.smoothing
+    write_json(
+        folder / DESCRIPTION,
+        {
+            "format_version": FORMAT_VERSION,
+            "graph": circuit.graph.to_json(),
+            "num_categories": list(circuit.num_categories),
+            "smoothing": {
+                "pseudocount": pseudocount,
+                "leaf_pseudocount": leaf_pseudocount,
+                "num_samples": num_samples,
+            },
+            "layout": _layout(circuit),
+            "tensors": {
+                "file": TENSORS,
+                "bytes": (folder / TENSORS).stat().st_size,
+                "sha256": file_digest(folder / TENSORS),
+            },
+            "dataset": dataset,
+            "training": training,
+        },
+    )
+
+
+def load_model(folder: Path | str) -> Circuit:
+    """Read the circuit in `folder`; its `dataset` and `training_facts` are what was saved.
+
+    Raises:
+        ModelFileError: a file is missing, cut, damaged, or of a version this code cannot read.
+    """
+    from safetensors.torch import load_file
+
+    from distpc.circuits.circuit import Circuit
+
+    folder = Path(folder)
+    description = _read_description(folder / DESCRIPTION)
+    _check_tensors(folder / TENSORS, description)
+    try:
+        graph = RegionGraph.from_json(description["graph"])
+        circuit = Circuit(graph, description["num_categories"])
+        circuit.set_smoothing(**description["smoothing"])
+        circuit.dataset = description["dataset"]
+        circuit.training_facts = description["training"]
+        layout = description["layout"]
+    except (KeyError, TypeError, ValueError, DistpcError) as error:
+        raise ModelFileError(
+            "a model's description is damaged", where=folder / DESCRIPTION, found=repr(error)
+        ) from error
+    if layout != _layout(circuit):
+        raise ModelFileError(
+            "a model's parameters are laid out in a way that this code does not read",
+            where=folder / DESCRIPTION,
+            fix="use the version of distpc that wrote it",
+        )
+    tensors = load_file(folder / TENSORS)
+    expected = {name: tuple(t.shape) for name, t in circuit.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if found != expected:
+        odd = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+        raise ModelFileError(
+            "a model's tensors do not fit its region graph",
+            where=f"{folder / TENSORS}, tensor '{odd[0]}'",
+            found=found.get(odd[0], "no such tensor"),
+            expected=expected.get(odd[0], "no such tensor"),
+        )
+    circuit.load_state_dict(tensors)
+    return circuit
+
+
+def _layout(circuit: Circuit) -> dict[str, list[int]]:
+    """For each parameter module, the first region of each of its tables."""
+    plans = circuit.schedule.banks
+    return {
+        name: [owners[0] for owners in plan.owners]
+        for name, plan in zip(circuit.banks, plans, strict=True)
+    }
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelFileError(
+            "not a model folder",
+            where=path,
+            found="no such file",
+            expected=f"a folder with {DESCRIPTION} and {TENSORS}",
+        ) from error
+    except ValueError as error:
+        raise ModelFileError(
+            "a model's description is not valid JSON", where=path, found=str(error)
+        ) from error
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != FORMAT_VERSION:
+        raise ModelFileError(
+            "a model has a format version that this code does not read",
+            where=path,
+            found=version,
+            expected=FORMAT_VERSION,
+            fix="use the version of distpc that wrote it",
+        )
+    return description
+
+
+def _check_tensors(path: Path, description: dict[str, Any]) -> None:
+    expected = description.get("tensors")
+    if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+        raise ModelFileError("a model's description is damaged", where=path.parent / DESCRIPTION)
+    if not path.is_file():
+        raise ModelFileError("a model's tensors are missing", where=path)
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise ModelFileError(
+            "a model's tensors are cut",
+            where=path,
+            found=f"{size} bytes",
+            expected=f"{expected['bytes']} bytes",
+        )
+    digest = file_digest(path)
+    if digest != expected["sha256"]:
+        raise ModelFileError(
+            "a model's tensors are damaged",
+            where=path,
+            found=f"sha256 {digest[:16]}...",
+            expected=f"sha256 {expected['sha256'][:16]}...",
+        )

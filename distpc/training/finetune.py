@@ -1,0 +1,210 @@
+"""Stage `finetune`: online EM on the data alone, over DeepSpeed ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distpc.artifacts.files import fingerprint, read_json, write_json
+from distpc.artifacts.stage import StageContext
+from distpc.circuits.circuit import Circuit
+from distpc.circuits.io import load_model, save_model
+from distpc.data.index import ShardIndex
+from distpc.data.loader import Loader
+from distpc.data.plan import LoaderState
+from distpc.data.reader import iterate_split
+from distpc.data.spec import DatasetSpec
+from distpc.parallel.collectives import barrier
+from distpc.parallel.engine import Engine
+from distpc.parallel.launch import run_ranks
+from distpc.parallel.mesh import Mesh
+from distpc.structures.region_graph import RegionGraph
+from distpc.training.checkpoint import Checkpoint, Checkpoints, TrainingFacts, check_shapes
+from distpc.training.monitor import Monitor
+from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.start import MARGINAL_SAMPLES, marginal_counts, start_near_marginals_
+from distpc.training.trainer import Parts, Trainer
+from distpc.training.validation import Validation
+
+RESULTS = "training.json"
+UNRELATED_FIELDS = {"micro_batch_size", "checkpoint_every_seconds", "keep_checkpoints"}
+"""Fields of the finetune section that a resumed training may change."""
+
+
+def run(ctx: StageContext) -> None:
+    """Fine-tune on all ranks, then write the best model on the validation split to `model/`."""
+    parallel = ctx.config.parallel
+    run_ranks(
+        "distpc.training.finetune:train_rank",
+        ctx.to_json(),
+        num_ranks=parallel.num_ranks,
+        threads_per_rank=parallel.threads_per_rank,
+        log_folder=ctx.out / "logs",
+    )
+    results = read_json(ctx.out / RESULTS)
+    ctx.metadata.update(results)
+    if Mesh.from_environment().is_main:
+        _save_best(ctx, results)
+
+
+def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
+    """What every rank runs: prepare, resume, train, and leave results and checkpoints."""
+    ctx = StageContext.from_json(payload)
+    spec = DatasetSpec.load(ctx.input("shards").path)
+    index = ShardIndex.load(ctx.input("index").path)
+    checkpoints = Checkpoints(
+        ctx.out / "checkpoints", identity_of(ctx), ctx.config.finetune.keep_checkpoints
+    )
+    if mesh.is_main:
+        checkpoints.clean()
+    barrier(mesh)
+    found = checkpoints.newest()
+    facts = TrainingFacts() if found is None else found.facts
+    circuit = starting_circuit(ctx, spec, index, random_rows=found is None)
+    if found is not None:
+        # Before the engine is made: under ZeRO-3 no whole parameter is left after it.
+        _load(circuit, found)
+    parts = _assemble(ctx, spec, index, mesh, circuit, checkpoints, facts)
+    if found is not None:
+        parts.optimizer.restore_moments(found.moments(mesh.rank, mesh.world_size))
+    trainer = Trainer(ctx.config.finetune, spec, index.num_samples("train"), parts, facts)
+    with parts.monitor:
+        trainer.run()
+        results = trainer.results()
+    if mesh.is_main:
+        extra = {
+            "num_parameters": circuit.num_parameters,
+            "zero_stage": ctx.config.parallel.zero_stage,
+            "resumed_at_step": 0 if found is None else found.facts.step,
+            "deepspeed": parts.engine.config_json,
+        }
+        write_json(ctx.out / RESULTS, {**results, **extra})
+
+
+def starting_circuit(
+    ctx: StageContext, spec: DatasetSpec, index: ShardIndex, *, random_rows: bool = True
+) -> Circuit:
+    """The circuit that training starts from, equal on every rank, with its smoothing set.
+
+    Args:
+        ctx: of the stage.
+        spec: of the data.
+        index: of the shards.
+        random_rows: whether a random start has to be moved near the data's marginals; not needed
+            when a checkpoint will overwrite it.
+    """
+    config = ctx.config.finetune
+    if config.initialization == "distilled":
+        circuit = load_model(ctx.input("distill").path / "model")
+    else:
+        graph = RegionGraph.from_json(read_json(_graph_path(ctx)))
+        circuit = Circuit(
+            graph, spec.num_categories, seed=ctx.config.seed, init_noise=config.init_noise
+        )
+        if random_rows:
+            counts = marginal_counts(_first_samples(index, spec), spec.num_categories)
+            start_near_marginals_(circuit, counts)
+    circuit.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
+    return circuit
+
+
+def identity_of(ctx: StageContext) -> dict[str, Any]:
+    """What a checkpoint must share with this training to continue it."""
+    fields = ctx.config.finetune.model_dump(mode="json", exclude=UNRELATED_FIELDS)
+    inputs = {f"input.{name}": artifact.fingerprint for name, artifact in ctx.inputs.items()}
+    return {
+        "graph": fingerprint(read_json(_graph_path(ctx))),
+        "seed": ctx.config.seed,
+        **{f"finetune.{name}": value for name, value in fields.items()},
+        **inputs,
+    }
+
+
+def _assemble(
+    ctx: StageContext,
+    spec: DatasetSpec,
+    index: ShardIndex,
+    mesh: Mesh,
+    circuit: Circuit,
+    checkpoints: Checkpoints,
+    facts: TrainingFacts,
+) -> Parts:
+    config, parallel = ctx.config.finetune, ctx.config.parallel
+    whole = circuit
+    if parallel.zero_stage == 3 and mesh.is_main:
+        whole = Circuit(circuit.graph, circuit.num_categories)
+        whole.load_state_dict(circuit.state_dict())
+        whole.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
+    optimizer = CircuitOptimizer(
+        circuit.parameter_groups(), step_size=config.step_size, learning_rate=config.learning_rate
+    )
+    loader = Loader(
+        index,
+        spec,
+        "train",
+        global_batch=config.batch_size,
+        mesh_rank=mesh.rank,
+        num_ranks=mesh.world_size,
+        seed=ctx.config.seed,
+        cache_bytes=ctx.config.data.cache_bytes,
+        state=LoaderState.from_json(facts.loader) if facts.loader else None,
+    )
+    return Parts(
+        circuit=circuit,
+        whole=whole,
+        optimizer=optimizer,
+        engine=Engine(circuit, optimizer, mesh=mesh, zero_stage=parallel.zero_stage),
+        loader=loader,
+        validation=Validation(
+            index,
+            spec,
+            "valid",
+            mesh,
+            batch_size=config.micro_batch_size,
+            cache_bytes=ctx.config.data.cache_bytes,
+        ),
+        checkpoints=checkpoints,
+        monitor=Monitor(
+            ctx.tensorboard / "finetune", spec, enabled=mesh.is_main, first_step=facts.step + 1
+        ),
+        mesh=mesh,
+    )
+
+
+def _load(circuit: Circuit, checkpoint: Checkpoint) -> None:
+    state = checkpoint.statistics()
+    check_shapes(checkpoint.path, state, circuit.state_dict())
+    circuit.load_state_dict(state)
+
+
+def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
+    spec = DatasetSpec.load(ctx.input("shards").path)
+    index = ShardIndex.load(ctx.input("index").path)
+    best = Checkpoints(ctx.out / "checkpoints", identity_of(ctx)).at(results["best_step"])
+    circuit = starting_circuit(ctx, spec, index, random_rows=False)
+    _load(circuit, best)
+    training = {
+        "step": results["best_step"],
+        "epoch": results["best_epoch"],
+        f"valid_{spec.unit}": results[f"valid_{spec.unit}"],
+        "seed": ctx.config.seed,
+        "finetune": ctx.config.finetune.model_dump(mode="json"),
+    }
+    save_model(circuit, ctx.out / "model", dataset=spec.to_json(), training=training)
+
+
+def _first_samples(index: ShardIndex, spec: DatasetSpec) -> Iterator[np.ndarray]:
+    """Batches of the first training samples, enough for marginals."""
+    seen = 0
+    for batch in iterate_split(index, spec, "train", 1024):
+        if seen >= MARGINAL_SAMPLES:
+            return
+        seen += len(batch)
+        yield batch
+
+
+def _graph_path(ctx: StageContext) -> Path:
+    return ctx.input("structure").path / "region_graph.json"

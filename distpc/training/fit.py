@@ -1,0 +1,167 @@
+"""`distpc.fit`: online EM in one process on an array in memory, without the pipeline."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distpc.circuits.circuit import Circuit
+from distpc.data.plan import SamplePlan, num_steps
+from distpc.errors import DataError
+from distpc.parallel.progress import Progress
+from distpc.training.figures import Figures, tally
+from distpc.training.guard import Guard
+from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.schedule import LinearSchedule
+
+Array = np.ndarray | Tensor
+
+
+def fit(
+    circuit: Circuit,
+    data: Array,
+    *,
+    epochs: int = 20,
+    batch_size: int = 256,
+    step_size: float = 0.3,
+    final_step_size: float = 0.01,
+    pseudocount: float = 0.1,
+    leaf_pseudocount: float = 1.0,
+    learning_rate: float = 0.01,
+    valid: Array | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train a circuit in place by online EM, from the parameters that it has.
+
+    Args:
+        circuit: trained in place; with `valid`, it ends with the parameters of the best epoch.
+        data: (N, V) integers with -1 for missing values, or floats with NaN.
+        epochs: passes over the data.
+        batch_size: samples per update (all of the data, if there are fewer).
+        step_size, final_step_size: first and last step of online EM, linear in between.
+        pseudocount: samples' worth of smoothing a sum row.
+        leaf_pseudocount: samples' worth of smoothing a categorical input row.
+        learning_rate: Adam's, for parameters that are trained by gradient.
+        valid: (N', V) samples to choose the best epoch by.
+        seed: of the order of samples.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A row an epoch: `epoch`, `train_bits` (bits per observed value, mean over the epoch's
+        batches, each before its own update), `impossible` (training samples of likelihood 0),
+        `step_size`, and `valid_bits`, `valid_impossible` where there are validation samples.
+
+    Raises:
+        DataError: the array does not fit the circuit.
+        TrainingError: log-likelihoods or statistics are no longer finite.
+    """
+    x = as_samples(circuit, data, "data")
+    valid_x = None if valid is None else as_samples(circuit, valid, "valid")
+    batch_size, total = min(batch_size, len(x)), epochs * len(x)
+    circuit.set_smoothing(pseudocount, leaf_pseudocount, len(x))
+    optimizer = CircuitOptimizer(circuit.parameter_groups(), learning_rate=learning_rate)
+    schedule = LinearSchedule(step_size, final_step_size, total)
+    plan, guard = SamplePlan([len(x)], seed), Guard(math.inf)
+    bar = Progress("fit", total, "samples") if progress else None
+    history: list[dict[str, float]] = []
+    best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
+    sums = torch.zeros(len(Figures.NAMES), dtype=torch.float64)
+    for step in range(num_steps(total, batch_size)):
+        first = step * batch_size
+        rows = torch.from_numpy(plan.take(first, first + batch_size)[1])
+        optimizer.set_step_size(schedule(first))
+        figures = _update(circuit, optimizer, x[rows], sums)
+        if figures.not_a_number:
+            guard.check_statistics(step, dict(circuit.named_parameters()))
+        guard.check_batch(
+            step + 1,
+            not_a_number=figures.not_a_number,
+            impossible=figures.impossible,
+            size=batch_size,
+        )
+        optimizer.step()
+        if bar is not None:
+            bar.advance(min(batch_size, total - first), bits=figures.bits)
+        epoch = min(first + batch_size, total) // len(x)
+        if epoch > first // len(x):
+            guard.check_statistics(step + 1, dict(circuit.named_parameters()))
+            history.append(_row(epoch, schedule(first), Figures.of(sums)))
+            sums.zero_()
+            if valid_x is not None:
+                best = _validate(circuit, valid_x, batch_size, history[-1], best)
+    if bar is not None:
+        bar.close()
+    if best is not None:
+        circuit.load_state_dict(best[1])
+    return history
+
+
+def as_samples(circuit: Circuit, data: Array, name: str) -> Tensor:
+    """An array as samples of a circuit: (N, V) int64, or float32 where it has fractions or NaN.
+
+    Raises:
+        DataError: no rows, another number of variables, or a value outside the categories.
+    """
+    x = torch.as_tensor(data)
+    if x.dim() != 2 or x.shape[1] != circuit.num_variables or not len(x):
+        raise DataError(
+            "the array does not fit the circuit",
+            where=name,
+            found=f"shape {tuple(x.shape)}",
+            expected=f"(samples, {circuit.num_variables})",
+        )
+    x = x.float() if x.is_floating_point() else x.long()
+    for variable, count in enumerate(circuit.num_categories):
+        largest = x[:, variable].nan_to_num(-1).max() if count is not None else x.new_tensor(-1)
+        if count is not None and largest >= count:
+            raise DataError(
+                "a value is outside a variable's categories",
+                where=f"{name}, column {variable}",
+                found=float(largest),
+                expected=f"0 .. {count - 1}",
+            )
+    return x
+
+
+def _update(circuit: Circuit, optimizer: CircuitOptimizer, x: Tensor, sums: Tensor) -> Figures:
+    """Flows of one batch into `.grad`; adds its figures to `sums`."""
+    optimizer.zero_grad()
+    likelihoods = circuit(x)
+    kept = torch.where(torch.isfinite(likelihoods), likelihoods, torch.zeros_like(likelihoods))
+    # Only `backward` sees a gradient; its value is minus the mean flow.
+    (-kept.sum() / len(x)).backward()  # type: ignore[no-untyped-call]
+    totals = tally(likelihoods.detach(), x)
+    sums += totals
+    return Figures.of(totals)
+
+
+def _row(epoch: int, step_size: float, figures: Figures) -> dict[str, float]:
+    return {
+        "epoch": float(epoch),
+        "train_bits": figures.bits,
+        "impossible": float(figures.impossible),
+        "step_size": step_size,
+    }
+
+
+def _validate(
+    circuit: Circuit,
+    x: Tensor,
+    batch_size: int,
+    row: dict[str, float],
+    best: Any,
+) -> Any:
+    """Add the validation figures to the epoch's row; the better of it and the best so far."""
+    with torch.no_grad():
+        sums = sum(tally(circuit(part), part) for part in x.split(batch_size))
+    figures = Figures.of(torch.as_tensor(sums))
+    row["valid_bits"], row["valid_impossible"] = figures.bits, float(figures.impossible)
+    rank = (float(figures.impossible), figures.bits)
+    if best is not None and best[0] <= rank:
+        return best
+    return rank, {name: value.clone() for name, value in circuit.state_dict().items()}

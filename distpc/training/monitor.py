@@ -1,0 +1,189 @@
+"""What a training shows of itself: TensorBoard scalars, histograms and picture grids."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from distpc.circuits.circuit import Circuit
+from distpc.data.spec import DatasetSpec
+from distpc.training.pictures import lower_half_hidden, to_display, to_grid
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+DEAD_STATE_THRESHOLD = 1e-4
+"""Uses per sample below which a state counts as dead."""
+NUM_SAMPLES = 36
+NUM_COMPLETED_IMAGES = 6
+COMPLETIONS_PER_IMAGE = 4
+
+
+class Monitor:
+    """Writes to TensorBoard, and a line per evaluation to stderr; silent where not enabled.
+
+    Args:
+        folder: of the event files; of one training alone, because resuming purges in it.
+        spec: of the data, for units and pictures.
+        enabled: whether this process reports (rank 0).
+        first_step: steps from here on are dropped from an earlier attempt's event files.
+        picture_seconds: least time between two sets of pictures.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: DatasetSpec,
+        *,
+        enabled: bool,
+        first_step: int = 0,
+        picture_seconds: float = 20.0,
+    ) -> None:
+        self.spec = spec
+        self.picture_seconds = picture_seconds
+        self._last_pictures = -math.inf
+        self._writer: SummaryWriter | None = None
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(folder), purge_step=first_step if first_step > 0 else None
+            )
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this process reports."""
+        return self._writer is not None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write figures under their names; the caller puts units into the names."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def say(self, line: str) -> None:
+        """One line for the terminal or the log."""
+        if self._writer is not None:
+            print(line, file=sys.stderr, flush=True)
+
+    def health(self, step: int, circuit: Circuit) -> dict[str, float]:
+        """Write latent usage, dead states and weight entropies; return them.
+
+        Args:
+            step: number of the step.
+            circuit: with whole parameters (not ZeRO-3's shards).
+        """
+        if self._writer is None:
+            return {}
+        figures = {"latents/dead_states": float(circuit.dead_states(DEAD_STATE_THRESHOLD))}
+        for name, bits in circuit.entropy_of_weights().items():
+            figures[f"sum_weight_entropy_bits/{name}"] = float(bits)
+        usage = latent_usage(circuit)
+        if usage is not None:
+            entropy = -(usage * usage.clamp_min(1e-30).log2()).sum(-1).mean()
+            figures["latents/usage_entropy_bits"] = float(entropy)
+            self._writer.add_histogram("latents/usage", usage.flatten(), step)
+        self.scalars(step, figures)
+        return figures
+
+    def pictures(
+        self, step: int, circuit: Circuit, examples: np.ndarray, *, force: bool = False
+    ) -> None:
+        """Draw samples and completions of images, unless that was done a moment ago.
+
+        Args:
+            step: number of the step.
+            circuit: with whole parameters.
+            examples: (n, V) images of which the lower half is hidden and completed.
+            force: draw in any case.
+        """
+        due = time.monotonic() - self._last_pictures >= self.picture_seconds
+        if self._writer is None or self.spec.kind != "image" or not (due or force):
+            return
+        drawn = _as_array(circuit.sample(NUM_SAMPLES, seed=0))
+        self._image("samples", to_grid(to_display(drawn, self.spec)), step)
+        self._image("completions", completion_grid(circuit, examples, self.spec), step)
+        self._last_pictures = time.monotonic()
+
+    def _image(self, name: str, grid: np.ndarray, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_image(name, grid, step, dataformats="HWC")
+
+
+def completion_grid(circuit: Circuit, examples: np.ndarray, spec: DatasetSpec) -> np.ndarray:
+    """Rows of: original, lower half hidden, completions drawn by the circuit.
+
+    Args:
+        circuit: with whole parameters.
+        examples: (n, V) images; the first few are used.
+        spec: of the images.
+
+    Returns:
+        (H', W', C) uint8.
+    """
+    chosen = np.asarray(examples[:NUM_COMPLETED_IMAGES])
+    observed = lower_half_hidden(spec)
+    drawn = _as_array(
+        circuit.sample(
+            COMPLETIONS_PER_IMAGE,
+            seed=0,
+            x=torch.from_numpy(chosen.astype(np.int64)),
+            observed=torch.from_numpy(observed),
+        )
+    )
+    hidden = np.where(observed, chosen, -1)
+    rows = np.concatenate([chosen[:, None], hidden[:, None], drawn], axis=1)
+    flat = rows.reshape(-1, rows.shape[-1])
+    return to_grid(to_display(flat, spec), columns=COMPLETIONS_PER_IMAGE + 2)
+
+
+def latent_usage(circuit: Circuit) -> torch.Tensor | None:
+    """(Z', K) share of each state in each latent region's use; None if no region has a latent.
+
+    Only latents with the most common number of states are shown.
+    """
+    uses = circuit.uses()
+    rows = [
+        uses[index].float().cpu()
+        for index, region in enumerate(circuit.graph.regions)
+        if region.latent is not None
+    ]
+    if not rows:
+        return None
+    widths = [len(row) for row in rows]
+    width = max(set(widths), key=widths.count)
+    usage = torch.stack([row for row in rows if len(row) == width])
+    return usage / usage.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this process held so far: of the accelerator if it uses one, else RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux gives kibibytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _as_array(values: Any) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

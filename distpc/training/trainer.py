@@ -1,0 +1,282 @@
+"""The loop of fine-tuning: batches, updates, validation, checkpoints, on every rank alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distpc.circuits.circuit import Circuit
+from distpc.config.schema import FinetuneConfig
+from distpc.data.loader import Loader
+from distpc.data.spec import MISSING, DatasetSpec
+from distpc.parallel.collectives import barrier, gather_objects, sum_across
+from distpc.parallel.engine import Engine
+from distpc.parallel.mesh import Mesh
+from distpc.parallel.progress import Progress
+from distpc.training.checkpoint import Checkpoints, TrainingFacts
+from distpc.training.figures import Figures, tally
+from distpc.training.guard import Guard
+from distpc.training.monitor import Monitor, peak_memory_bytes
+from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.schedule import LinearSchedule
+from distpc.training.validation import Validation
+
+
+@dataclass
+class Parts:
+    """What a trainer works with; one of each on every rank.
+
+    Attributes:
+        circuit: the module inside the engine.
+        whole: a circuit that holds whole parameters on rank 0: the same object, except under
+            ZeRO-3, where it is a copy that `full_state` is loaded into.
+    """
+
+    circuit: Circuit
+    whole: Circuit
+    optimizer: CircuitOptimizer
+    engine: Engine
+    loader: Loader
+    validation: Validation
+    checkpoints: Checkpoints
+    monitor: Monitor
+    mesh: Mesh
+
+
+class Trainer:
+    """Online EM on the data alone.
+
+    Args:
+        config: the finetune section.
+        spec: of the data.
+        num_samples: samples of the training split.
+        parts: see `Parts`.
+        facts: where to go on from; fresh ones for a new training.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        spec: DatasetSpec,
+        num_samples: int,
+        parts: Parts,
+        facts: TrainingFacts,
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self.num_samples = num_samples
+        self.total = config.num_epochs * num_samples
+        self.parts = parts
+        self.facts = facts
+        self.guard = Guard(config.max_divergence_bits)
+        self.schedule = LinearSchedule(config.step_size, config.final_step_size, self.total)
+        self._saved_at = time.monotonic()
+        self._started_at = time.monotonic()
+        self._started_samples = facts.samples
+
+    def run(self) -> None:
+        """Train from where `facts` stand to the end; the last step is always validated."""
+        parts, facts = self.parts, self.facts
+        if facts.best is None:
+            self._validate()
+        progress = Progress("finetune", self.total, "samples")
+        progress.advance(min(facts.samples, self.total))
+        for batch in parts.loader.batches(self.total):
+            figures, wants_checkpoint = self._update(batch)
+            facts.step += 1
+            before, facts.samples = facts.samples, facts.samples + batch.global_size
+            facts.loader = batch.state.to_json()
+            bits = figures.bits
+            self._account(figures, before)
+            progress.advance(min(batch.global_size, self.total - before), bits=bits)
+            self._report_step(bits)
+            ended = facts.samples >= self.total
+            if ended or self._due(before, self.config.evaluate_every_epochs):
+                self._validate(last=ended)
+            elif wants_checkpoint:
+                self._save()
+        progress.close()
+
+    def results(self) -> dict[str, Any]:
+        """Figures for the report (JSON values); a collective of all ranks."""
+        facts, mesh, unit = self.facts, self.parts.mesh, self.spec.unit
+        memory = gather_objects(peak_memory_bytes(mesh.device), mesh)
+        assert facts.best is not None
+        return {
+            f"train_{unit}": facts.train_bits,
+            f"train_{unit}_is": "mean over the last epoch's batches, each before its own update",
+            f"valid_{unit}": facts.best["bits"],
+            "valid_impossible_samples": int(facts.best["impossible"]),
+            "best_step": int(facts.best["step"]),
+            "best_epoch": facts.best["epoch"],
+            f"last_valid_{unit}": None if facts.valid is None else facts.valid["bits"],
+            "steps": facts.step,
+            "epochs": facts.samples / self.num_samples,
+            "train_impossible_samples": facts.impossible,
+            "samples_per_second": self._samples_per_second(),
+            "waiting_fraction": self._waiting_fraction(),
+            "peak_memory_bytes": max(memory),
+            "peak_memory_bytes_by_rank": memory,
+            "num_ranks": mesh.world_size,
+        }
+
+    def _update(self, batch: Any) -> tuple[Figures, bool]:
+        """One global batch: flows of this rank's share, then the step. Also: save now?"""
+        parts, facts = self.parts, self.facts
+        step = facts.step + 1
+        parts.optimizer.set_step_size(self.schedule(facts.samples))
+        watched = self.guard.wants_statistics(step)
+        if watched:
+            parts.optimizer.watch()
+        totals = torch.zeros(len(Figures.NAMES) + 1, dtype=torch.float64, device=parts.mesh.device)
+        for x, is_real in self._micro_batches(batch):
+            x = x.to(parts.mesh.device)
+            likelihoods = parts.engine(x)
+            usable = torch.isfinite(likelihoods) & is_real
+            # `where` gives samples outside `usable` a flow of exactly zero.
+            kept = torch.where(usable, likelihoods, torch.zeros_like(likelihoods))
+            parts.engine.backward(-kept.sum(), global_count=batch.global_size)
+            if is_real:
+                totals[:-1] += tally(likelihoods.detach(), x)
+        late = time.monotonic() - self._saved_at >= self.config.checkpoint_every_seconds
+        totals[-1] = float(parts.mesh.is_main and late)
+        totals = sum_across(totals, parts.mesh)
+        figures = Figures.of(totals[:-1])
+        if figures.not_a_number:
+            # Where the statistics are the cause, they name the layer and the row.
+            self._check_statistics(facts.step)
+        self.guard.check_batch(
+            step,
+            not_a_number=figures.not_a_number,
+            impossible=figures.impossible,
+            size=batch.global_size,
+        )
+        parts.engine.step()
+        if watched and self._found_by_any_rank():
+            self._check_statistics(step)
+        return figures, bool(totals[-1] > 0)
+
+    def _micro_batches(self, batch: Any) -> Iterator[tuple[Tensor, bool]]:
+        """This rank's share in pieces, as many on every rank; and whether a piece is real.
+
+        A rank whose share is short gets a stand-in of one sample without any value, whose
+        likelihood is 1 and whose flows the caller drops.
+        """
+        pieces = self.parts.engine.micro_batches(
+            len(batch.x),
+            global_count=batch.global_size,
+            micro_batch=self.config.micro_batch_size,
+        )
+        for piece in pieces:
+            if piece.start < piece.stop:
+                yield batch.x[piece], True
+            else:
+                missing = float("nan") if batch.x.is_floating_point() else MISSING
+                yield batch.x.new_full((1, batch.x.shape[1]), missing), False
+
+    def _found_by_any_rank(self) -> bool:
+        mesh = self.parts.mesh
+        found = torch.tensor(float(self.parts.optimizer.end_watch()), device=mesh.device)
+        return bool(sum_across(found, mesh) > 0)
+
+    def _check_statistics(self, step: int) -> None:
+        # Rank 0 alone has the whole state, and its error is the one that says most: wait for it.
+        self.guard.check_statistics(step, self.parts.engine.full_state())
+        barrier(self.parts.mesh)
+
+    def _account(self, figures: Figures, before: int) -> None:
+        facts = self.facts
+        facts.impossible += figures.impossible
+        for name, value in (("nats", figures.nats), ("values", figures.values)):
+            facts.sums[name] = facts.sums.get(name, 0.0) + value
+        if self._due(before, 1.0) or facts.samples >= self.total:
+            facts.train_bits = -facts.sums["nats"] / facts.sums["values"] / math.log(2)
+            facts.sums = {}
+
+    def _due(self, before: int, every_epochs: float) -> bool:
+        interval = every_epochs * self.num_samples
+        return math.floor(before / interval) < math.floor(self.facts.samples / interval)
+
+    def _report_step(self, bits: float) -> None:
+        every = max(1, self.total // 1000 // self.config.batch_size)
+        if self.facts.step % every == 0:
+            self.parts.monitor.scalars(
+                self.facts.step,
+                {
+                    f"train_{self.spec.unit}": bits,
+                    "step_size": self.schedule(self.facts.samples),
+                    "samples_per_second": self._samples_per_second(),
+                    "waiting_for_data_fraction": self._waiting_fraction(),
+                    "peak_memory_bytes": peak_memory_bytes(self.parts.mesh.device),
+                    "impossible_samples": self.facts.impossible,
+                },
+            )
+
+    def _validate(self, *, last: bool = False) -> None:
+        """Evaluate, keep the model if it is the best, and always leave a checkpoint."""
+        parts, facts = self.parts, self.facts
+        figures = parts.validation.evaluate(parts.engine)
+        if facts.best is not None:
+            self.guard.check_validation(facts.step, figures.bits, facts.best["bits"])
+        facts.valid = {
+            "step": facts.step,
+            "epoch": facts.samples / self.num_samples,
+            "bits": figures.bits,
+            "impossible": figures.impossible,
+        }
+        # A model that rules validation samples out is worse than any that does not.
+        rank = (figures.impossible, figures.bits)
+        if facts.best is None or rank < (facts.best["impossible"], facts.best["bits"]):
+            facts.best = facts.valid
+        self._save()
+        self._report_validation(last)
+
+    def _report_validation(self, last: bool) -> None:
+        parts, facts, unit = self.parts, self.facts, self.spec.unit
+        assert facts.valid is not None and facts.best is not None
+        if not parts.monitor.enabled:
+            return
+        parts.monitor.scalars(facts.step, {f"valid_{unit}": facts.valid["bits"]})
+        health = parts.monitor.health(facts.step, parts.whole)
+        examples = parts.validation.examples()
+        parts.monitor.pictures(facts.step, parts.whole, examples, force=last)
+        train = "" if facts.train_bits is None else f"train {facts.train_bits:.4f}  "
+        parts.monitor.say(
+            f"finetune: step {facts.step}  epoch {facts.valid['epoch']:.2f}  {train}"
+            f"valid {facts.valid['bits']:.4f} {unit}  best {facts.best['bits']:.4f} "
+            f"(step {int(facts.best['step'])})  "
+            f"dead states {int(health.get('latents/dead_states', 0))}  "
+            f"{self._samples_per_second():.0f} samples/s"
+        )
+
+    def _save(self) -> None:
+        """Leave a checkpoint of the present state, unless the state is not finite."""
+        parts, facts, mesh = self.parts, self.facts, self.parts.mesh
+        state = parts.engine.full_state()
+        self.guard.check_statistics(facts.step, state)
+        moments = parts.optimizer.moments()
+        if mesh.is_main:
+            parts.checkpoints.open_draft(facts.step)
+        barrier(mesh)
+        if moments:
+            parts.checkpoints.write_moments(facts.step, mesh.rank, mesh.world_size, moments)
+            barrier(mesh)
+        if mesh.is_main:
+            parts.checkpoints.seal(facts, state)
+            if parts.whole is not parts.circuit:
+                parts.whole.load_state_dict(state)
+        self._saved_at = time.monotonic()
+
+    def _samples_per_second(self) -> float:
+        seconds = max(time.monotonic() - self._started_at, 1e-9)
+        return (self.facts.samples - self._started_samples) / seconds
+
+    def _waiting_fraction(self) -> float:
+        seconds = max(time.monotonic() - self._started_at, 1e-9)
+        return self.parts.loader.seconds_waiting / seconds

@@ -1,0 +1,178 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import prepare, variant
+
+from distpc.artifacts.stage import StageContext
+from distpc.circuits.io import load_model
+from distpc.errors import ArtifactError, TrainingError
+from distpc.parallel.launch import run_ranks
+from distpc.training import finetune
+from distpc.training.checkpoint import Checkpoint, Checkpoints
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> StageContext:
+    return prepare(
+        tmp_path_factory.mktemp("run"),
+        num_epochs=3,
+        batch_size=101,
+        micro_batch_size=20,
+        checkpoint_every_seconds=0.0,
+    )
+
+
+def newest(ctx: StageContext) -> Checkpoint:
+    found = Checkpoints(ctx.out / "checkpoints", finetune.identity_of(ctx)).newest()
+    assert found is not None
+    return found
+
+
+def assert_same(first: Checkpoint, second: Checkpoint, **tolerance: float) -> None:
+    ours, theirs = first.statistics(), second.statistics()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.fixture(scope="module")
+def stages(base: StageContext) -> dict[str, StageContext]:
+    """Fine-tuned by one process, and by two ranks under every ZeRO stage."""
+    alone = variant(base, "alone", num_ranks=1)
+    shared = {f"zero{stage}": variant(base, f"zero{stage}", zero_stage=stage) for stage in range(4)}
+    payload = {"contexts": [ctx.to_json() for ctx in shared.values()]}
+    options: dict[str, Any] = {"threads_per_rank": 1, "log_folder": base.out.parent / "logs"}
+    run_ranks("runs:train_each", {"contexts": [alone.to_json()]}, num_ranks=1, **options)
+    run_ranks("runs:train_each", payload, num_ranks=2, **options)
+    return {"alone": alone, **shared}
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_every_zero_stage_gives_the_statistics_of_one_process(
+    stages: dict[str, StageContext], stage: int
+) -> None:
+    alone, shared = newest(stages["alone"]), newest(stages[f"zero{stage}"])
+    assert alone.facts.step == shared.facts.step == 43
+    assert_same(shared, alone, rtol=1e-4, atol=1e-5)
+    for figure in ("bits", "impossible"):
+        assert alone.facts.best is not None and shared.facts.best is not None
+        assert shared.facts.best[figure] == pytest.approx(alone.facts.best[figure], abs=1e-5)
+
+
+def test_learns_and_says_so(stages: dict[str, StageContext]) -> None:
+    results = json.loads((stages["zero0"].out / finetune.RESULTS).read_text())
+    assert results["valid_bpd"] < 2.75 and results["train_bpd"] < 2.75
+    assert results["num_ranks"] == 2 and results["steps"] == 43
+    assert results["train_impossible_samples"] == 0
+    assert results["deepspeed"]["zero_optimization"]["stage"] == 0
+    assert list((stages["zero0"].tensorboard / "finetune").glob("events.*"))
+
+
+def test_another_training_is_refused(stages: dict[str, StageContext]) -> None:
+    ctx = stages["alone"]
+    other = StageContext(
+        ctx.config.model_copy(update={"seed": 5}), ctx.out, ctx.inputs, "x", ctx.tensorboard
+    )
+    with pytest.raises(ArtifactError, match="seed differ"):
+        run_ranks(
+            "distpc.training.finetune:train_rank",
+            other.to_json(),
+            num_ranks=1,
+            threads_per_rank=1,
+            log_folder=ctx.out / "logs",
+        )
+
+
+def test_stops_at_poisoned_statistics_and_keeps_the_last_good_model(base: StageContext) -> None:
+    ctx = variant(base, "poisoned", zero_stage=1)
+    with pytest.raises(TrainingError, match="statistics are not finite") as caught:
+        run_ranks(
+            "runs:train_poisoned",
+            ctx.to_json(),
+            num_ranks=2,
+            threads_per_rank=1,
+            log_folder=ctx.out / "logs",
+        )
+    assert "step 20, parameter" in str(caught.value.where) and "row [" in str(caught.value.where)
+    facts = newest(ctx).facts
+    assert facts.best is not None
+    best = Checkpoints(ctx.out / "checkpoints", finetune.identity_of(ctx)).at(
+        int(facts.best["step"])
+    )
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in best.statistics().values())
+
+
+def start(ctx: StageContext, folder: Path) -> subprocess.Popen[bytes]:
+    file = folder / "context.json"
+    file.write_text(json.dumps(ctx.to_json()))
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}
+    with (folder / "driver.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, HERE / "runs.py", file], env=environment, stdout=log, stderr=log
+        )
+
+
+def wait_for_step(ctx: StageContext, driver: subprocess.Popen[bytes], step: int) -> None:
+    folder = ctx.out / "checkpoints"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and driver.poll() is None:
+        found = sorted(path.name for path in folder.glob("step-*"))
+        if found and found[-1] >= f"step-{step:08d}":
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint of step {step}; exit status {driver.poll()}")
+
+
+def children(process: int) -> list[int]:
+    return [
+        int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
+
+
+def is_gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_killed_runs_resume_bit_equal(base: StageContext, tmp_path: Path) -> None:
+    ctx = variant(base, "killed")
+    driver = start(ctx, tmp_path)
+    wait_for_step(ctx, driver, 8)
+    os.kill(children(driver.pid)[1], signal.SIGKILL)
+    assert driver.wait(timeout=60) == 1
+    assert "was ended by signal 9" in (tmp_path / "driver.log").read_text()
+
+    driver = start(ctx, tmp_path)
+    wait_for_step(ctx, driver, 25)
+    ranks = children(driver.pid)
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 30
+    while not all(map(is_gone, ranks)):
+        assert time.monotonic() < deadline, "ranks outlive their driver"
+        time.sleep(0.1)
+    assert newest(ctx).facts.step < 43
+
+    assert start(ctx, tmp_path).wait(timeout=120) == 0
+    undisturbed = variant(base, "undisturbed")
+    assert start(undisturbed, tmp_path).wait(timeout=120) == 0
+    assert_same(newest(ctx), newest(undisturbed))
+    first, second = newest(ctx).facts, newest(undisturbed).facts
+    assert first == second
+
+    models = [load_model(folder.out / "model") for folder in (ctx, undisturbed)]
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(ours, theirs)
+    assert models[0].training_facts == models[1].training_facts

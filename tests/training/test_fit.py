@@ -1,0 +1,114 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import hidden_chain
+
+from distpc.circuits.circuit import Circuit
+from distpc.errors import DataError, TrainingError
+from distpc.training.fit import as_samples, fit
+
+V, C = 6, 5
+
+
+def chain(seed: int = 0) -> Circuit:
+    return Circuit(hidden_chain(V, 4), [C] * V, seed=seed)
+
+
+def samples(count: int, seed: int = 0) -> np.ndarray:
+    """Rows that count up by 0 or 1 from a random start: neighbours tell of each other."""
+    generator = np.random.default_rng(seed)
+    start = generator.integers(0, C, (count, 1))
+    return (start + generator.integers(0, 2, (count, V)).cumsum(1)) % C
+
+
+def bits(circuit: Circuit, x: np.ndarray) -> float:
+    return -float(circuit.log_prob(x).double().mean()) / V / math.log(2)
+
+
+def test_fits_an_array() -> None:
+    circuit, x = chain(), samples(600)
+    before = bits(circuit, x)
+    history = fit(circuit, x, epochs=15, batch_size=50, progress=False)
+    assert [row["epoch"] for row in history] == list(range(1, 16))
+    assert history[-1]["train_bits"] < history[0]["train_bits"] < before + 0.1
+    assert bits(circuit, x) < before - 0.2
+    assert all(row["impossible"] == 0 for row in history)
+
+
+def test_the_same_seed_gives_the_same_circuit() -> None:
+    first, second = chain(), chain()
+    for circuit in (first, second):
+        fit(circuit, samples(100), epochs=2, batch_size=32, progress=False, seed=3)
+    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_ends_with_the_best_on_validation() -> None:
+    circuit, valid = chain(), samples(80, seed=1)
+    # Few samples and next to no smoothing: later epochs fit the training samples too closely.
+    history = fit(
+        circuit,
+        samples(20),
+        epochs=30,
+        batch_size=20,
+        step_size=0.9,
+        final_step_size=0.9,
+        pseudocount=1e-3,
+        leaf_pseudocount=1e-3,
+        valid=valid,
+        progress=False,
+    )
+    best = min(row["valid_bits"] for row in history)
+    assert best < history[-1]["valid_bits"]
+    assert bits(circuit, valid) == pytest.approx(best, abs=1e-5)
+
+
+def test_missing_values_are_left_out() -> None:
+    x = samples(300).astype(np.float64)
+    x[np.random.default_rng(0).random(x.shape) < 0.2] = np.nan
+    history = fit(chain(), x, epochs=10, batch_size=50, progress=False)
+    assert history[-1]["train_bits"] < history[0]["train_bits"]
+
+
+def test_refuses_data_that_do_not_fit() -> None:
+    with pytest.raises(DataError, match="does not fit"):
+        as_samples(chain(), samples(4)[:, :3], "data")
+    x = samples(4)
+    x[2, 1] = C
+    with pytest.raises(DataError) as caught:
+        as_samples(chain(), x, "data")
+    assert caught.value.where == "data, column 1" and caught.value.expected == f"0 .. {C - 1}"
+
+
+def test_stops_at_poisoned_statistics() -> None:
+    circuit = chain()
+    with torch.no_grad():
+        next(circuit.parameters()).view(-1)[0] = math.nan
+    with pytest.raises(TrainingError, match="not finite"):
+        fit(circuit, samples(50), epochs=2, progress=False)
+
+
+def test_stops_at_an_infinite_value() -> None:
+    circuit = Circuit(hidden_chain(3, 2), [None] * 3, seed=0)
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    fit(circuit, x, epochs=2, batch_size=20, progress=False)
+    x[7, 1] = math.inf
+    with pytest.raises(TrainingError, match=r"not finite|infinite"):
+        fit(circuit, x, epochs=2, batch_size=40, progress=False)
+
+
+def test_needs_neither_deepspeed_nor_ray() -> None:
+    code = (
+        "import sys; from distpc.training.fit import fit\n"
+        "print([m for m in ('deepspeed', 'ray', 'webdataset') if m in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

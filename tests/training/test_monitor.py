@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import numpy as np
+from runs import hidden_chain
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distpc.circuits.circuit import Circuit
+from distpc.data.spec import DatasetSpec
+from distpc.training.monitor import Monitor, latent_usage
+
+SPEC = DatasetSpec("toy", "image", 8, (5,) * 8, (4, 2, 1))
+
+
+def read(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return events
+
+
+def test_writes_scalars_health_and_pictures(tmp_path: Path) -> None:
+    circuit = Circuit(hidden_chain(8, 3), SPEC.num_categories, seed=0)
+    with Monitor(tmp_path, SPEC, enabled=True) as monitor:
+        monitor.scalars(1, {"valid_bpd": 2.5})
+        health = monitor.health(1, circuit)
+        monitor.pictures(1, circuit, np.zeros((2, 8), dtype=np.int64))
+    events = read(tmp_path)
+    assert events.Scalars("valid_bpd")[0].value == 2.5
+    assert health["latents/dead_states"] == 0
+    assert "latents/usage_entropy_bits" in events.Tags()["scalars"]
+    assert any(tag.startswith("sum_weight_entropy_bits/") for tag in events.Tags()["scalars"])
+    assert sorted(events.Tags()["images"]) == ["completions", "samples"]
+
+
+def test_resuming_drops_the_steps_that_are_done_again(tmp_path: Path) -> None:
+    for first, last, value in ((1, 6, 9.0), (4, 8, 1.0)):
+        with Monitor(tmp_path, SPEC, enabled=True, first_step=first) as monitor:
+            for step in range(first, last):
+                monitor.scalars(step, {"train_bpd": value})
+    events = read(tmp_path).Scalars("train_bpd")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6, 7]
+    assert [event.value for event in events] == [9.0] * 3 + [1.0] * 4
+
+
+def test_other_ranks_are_silent(tmp_path: Path) -> None:
+    with Monitor(tmp_path, SPEC, enabled=False) as monitor:
+        monitor.scalars(1, {"valid_bpd": 2.5})
+    assert not list(tmp_path.iterdir())
+
+
+def test_usage_is_a_share_of_every_latent() -> None:
+    usage = latent_usage(Circuit(hidden_chain(8, 3), [5] * 8, seed=0))
+    assert usage is not None and usage.shape == (8, 3)
+    assert abs(float(usage.sum(-1).mean()) - 1.0) < 1e-6

@@ -1,0 +1,40 @@
+import numpy as np
+import torch
+from runs import hidden_chain
+
+from distpc.circuits.circuit import Circuit
+from distpc.training.start import marginal_counts, start_near_marginals_
+
+
+def test_counts_leave_out_missing_and_real_values() -> None:
+    batches = [np.array([[0, 2.5], [2, 1.0]]), np.array([[2, 0.0], [np.nan, 1.0]])]
+    counts = marginal_counts(batches, [3, None])
+    assert counts[1] is None and counts[0] is not None
+    assert counts[0].tolist() == [1, 0, 2]
+
+
+def test_rows_start_near_the_marginal_of_their_tied_variables() -> None:
+    circuit = Circuit(hidden_chain(6, 4), [3] * 6, seed=0, init_noise=0.01)
+    x = np.zeros((100, 6), dtype=np.int64)
+    # Variables 0 and 3 share their emissions: half of their values are 1.
+    x[:, 3] = 1
+    start_near_marginals_(circuit, marginal_counts([x], [3] * 6))
+    for index, region in enumerate(circuit.graph.regions):
+        if region.variable in (0, 3):
+            rows = circuit.weights_of(index)
+            torch.testing.assert_close(
+                rows, torch.tensor([0.5, 0.5, 0.0]).expand_as(rows), atol=0.02, rtol=0
+            )
+
+
+def test_statistics_are_on_the_scale_of_their_uses() -> None:
+    circuit = Circuit(hidden_chain(6, 4), [3] * 6, seed=0)
+    x = np.random.default_rng(0).integers(0, 3, (50, 6))
+    start_near_marginals_(circuit, marginal_counts([x], [3] * 6))
+    root = len(circuit.graph.regions) - 1
+    assert float(circuit.statistics_of(root).sum()) == 1.0
+    emission = circuit.graph.regions.index(
+        next(region for region in circuit.graph.regions if region.tie == "emission/0")
+    )
+    # Tied at two positions, so used twice a sample.
+    torch.testing.assert_close(circuit.statistics_of(emission).sum(), torch.tensor(2.0))
