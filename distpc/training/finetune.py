@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from distpc.artifacts.files import fingerprint, read_json, write_json
 from distpc.artifacts.stage import StageContext
@@ -19,7 +17,7 @@ from distpc.data.loader import Loader
 from distpc.data.plan import LoaderState
 from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
-from distpc.parallel.collectives import barrier, sum_across
+from distpc.parallel.collectives import barrier
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh
@@ -140,9 +138,6 @@ def _assemble(
         whole = Circuit(circuit.graph, circuit.num_categories)
         whole.load_state_dict(circuit.state_dict())
         whole.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
-    if parallel.zero_stage >= 2 and mesh.world_size > 1:
-        # Gradients are reduced while they come: every rank has to make the same passes.
-        circuit.any_rank = partial(_any_rank, mesh=mesh)
     optimizer = CircuitOptimizer(
         circuit.parameter_groups(), step_size=config.step_size, learning_rate=config.learning_rate
     )
@@ -177,10 +172,6 @@ def _assemble(
         ),
         mesh=mesh,
     )
-
-
-def _any_rank(flag: bool, mesh: Mesh) -> bool:
-    return bool(sum_across(torch.tensor(float(flag), device=mesh.device), mesh) > 0)
 
 
 def _load(circuit: Circuit, checkpoint: Checkpoint) -> None:

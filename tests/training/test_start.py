@@ -1,6 +1,6 @@
 import numpy as np
 import torch
-from runs import hidden_chain
+from runs import hidden_tree
 
 from distpc.circuits.circuit import Circuit
 from distpc.training.start import marginals_of, start_near_data_
@@ -17,7 +17,7 @@ def test_marginals_leave_out_missing_values() -> None:
 
 
 def test_real_variables_are_standardised() -> None:
-    circuit = Circuit(hidden_chain(3, 2), [None] * 3, seed=0)
+    circuit = Circuit(hidden_tree(3, 2), [None] * 3, seed=0)
     x = np.random.default_rng(0).normal(200.0, 0.1, size=(500, 3))
     before = float(circuit.log_prob(x).mean())
     start_near_data_(circuit, [x])
@@ -26,7 +26,7 @@ def test_real_variables_are_standardised() -> None:
 
 
 def test_rows_start_near_the_marginal_of_their_tied_variables() -> None:
-    circuit = Circuit(hidden_chain(6, 4), [3] * 6, seed=0, init_noise=0.01)
+    circuit = Circuit(hidden_tree(6, 4), [3] * 6, seed=0, init_noise=0.01)
     x = np.zeros((100, 6), dtype=np.int64)
     # Variables 0 and 3 share their emissions: half of their values are 1.
     x[:, 3] = 1
@@ -40,7 +40,7 @@ def test_rows_start_near_the_marginal_of_their_tied_variables() -> None:
 
 
 def test_statistics_are_on_the_scale_of_their_uses() -> None:
-    circuit = Circuit(hidden_chain(6, 4), [3] * 6, seed=0)
+    circuit = Circuit(hidden_tree(6, 4), [3] * 6, seed=0)
     x = np.random.default_rng(0).integers(0, 3, (50, 6))
     start_near_data_(circuit, [x])
     root = len(circuit.graph.regions) - 1
