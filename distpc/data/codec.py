@@ -31,6 +31,9 @@ class SampleCodec:
         self.spec = spec
         self.extension = "png" if spec.kind == "image" else "npy"
         self.dtype = value_dtype(spec)
+        self._tops = np.array(
+            [np.inf if count is None else count - 1 for count in spec.num_categories]
+        )
         self._decode_one: Callable[[bytes], np.ndarray]
         if spec.image_shape is not None:
             self._decode_one = self._decode_png
@@ -90,7 +93,9 @@ class SampleCodec:
         return from_rgb(pixels, self.spec.color).reshape(stored.shape)
 
     def _check_range(self, values: np.ndarray, keys: Sequence[str], shard: Path) -> None:
-        bad = out_of_range(values, self.spec)
+        bad = out_of_range(values, self._tops)
+        if self.spec.has_missing:
+            bad &= ~(np.isnan(values) if values.dtype.kind == "f" else values == MISSING)
         if not bad.any():
             return
         row, variable = (int(number) for number in np.argwhere(bad)[0])
@@ -110,12 +115,23 @@ class SampleCodec:
     def _decode_npy(self, data: bytes) -> np.ndarray:
         if data.startswith(self._header) and len(data) == len(self._header) + self._num_bytes:
             return np.frombuffer(data, self.dtype, offset=len(self._header))
-        row = np.load(io.BytesIO(data), allow_pickle=False)
-        if row.shape != (self.spec.num_variables,) or not np.can_cast(row.dtype, self.dtype):
+        return self._decode_foreign_npy(data)
+
+    def _decode_foreign_npy(self, data: bytes) -> np.ndarray:
+        """A row whose header is spelt otherwise, as other numpy versions may do."""
+        stream = io.BytesIO(data)
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("not a NPY file of version 1.0")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        # Before anything of that shape is allocated; object arrays (pickles) end here as well.
+        if shape != (self.spec.num_variables,) or dtype != self.dtype:
             raise SizeMismatchError(
-                f"shape {row.shape}, {row.dtype}", f"shape ({self.spec.num_variables},)"
+                f"shape {shape} of {dtype}", f"shape ({self.spec.num_variables},) of {self.dtype}"
             )
-        return row
+        content = stream.read()
+        if len(content) != self._num_bytes:
+            raise ValueError(f"{len(content)} bytes of values instead of {self._num_bytes}")
+        return np.frombuffer(content, self.dtype)
 
 
 def value_dtype(spec: DatasetSpec) -> np.dtype:
@@ -126,21 +142,17 @@ def value_dtype(spec: DatasetSpec) -> np.dtype:
     return np.dtype("<i2") if most <= 2**15 else np.dtype("<i4")
 
 
-def out_of_range(values: np.ndarray, spec: DatasetSpec) -> np.ndarray:
-    """(N, V) bool: which of (N, V) values are neither of their variable nor allowed to be missing.
+def out_of_range(values: np.ndarray, tops: np.ndarray) -> np.ndarray:
+    """(N, V) bool: which of (N, V) values their variables do not have; missing ones among them.
 
-    Missing is MISSING in integer arrays and NaN in float ones.
+    Args:
+        values: integers, or floats where there are real columns.
+        tops: (V,) largest category of each variable, infinite for real ones.
     """
-    tops = np.array([np.inf if count is None else count - 1 for count in spec.num_categories])
     if values.dtype.kind != "f":
-        bad = (values < 0) | (values > tops.astype(values.dtype))
-        return bad & (values != MISSING) if spec.has_missing else bad
-    missing = np.isnan(values)
-    categorical = np.isfinite(tops)
-    wrong = ~np.isfinite(values) | (
-        categorical & ((values < 0) | (values > tops) | (values != np.floor(values)))
-    )
-    return wrong & ~missing if spec.has_missing else wrong
+        return (values < 0) | (values > tops.astype(values.dtype))
+    off_grid = (values < 0) | (values > tops) | (values != np.floor(values))
+    return ~np.isfinite(values) | (np.isfinite(tops) & off_grid)
 
 
 def _npy_bytes(row: np.ndarray) -> bytes:

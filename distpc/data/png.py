@@ -2,8 +2,8 @@
 
 PNG filters each row by one of five rules before compressing. An image written here uses one rule
 for all its rows, out of the three whose inverse is a running sum (none, left neighbour, upper
-neighbour), whichever promises to compress best: any program shows the files, and decoding small ones is
-several times faster than through an image library. Files of other make are left to Pillow.
+neighbour), whichever promises to compress best: any program shows the files, and decoding small
+ones is several times faster than through an image library. Files of other make are left to Pillow.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ def _decode_any(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     from PIL.PngImagePlugin import PngImageFile
 
     height, width, channels = shape
+    # Pillow shows what it has of a cut file.
+    if not data.endswith(_chunk(b"IEND", b"")):
+        raise EOFError("the file is cut before its end mark")
     with PngImageFile(io.BytesIO(data)) as image:
         # Before pixels are decompressed, so that no file unfolds into gigabytes.
         if (image.height, image.width, image.mode) != (height, width, MODES[channels]):

@@ -48,7 +48,9 @@ class WorkerHost:
                 take_gpu(self.gpu_ids())
             self._worker = import_target(worker)(**fill(kwargs, values))
         except Exception as error:
-            self._failure = Outcome(error=as_own_error(error, f"{worker}, constructed with", kwargs))
+            self._failure = Outcome(
+                error=as_own_error(error, f"{worker}, constructed with", kwargs)
+            )
 
     def gpu_ids(self) -> list[Any]:
         """The GPUs that the cluster reserved for this process."""
@@ -65,7 +67,9 @@ class WorkerHost:
         try:
             return Outcome(getattr(self._worker, method)(fill(item, values)))
         except Exception as error:
-            return Outcome(error=as_own_error(error, f"{type(self._worker).__name__}.{method}", item))
+            return Outcome(
+                error=as_own_error(error, f"{type(self._worker).__name__}.{method}", item)
+            )
 
 
 def take_gpu(gpu_ids: list[Any]) -> None:

@@ -25,7 +25,7 @@ from distpc.structures.region_graph import RegionGraph
 from distpc.training.checkpoint import Checkpoint, Checkpoints, TrainingFacts, check_shapes
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
-from distpc.training.start import MARGINAL_SAMPLES, marginal_counts, start_near_marginals_
+from distpc.training.start import MARGINAL_SAMPLES, start_near_data_
 from distpc.training.trainer import Parts, Trainer
 from distpc.training.validation import Validation
 
@@ -64,8 +64,9 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     found = checkpoints.newest()
     facts = TrainingFacts() if found is None else found.facts
     circuit = starting_circuit(ctx, spec, index, random_rows=found is None)
+    # Both before the engine is made: under ZeRO-3 no whole parameter is left after it.
+    num_parameters = circuit.num_parameters
     if found is not None:
-        # Before the engine is made: under ZeRO-3 no whole parameter is left after it.
         _load(circuit, found)
     parts = _assemble(ctx, spec, index, mesh, circuit, checkpoints, facts)
     if found is not None:
@@ -76,7 +77,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
         results = trainer.results()
     if mesh.is_main:
         extra = {
-            "num_parameters": circuit.num_parameters,
+            "num_parameters": num_parameters,
             "zero_stage": ctx.config.parallel.zero_stage,
             "resumed_at_step": 0 if found is None else found.facts.step,
             "deepspeed": parts.engine.config_json,
@@ -105,8 +106,7 @@ def starting_circuit(
             graph, spec.num_categories, seed=ctx.config.seed, init_noise=config.init_noise
         )
         if random_rows:
-            counts = marginal_counts(_first_samples(index, spec), spec.num_categories)
-            start_near_marginals_(circuit, counts)
+            start_near_data_(circuit, _first_samples(index, spec))
     circuit.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
     return circuit
 

@@ -17,6 +17,7 @@ from distpc.training.figures import Figures, tally
 from distpc.training.guard import Guard
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.schedule import LinearSchedule
+from distpc.training.start import standardise_if_new
 
 Array = np.ndarray | Tensor
 
@@ -63,6 +64,7 @@ def fit(
     x = as_samples(circuit, data, "data")
     valid_x = None if valid is None else as_samples(circuit, valid, "valid")
     batch_size, total = min(batch_size, len(x)), epochs * len(x)
+    standardise_if_new(circuit, x)
     circuit.set_smoothing(pseudocount, leaf_pseudocount, len(x))
     optimizer = CircuitOptimizer(circuit.parameter_groups(), learning_rate=learning_rate)
     schedule = LinearSchedule(step_size, final_step_size, total)
@@ -105,7 +107,7 @@ def as_samples(circuit: Circuit, data: Array, name: str) -> Tensor:
     """An array as samples of a circuit: (N, V) int64, or float32 where it has fractions or NaN.
 
     Raises:
-        DataError: no rows, another number of variables, or a value outside the categories.
+        DataError: no rows, another number of variables, or an impossible value.
     """
     x = torch.as_tensor(data)
     if x.dim() != 2 or x.shape[1] != circuit.num_variables or not len(x):
@@ -117,13 +119,15 @@ def as_samples(circuit: Circuit, data: Array, name: str) -> Tensor:
         )
     x = x.float() if x.is_floating_point() else x.long()
     for variable, count in enumerate(circuit.num_categories):
-        largest = x[:, variable].nan_to_num(-1).max() if count is not None else x.new_tensor(-1)
-        if count is not None and largest >= count:
+        limit = math.inf if count is None else float(count)
+        # NaN is a missing value and compares as within.
+        outside = x[:, variable].abs() >= limit
+        if outside.any():
             raise DataError(
-                "a value is outside a variable's categories",
-                where=f"{name}, column {variable}",
-                found=float(largest),
-                expected=f"0 .. {count - 1}",
+                "a value is infinite or outside a variable's categories",
+                where=f"{name}, row {int(outside.nonzero()[0])}, column {variable}",
+                found=float(x[outside, variable][0]),
+                expected="a finite number" if count is None else f"0 .. {count - 1}",
             )
     return x
 

@@ -100,7 +100,8 @@ class Guard:
 
 def locate_nonfinite(state: Mapping[str, Tensor]) -> tuple[str, tuple[int, ...], float] | None:
     """Parameter, row (all indices but the last) and value of the first NaN or infinity, or None."""
-    for name, tensor in state.items():
+    for name, parameter in state.items():
+        tensor = parameter.detach()
         if bool(torch.isfinite(tensor.sum())):
             continue
         places = (~torch.isfinite(tensor)).nonzero()

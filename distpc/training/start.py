@@ -1,69 +1,109 @@
-"""Where training starts: the distilled circuit, or random parameters near the data's marginals."""
+"""Where training from random parameters starts: near the data's own marginals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
+from distpc.circuits.inputs import GaussianBank
 
 MARGINAL_SAMPLES = 20_000
 """Samples from which marginals are counted; a histogram of one variable needs no more."""
 
 
-def marginal_counts(
+@dataclass
+class Marginals:
+    """What each variable looks like on its own.
+
+    Attributes:
+        counts: per categorical variable (C,) float64 counts of its values; None for real ones.
+        centre, spread: (V,) float64 mean and standard deviation of real variables, else 0 and 1.
+    """
+
+    counts: list[Tensor | None]
+    centre: Tensor
+    spread: Tensor
+
+
+def marginals_of(
     batches: Iterable[np.ndarray | Tensor], num_categories: Sequence[int | None]
-) -> list[Tensor | None]:
-    """Counts of every categorical variable's values; None for real variables.
+) -> Marginals:
+    """Count values and take moments; missing values (-1, NaN) are left out.
 
     Args:
-        batches: (B, V) integers or floats, missing values (-1, NaN) left out of the counts.
-        num_categories: C of every variable.
-
-    Returns:
-        Per variable (C,) float64.
+        batches: (B, V) integers or floats.
+        num_categories: C of every variable, None for real ones.
     """
     counts = [None if c is None else torch.zeros(c, dtype=torch.float64) for c in num_categories]
+    moments = torch.zeros(3, len(counts), dtype=torch.float64)
+    origin: Tensor | None = None
     for batch in batches:
         x = torch.as_tensor(batch)
+        if origin is None:
+            # Moments about a value near the mean keep small variances of large values.
+            origin = x[:1].double().nan_to_num(0.0)
+        known = ~torch.isnan(x) if x.is_floating_point() else x >= 0
+        shifted = torch.where(known, x.double() - origin, 0.0)
+        moments += torch.stack([known.double().sum(0), shifted.sum(0), shifted.square().sum(0)])
         for variable, total in enumerate(counts):
             if total is not None:
                 values = x[:, variable]
-                known = values[values >= 0].long()
-                total += torch.bincount(known, minlength=len(total)).to(total)
-    return counts
+                values = values[values >= 0].long()
+                total += torch.bincount(values, minlength=len(total)).to(total)
+    if origin is None:
+        raise ValueError("no samples")
+    number = moments[0].clamp_min(1.0)
+    mean = moments[1] / number
+    deviation = (moments[2] / number - mean.square()).clamp_min(0.0).sqrt()
+    is_real = torch.tensor([c is None for c in num_categories])
+    return Marginals(
+        counts,
+        centre=torch.where(is_real, mean + origin[0], 0.0),
+        # A constant column has no scale of its own.
+        spread=torch.where(is_real & (deviation > 0), deviation, 1.0),
+    )
 
 
 @torch.no_grad()
-def start_near_marginals_(circuit: Circuit, counts: Sequence[Tensor | None]) -> None:
-    """Multiply every categorical row of a random circuit by its variable's marginal.
+def start_near_data_(circuit: Circuit, batches: Iterable[np.ndarray | Tensor]) -> None:
+    """Move a random circuit's inputs to where the data are.
 
-    Rows that start near the data's marginal differ by the circuit's own noise alone, so that no
-    state begins where there is no data: the tuned EM baseline of the measured prototypes. Tied
-    rows take the marginal of all their variables together. Statistics are then scaled to the
-    expected uses of their rows.
+    Every categorical row is multiplied by its variable's marginal, so that rows differ by the
+    circuit's own noise alone and no state begins where there is no data: the tuned EM baseline of
+    the measured prototypes. Tied rows take the marginal of all their variables together. Real
+    variables are standardised. Statistics are then scaled to the expected uses of their rows.
 
     Args:
         circuit: with random parameters.
-        counts: as `marginal_counts` gives them.
+        batches: (B, V) samples.
     """
+    marginals = marginals_of(batches, circuit.num_categories)
+    circuit.standardise(marginals.centre, marginals.spread)
     pooled: dict[str | int, Tensor] = {}
     owners: dict[str | int, int] = {}
     for index, region in enumerate(circuit.graph.regions):
-        if region.kind != "input" or region.variable is None:
-            continue
-        count = counts[region.variable]
+        count = None if region.variable is None else marginals.counts[region.variable]
         if count is not None:
             key = index if region.tie is None else region.tie
-            pooled[key] = pooled.get(key, 0) + count
+            pooled[key] = pooled[key] + count if key in pooled else count
             owners.setdefault(key, index)
     for key, index in owners.items():
-        rows = circuit.statistics_of(index)
         smoothed = pooled[key] + 1.0 / len(pooled[key])
-        marginal = (smoothed / smoothed.sum()).to(rows)
-        noisy = circuit.weights_of(index) * marginal
-        rows.copy_(noisy / noisy.sum(-1, keepdim=True))
+        rows = circuit.statistics_of(index)
+        # The scale of a row does not matter before the last line.
+        rows.mul_((smoothed / smoothed.sum()).to(rows))
     circuit.rescale_to_uses_()
+
+
+def standardise_if_new(circuit: Circuit, x: Tensor) -> None:
+    """Set the scale of real variables from samples (N, V), unless the circuit has one already."""
+    banks = [bank for bank in circuit.bank_list if isinstance(bank, GaussianBank)]
+    is_new = all(bool((b.centre == 0).all()) and bool((b.spread == 1).all()) for b in banks)
+    if banks and is_new:
+        marginals = marginals_of([x], circuit.num_categories)
+        circuit.standardise(marginals.centre, marginals.spread)

@@ -137,7 +137,7 @@ class Trainer:
         totals = torch.zeros(len(Figures.NAMES) + 1, dtype=torch.float64, device=parts.mesh.device)
         for x, is_real in self._micro_batches(batch):
             x = x.to(parts.mesh.device)
-            likelihoods = parts.engine(x)
+            likelihoods = self._forward(x)
             usable = torch.isfinite(likelihoods) & is_real
             # `where` gives samples outside `usable` a flow of exactly zero.
             kept = torch.where(usable, likelihoods, torch.zeros_like(likelihoods))
@@ -161,6 +161,26 @@ class Trainer:
         if watched and self._found_by_any_rank():
             self._check_statistics(step)
         return figures, bool(totals[-1] > 0)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """(B,) nats through the engine, every rank making the same passes.
+
+        Some samples need a second pass; from ZeRO-2 on passes are collectives of all ranks. What
+        rank 0 asks of the circuit alone (samples, uses) must not wait for the others, so the
+        circuit is told so for this call only.
+        """
+        circuit = self.parts.circuit
+        circuit.any_rank = self._any_rank
+        try:
+            return self.parts.engine(x)
+        finally:
+            circuit.any_rank = bool
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self.parts.engine.zero_stage < 2:
+            return flag
+        found = torch.tensor(float(flag), device=self.parts.mesh.device)
+        return bool(sum_across(found, self.parts.mesh) > 0)
 
     def _micro_batches(self, batch: Any) -> Iterator[tuple[Tensor, bool]]:
         """This rank's share in pieces, as many on every rank; and whether a piece is real.
@@ -221,7 +241,7 @@ class Trainer:
     def _validate(self, *, last: bool = False) -> None:
         """Evaluate, keep the model if it is the best, and always leave a checkpoint."""
         parts, facts = self.parts, self.facts
-        figures = parts.validation.evaluate(parts.engine)
+        figures = parts.validation.evaluate(self._forward)
         if facts.best is not None:
             self.guard.check_validation(facts.step, figures.bits, facts.best["bits"])
         facts.valid = {

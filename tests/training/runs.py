@@ -16,21 +16,18 @@ from distpc.training import finetune
 from distpc.training.optimizer import CircuitOptimizer
 
 
-def hidden_chain(num_variables: int, num_states: int) -> RegionGraph:
-    """A hidden Markov chain whose emissions are tied in threes."""
+def hidden_tree(num_variables: int, num_states: int) -> RegionGraph:
+    """A hidden binary tree, variable v below (v - 1) // 2, with emissions tied in threes."""
     regions: list[Region] = []
-    below: int | None = None
+    below: dict[int, list[int]] = {}
     for variable in reversed(range(num_variables)):
         tie = f"emission/{variable % 3}"
         regions.append(Region("input", num_states, variable=variable, tie=tie))
-        children = [len(regions) - 1]
-        if below is not None:
-            regions.append(Region("sum", num_states, (below,)))
-            children.append(len(regions) - 1)
-        regions.append(Region("product", num_states, tuple(children), latent=variable))
-        below = len(regions) - 1
-    assert below is not None
-    regions.append(Region("sum", 1, (below,)))
+        children = (len(regions) - 1, *below.get(variable, ()))
+        regions.append(Region("product", num_states, children, latent=variable))
+        num_units = num_states if variable else 1
+        regions.append(Region("sum", num_units, (len(regions) - 1,)))
+        below.setdefault((variable - 1) // 2, []).append(len(regions) - 1)
     return RegionGraph(regions, num_variables)
 
 
@@ -95,7 +92,7 @@ def train_poisoned(payload: dict[str, Any], mesh: Mesh) -> None:
 
 
 def _structure(ctx: StageContext) -> None:
-    graph = hidden_chain(num_variables=64, num_states=4)
+    graph = hidden_tree(num_variables=64, num_states=4)
     write_json(ctx.out / "region_graph.json", graph.to_json())
 
 

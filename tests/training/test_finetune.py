@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> StageContext:
         tmp_path_factory.mktemp("run"),
         num_epochs=3,
         batch_size=101,
-        micro_batch_size=20,
+        micro_batch_size=30,
         checkpoint_every_seconds=0.0,
     )
 

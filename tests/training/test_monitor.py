@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import numpy as np
-from runs import hidden_chain
+from runs import hidden_tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distpc.circuits.circuit import Circuit
@@ -18,7 +18,7 @@ def read(folder: Path) -> EventAccumulator:
 
 
 def test_writes_scalars_health_and_pictures(tmp_path: Path) -> None:
-    circuit = Circuit(hidden_chain(8, 3), SPEC.num_categories, seed=0)
+    circuit = Circuit(hidden_tree(8, 3), SPEC.num_categories, seed=0)
     with Monitor(tmp_path, SPEC, enabled=True) as monitor:
         monitor.scalars(1, {"valid_bpd": 2.5})
         health = monitor.health(1, circuit)
@@ -48,6 +48,6 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
 
 
 def test_usage_is_a_share_of_every_latent() -> None:
-    usage = latent_usage(Circuit(hidden_chain(8, 3), [5] * 8, seed=0))
+    usage = latent_usage(Circuit(hidden_tree(8, 3), [5] * 8, seed=0))
     assert usage is not None and usage.shape == (8, 3)
     assert abs(float(usage.sum(-1).mean()) - 1.0) < 1e-6

@@ -1,24 +1,36 @@
 import numpy as np
 import torch
-from runs import hidden_chain
+from runs import hidden_tree
 
 from distpc.circuits.circuit import Circuit
-from distpc.training.start import marginal_counts, start_near_marginals_
+from distpc.training.start import marginals_of, start_near_data_
 
 
-def test_counts_leave_out_missing_and_real_values() -> None:
-    batches = [np.array([[0, 2.5], [2, 1.0]]), np.array([[2, 0.0], [np.nan, 1.0]])]
-    counts = marginal_counts(batches, [3, None])
-    assert counts[1] is None and counts[0] is not None
-    assert counts[0].tolist() == [1, 0, 2]
+def test_marginals_leave_out_missing_values() -> None:
+    batches = [np.array([[0, 2.5], [2, 1.5]]), np.array([[2, np.nan], [np.nan, 2.0]])]
+    marginals = marginals_of(batches, [3, None])
+    assert marginals.counts[1] is None and marginals.counts[0] is not None
+    assert marginals.counts[0].tolist() == [1, 0, 2]
+    assert marginals.centre.tolist() == [0.0, 2.0]
+    assert marginals.spread[0] == 1.0
+    torch.testing.assert_close(marginals.spread[1].item(), np.std([2.5, 1.5, 2.0]))
+
+
+def test_real_variables_are_standardised() -> None:
+    circuit = Circuit(hidden_tree(3, 2), [None] * 3, seed=0)
+    x = np.random.default_rng(0).normal(200.0, 0.1, size=(500, 3))
+    before = float(circuit.log_prob(x).mean())
+    start_near_data_(circuit, [x])
+    assert float(circuit.log_prob(x).mean()) > before + 1000
+    assert abs(float(circuit.sample(500).mean()) - 200.0) < 0.5
 
 
 def test_rows_start_near_the_marginal_of_their_tied_variables() -> None:
-    circuit = Circuit(hidden_chain(6, 4), [3] * 6, seed=0, init_noise=0.01)
+    circuit = Circuit(hidden_tree(6, 4), [3] * 6, seed=0, init_noise=0.01)
     x = np.zeros((100, 6), dtype=np.int64)
     # Variables 0 and 3 share their emissions: half of their values are 1.
     x[:, 3] = 1
-    start_near_marginals_(circuit, marginal_counts([x], [3] * 6))
+    start_near_data_(circuit, [x])
     for index, region in enumerate(circuit.graph.regions):
         if region.variable in (0, 3):
             rows = circuit.weights_of(index)
@@ -28,9 +40,9 @@ def test_rows_start_near_the_marginal_of_their_tied_variables() -> None:
 
 
 def test_statistics_are_on_the_scale_of_their_uses() -> None:
-    circuit = Circuit(hidden_chain(6, 4), [3] * 6, seed=0)
+    circuit = Circuit(hidden_tree(6, 4), [3] * 6, seed=0)
     x = np.random.default_rng(0).integers(0, 3, (50, 6))
-    start_near_marginals_(circuit, marginal_counts([x], [3] * 6))
+    start_near_data_(circuit, [x])
     root = len(circuit.graph.regions) - 1
     assert float(circuit.statistics_of(root).sum()) == 1.0
     emission = circuit.graph.regions.index(
