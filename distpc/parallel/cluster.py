@@ -25,6 +25,8 @@ from distpc.parallel.worker import WorkerHost
 # Unix sockets have paths of at most 107 bytes, of which Ray uses these below the cluster's folder.
 _SOCKET_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 
+_QUIET: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
+
 
 class Cluster:
     """A connection to Ray, as a context manager.
@@ -124,14 +126,17 @@ def _start(parallel: ParallelConfig) -> Cluster:
     )
     cluster = Cluster(parallel, (folder, keeper))
     try:
-        _ray().init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            include_dashboard=False,
-            _temp_dir=str(folder),
-            **_settings(),
-        )
+        # Through the environment, not Ray's runtime environments: those would waste the workers
+        # that Ray starts in advance.
+        with _environment(PYTHONPATH=python_path()):
+            _ray().init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                _temp_dir=str(folder),
+                **_QUIET,
+            )
     except BaseException:
         cluster.close()
         raise
@@ -142,7 +147,7 @@ def _join(parallel: ParallelConfig, address: str) -> Cluster:
     """The cluster at `address`."""
     ray = _ray()
     try:
-        ray.init(address=address, **_settings())
+        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
             "no Ray cluster answers at RAY_ADDRESS",
@@ -205,13 +210,19 @@ def _new_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=prefix, dir=parent)).resolve()
 
 
-def _settings() -> dict[str, Any]:
-    return {
-        "configure_logging": True,
-        "logging_level": "warning",
-        "log_to_driver": False,
-        "runtime_env": {"env_vars": {"PYTHONPATH": python_path()}},
-    }
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for the processes that are started in the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _ray() -> Any:
