@@ -88,7 +88,7 @@ class Assigner:
                 "fingerprint": self._fingerprint,
                 "features": self._features_fingerprint,
                 "num_clusters": len(self._centroids),
-                "inertia": repr(inertia),
+                "inertia": inertia,
             },
         )
         return time.monotonic() - began

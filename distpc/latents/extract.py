@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +76,7 @@ class Extractor:
                 "fingerprint": self._fingerprint,
                 "teacher": self._teacher_fingerprint,
                 "split": SPLIT,
-                "grid": json.dumps([grid.rows, grid.columns]),
+                "grid": [grid.rows, grid.columns],
             },
         )
         written = time.monotonic()
@@ -150,7 +149,7 @@ def _describe(
         kept_shards=kept,
         latents_per_sample=num_latents,
         feature_width=width,
-        grid=json.loads(first.metadata["grid"]),
+        grid=first.metadata["grid"],
         split=SPLIT,
         teacher=first.metadata["teacher"],
         bytes=sum(shard_path(ctx.out, entry.name).stat().st_size for entry in used),

@@ -82,7 +82,7 @@ class RoundLog:
         self._folder = ctx.tensorboard / "fit"
         config = ctx.config.latents
         total = config.num_restarts * (config.num_rounds + 1)
-        self._progress = Progress("k-means", total, "round")
+        self._progress = Progress("k-means", total, "rounds")
         self._first_step = {}
         if not state.inertia:
             shutil.rmtree(self._folder, ignore_errors=True)

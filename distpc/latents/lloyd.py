@@ -6,7 +6,6 @@ every shard and returns the answers in shard order. Legend: D feature width, K c
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +63,7 @@ class FitState:
         write_tensors(
             path,
             {name: tensor for name, tensor in tensors.items() if tensor is not None},
-            {"holds": "k-means state", "fingerprint": fingerprint, "facts": json.dumps(facts)},
+            {"holds": "k-means state", "fingerprint": fingerprint, "facts": facts},
         )
 
     @classmethod
@@ -79,7 +78,7 @@ class FitState:
         tensors, metadata = read_tensors(path, "k-means state", None)
         if metadata["fingerprint"] != fingerprint:
             return cls()
-        state = cls(**json.loads(metadata["facts"]))
+        state = cls(**metadata["facts"])
         # Cloned, since the file that they are mapped from is about to be replaced.
         state.centroids = tensors["centroids"].clone() if "centroids" in tensors else None
         state.best = tensors["best"].clone() if "best" in tensors else None

@@ -7,6 +7,7 @@ Legend: N samples of a shard, Z latents of a sample, D feature width, K clusters
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from distpc.errors import LatentError
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
+_NOTES = "distpc"
 REDO = "remove the stage's folder and run the same command again"
 
 
@@ -39,7 +41,7 @@ class StoredShard:
     path: Path
     rows: Tensor
     keys: list[str]
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
 
 
 def shard_path(folder: Path, shard_name: str) -> Path:
@@ -56,7 +58,7 @@ def write_shard(
         name: what the rows are, `features` or `latents`.
         rows: (N, ...), contiguous.
         keys: N different keys.
-        metadata: noted as text; `fingerprint` must be among it.
+        metadata: JSON values; `fingerprint` must be among them.
 
     Returns:
         bytes written.
@@ -176,19 +178,20 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str,
     """Write named tensors and notes, whole or not at all; returns the bytes written.
 
     Args:
-        metadata: noted as text; `holds` says what the file is.
+        metadata: JSON values; `holds` says what the file is.
     """
     from safetensors.torch import save_file
 
-    noted = {name: str(value) for name, value in metadata.items()}
+    notes = json.dumps({"format_version": FORMAT_VERSION, **metadata}, sort_keys=True)
     with atomic_path(path) as partial:
-        save_file(tensors, partial, {**noted, "format_version": str(FORMAT_VERSION)})
+        # One entry: safetensors writes several in an order that changes from run to run.
+        save_file(tensors, partial, {_NOTES: notes})
         return partial.stat().st_size
 
 
 def read_tensors(
     path: Path, name: str, fingerprint: str | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and notes of a file that holds `name`.
 
     Args:
@@ -201,7 +204,7 @@ def read_tensors(
 
     try:
         with safe_open(path, framework="pt") as handle:
-            metadata = dict(handle.metadata() or {})
+            metadata = _parse_notes(handle.metadata())
             _check_metadata(path, name, fingerprint, metadata)
             return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError as error:
@@ -222,10 +225,10 @@ def read_tensors(
 
 
 def _check_metadata(
-    path: Path, name: str, fingerprint: str | None, metadata: dict[str, str]
+    path: Path, name: str, fingerprint: str | None, metadata: dict[str, Any]
 ) -> None:
     version = metadata.get("format_version")
-    if version != str(FORMAT_VERSION) or metadata.get("holds") != name:
+    if version != FORMAT_VERSION or metadata.get("holds") != name:
         raise LatentError(
             f"a file of {name} is of a kind or version that this code does not read",
             where=path,
@@ -241,6 +244,15 @@ def _check_metadata(
             expected=f"fingerprint {fingerprint}",
             fix=REDO,
         )
+
+
+def _parse_notes(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """What a file says of itself; nothing if distpc did not write it."""
+    try:
+        notes = json.loads((metadata or {}).get(_NOTES, "{}"))
+    except ValueError:
+        return {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def _pack_keys(keys: Sequence[str]) -> Tensor:

@@ -35,6 +35,9 @@ class Cluster:
     that ends with this process, however that ends.
     """
 
+    _in_session = False
+    _shared: Cluster | None = None
+
     def __init__(
         self, parallel: ParallelConfig, own: tuple[Path, subprocess.Popen[bytes]] | None = None
     ) -> None:
@@ -49,8 +52,29 @@ class Cluster:
         Raises:
             ResourceError: it has not, or RAY_ADDRESS names no cluster.
         """
+        if cls._shared is not None:
+            return cls._shared
         address = os.environ.get("RAY_ADDRESS")
-        return _join(parallel, address) if address else _start(parallel)
+        cluster = _join(parallel, address) if address else _start(parallel)
+        if cls._in_session:
+            cls._shared = cluster
+        return cluster
+
+    @classmethod
+    @contextlib.contextmanager
+    def session(cls) -> Iterator[None]:
+        """Let all connections of one configuration made inside share a cluster.
+
+        The first `connect` starts it, and it ends with the session: starting Ray takes seconds,
+        and the stages of a run need it one after the other.
+        """
+        cls._in_session = True
+        try:
+            yield
+        finally:
+            shared, cls._in_session, cls._shared = cls._shared, False, None
+            if shared is not None:
+                shared.close()
 
     def pool(self, worker: str, kwargs: dict[str, Any]) -> Pool:
         """Workers that keep living, with what they cached, over several `map` calls."""
@@ -80,7 +104,12 @@ class Cluster:
         return _ray().put(value)
 
     def close(self) -> None:
-        """Leave the cluster; end it if it is this process's own. Idempotent."""
+        """Leave the cluster; end it if it is this process's own. Idempotent.
+
+        A cluster that a session shares stays until the session ends.
+        """
+        if self is Cluster._shared:
+            return
         _ray().shutdown()
         if self._own is not None:
             folder, keeper = self._own
