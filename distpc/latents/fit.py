@@ -75,20 +75,18 @@ class RoundLog:
 
     Args:
         ctx: of the stage.
-        state: that the fit starts from; rounds that a killed attempt logged after it are dropped.
+        state: of the fit; rounds of a killed attempt are written again, so no curve has holes.
     """
 
     def __init__(self, ctx: StageContext, state: FitState) -> None:
         self._folder = ctx.tensorboard / "fit"
+        self._state = state
+        self._writers: dict[int, SummaryWriter] = {}
         config = ctx.config.latents
         total = config.num_restarts * (config.num_rounds + 1)
         self._progress = Progress("k-means", total, "rounds")
-        self._first_step = {}
         if not state.inertia:
             shutil.rmtree(self._folder, ignore_errors=True)
-        elif state.centroids is not None:
-            self._first_step[state.restart] = len(state.inertia[-1])
-        self._writers: dict[int, SummaryWriter] = {}
 
     def __enter__(self) -> RoundLog:
         return self
@@ -100,14 +98,21 @@ class RoundLog:
 
     def __call__(self, restart: int, number: int, inertia: float) -> None:
         """Note the inertia of round `number` of a restart."""
+        writer = self._writers.get(restart)
+        if writer is None:
+            writer = self._writers[restart] = self._open(restart)
+        writer.add_scalar("latents/inertia", inertia, number)
+        self._progress.advance(1, restart=restart, inertia=inertia)
+
+    def _open(self, restart: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        if restart not in self._writers:
-            self._writers[restart] = SummaryWriter(
-                self._folder / f"restart-{restart}", purge_step=self._first_step.get(restart)
-            )
-        self._writers[restart].add_scalar("latents/inertia", inertia, number)
-        self._progress.advance(1, restart=restart, inertia=inertia)
+        folder = self._folder / f"restart-{restart}"
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = SummaryWriter(folder, flush_secs=10)
+        for number, inertia in enumerate(self._state.inertia[restart][:-1]):
+            writer.add_scalar("latents/inertia", inertia, number)
+        return writer
 
 
 def _write(ctx: StageContext, state: FitState, facts: Sequence[ShardFacts]) -> None:

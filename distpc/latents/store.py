@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distpc.artifacts.files import atomic_path
+from distpc.artifacts.files import write_bytes
 from distpc.artifacts.manifest import Artifact
 from distpc.errors import LatentError
 
@@ -179,14 +179,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str,
 
     Args:
         metadata: JSON values; `holds` says what the file is.
+
+    Raises:
+        ResourceError: the disk is full.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     notes = json.dumps({"format_version": FORMAT_VERSION, **metadata}, sort_keys=True)
-    with atomic_path(path) as partial:
-        # One entry: safetensors writes several in an order that changes from run to run.
-        save_file(tensors, partial, {_NOTES: notes})
-        return partial.stat().st_size
+    # One entry: safetensors writes several in an order that changes from run to run. And our own
+    # write: its own hides from us that the disk is full.
+    content = save(tensors, {_NOTES: notes})
+    write_bytes(path, content)
+    return len(content)
 
 
 def read_tensors(

@@ -70,7 +70,7 @@ def grid_positions(rows: int, columns: int, width: int) -> Tensor:
 def grid_rotations(rows: int, columns: int, width: int) -> Tensor:
     """(rows * columns, width, 2) cosines and sines that turn pairs (i, i + width / 2) of a query or
     key by angles proportional to row (even i) and column (odd i), so that attention depends on
-    differences of positions only (Su et al. 2021, in 2D)."""
+    differences of positions only (Su et al. 2021, in 2D). Widths below 4 know rows only."""
     half = width // 2
     number = torch.arange(half)
     frequencies = 100.0 ** (-(number // 2).double() / max(1, (half + 1) // 2))

@@ -34,9 +34,9 @@ def blob_shards(num_shards=3, rows=400):
     return shards, centres
 
 
-def local_job(folder, names, config, seed=0, **hooks):
+def local_job(folder, names, config, seed=0, fingerprint="f", **hooks):
     """A clustering whose questions one holder in this process answers."""
-    holder = FeatureHolder(str(folder), "f", "cpu")
+    holder = FeatureHolder(str(folder), fingerprint, "cpu")
 
     def ask(method, items):
         return [getattr(holder, method)(item) for item in items]

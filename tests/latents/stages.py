@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,13 @@ def die_once(folder: Path) -> None:
 
 
 class DyingHolder(FeatureHolder):
-    """Dies in the middle of its third Lloyd round."""
+    """Dies over a shard in the middle of a Lloyd round."""
 
-    rounds = 0
+    asked = 0
 
     def statistics(self, item: Any) -> Any:
-        self.rounds += 1
-        if self.rounds > 5:
+        self.asked += 1
+        if self.asked == 8:
             die_once(self._folder.parent)
         return super().statistics(item)
 
@@ -92,9 +93,25 @@ class DyingExtractor(Extractor):
         return encoded
 
 
-if __name__ == "__main__":
+def serve() -> None:
+    """Be a cluster of two CPUs, such as a user may have, until standard input ends."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder)
+        print(ray.get_runtime_context().gcs_address, flush=True)
+        sys.stdin.read()
+        ray.shutdown()
+
+
+def run_fit(context: str) -> None:
+    """Run the fit stage on a context that was saved as JSON."""
     import json
 
     from distpc.latents import fit
 
-    fit.run(StageContext.from_json(json.loads(Path(sys.argv[1]).read_text())))
+    fit.run(StageContext.from_json(json.loads(Path(context).read_text())))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distpc.data.reader import read_shard as read_data_shard
 
 from distpc.data import index as data_index
 from distpc.data import shards as data_shards
 from distpc.data.patches import PatchGrid
+from distpc.data.reader import read_shard as read_data_shard
 from distpc.errors import LatentError
 from distpc.latents import assign, extract, fit, load_latents
 from distpc.latents.lloyd import FitState
@@ -36,6 +38,32 @@ def parallel(num_workers: int) -> dict[str, object]:
     return {"num_workers": num_workers, "cpus_per_worker": 0.5}
 
 
+def script(*arguments: str, **options: object) -> subprocess.Popen[str]:
+    """A process that runs a function of `stages`."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    return subprocess.Popen(
+        [sys.executable, stages.__file__, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """An existing cluster that all stages join: starting one each would take most of the time."""
+    # Ray reads these once a process, so they stay.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with script("serve", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+            patch.setenv("RAY_ADDRESS", server.stdout.readline().strip())
+            yield
+            server.stdin.close()
+
+
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory):
     """Digits: shards, index and the pixels teacher."""
@@ -48,10 +76,16 @@ def upstream(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(upstream, tmp_path_factory):
-    """Digits' features, centroids and latents."""
-    run = Run(tmp_path_factory.mktemp("finished"), upstream, latents=LATENTS, parallel=parallel(2))
-    run.stage("features", extract.run)
-    run.stage("fit", fit.run)
+    """Digits' features, centroids and latents, by two workers of which one each died."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = Run(folder, upstream, latents=LATENTS, parallel=parallel(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extract, "WORKER", stages.DYING_EXTRACTOR)
+        patch.setattr(fit, "WORKER", stages.DYING_HOLDER)
+        run.stage("features", extract.run)
+        (folder / ".died").unlink()
+        run.stage("fit", fit.run)
+        (folder / ".died").unlink()
     run.stage("assign", assign.run)
     return run
 
@@ -128,30 +162,43 @@ def test_fit_notes_what_it_did(finished):
         assert values == pytest.approx(restart["inertia"])
 
 
-def test_finished_shards_are_kept_and_a_dead_worker_changes_nothing(
-    finished, upstream, tmp_path, monkeypatch
-):
-    run = Run(tmp_path, upstream, latents=LATENTS, parallel=parallel(2))
+def test_finished_shards_are_kept(finished, upstream, tmp_path, monkeypatch):
+    run = Run(tmp_path, upstream, latents=LATENTS, parallel=parallel(1))
     ctx = run.context("features")
     names = [entry.name for entry in train_shards(upstream)[1]]
     source = finished.folder / "features"
-    whole, cut, foreign = (shard_path(ctx.out, name) for name in names[:3])
-    whole.write_bytes((source / whole.name).read_bytes())
-    cut.write_bytes((source / cut.name).read_bytes()[:-100])
-    foreign.write_bytes((source / whole.name).read_bytes())
+    for name in names:
+        shutil.copy(shard_path(source, name), ctx.out)
+    whole, cut, foreign, missing = (shard_path(ctx.out, name) for name in names[:4])
+    cut.write_bytes(cut.read_bytes()[:-100])
+    shutil.copy(whole, foreign)
+    missing.unlink()
     shard_path(ctx.out, "train-000999").write_bytes(b"of an earlier configuration")
     before = whole.stat().st_mtime_ns
-    monkeypatch.setattr(extract, "WORKER", stages.DYING_EXTRACTOR)
 
+    class Here:
+        """Does the work of a cluster in this process."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def map(self, worker, kwargs, items, label):
+            made = extract.Extractor(**kwargs)
+            assert [entry.name for entry in items] == names[1:4]
+            return [(number, made(entry)) for number, entry in enumerate(items)]
+
+    monkeypatch.setattr(extract.Cluster, "connect", lambda parallel: Here())
     extract.run(ctx)
 
-    assert (tmp_path / ".died").exists()
     assert whole.stat().st_mtime_ns == before
-    assert ctx.metadata["kept_shards"] == 1
+    assert ctx.metadata["kept_shards"] == len(names) - 3
     assert sorted(path.stem for path in ctx.out.iterdir()) == names
+    # What the workers wrote, one of which died, is what one process writes, byte for byte.
     for name in names:
-        file = shard_path(ctx.out, name).name
-        assert (ctx.out / file).read_bytes() == (source / file).read_bytes()
+        assert shard_path(ctx.out, name).read_bytes() == shard_path(source, name).read_bytes()
 
 
 def test_max_samples_takes_the_first_shards(upstream, tmp_path):
@@ -187,51 +234,31 @@ def test_features_that_are_not_finite_are_refused(upstream, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def feature_run(folder, shards, num_workers, latents):
-    """A run whose features stage is already sealed."""
-    run = Run(folder, latents=latents, parallel=parallel(num_workers))
-    ctx = run.context("features")
-    names = write_features(ctx.out, shards, ctx.fingerprint)
-    run.seal(ctx, "features")
-    return run, names
+def test_centroids_do_not_depend_on_workers_or_deaths(finished, upstream):
+    # Two Ray workers of which one died, against one process without Ray.
+    names = [entry.name for entry in train_shards(upstream)[1]]
+    features = finished.artifacts["features"]
+    job, _ = local_job(features.path, names, finished.config.latents, 0, features.fingerprint)
+    alone = job.run(FitState())
+    path = finished.folder / "fit" / fit.CENTROIDS
+    assert torch.equal(read_centroids(path, features=features.fingerprint, width=4), alone.best)
+    facts = json.loads((finished.folder / "fit/fit.json").read_text())
+    assert [restart["inertia"] for restart in facts["restarts"]] == alone.inertia
 
 
-def test_centroids_are_the_same_for_any_workers_and_deaths(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    shards = [rng.normal(size=(2 * rng.integers(200, 400), 6)) for _ in range(5)]
-    latents = {"num_clusters": 24, "num_rounds": 6, "num_restarts": 2, "tolerance": 0.0}
-    found = {}
-    for num_workers, worker in ((1, None), (2, None), (3, stages.DYING_HOLDER)):
-        run, names = feature_run(tmp_path / f"workers-{num_workers}", shards, num_workers, latents)
-        if worker is not None:
-            monkeypatch.setattr(fit, "WORKER", worker)
-        run.stage("fit", fit.run)
-        assert (run.folder / ".died").exists() == (worker is not None)
-        found[num_workers] = (run.folder / "fit" / fit.CENTROIDS).read_bytes()
-    assert found[1] == found[2] == found[3]
-
-    write_features(tmp_path, shards)
-    job, _ = local_job(tmp_path, names, run.config.latents, run.config.seed)
-    alone = job.run(FitState()).best
-    path = tmp_path / "workers-1/fit" / fit.CENTROIDS
-    assert torch.equal(read_centroids(path, features="features-fingerprint", width=6), alone)
-
-
-def test_a_killed_driver_goes_on(tmp_path):
+def test_a_killed_driver_goes_on_with_other_workers(tmp_path):
     rng = np.random.default_rng(1)
-    shards = [rng.normal(size=(4000, 8)) for _ in range(3)]
     latents = {"num_clusters": 64, "num_rounds": 40, "num_restarts": 2, "tolerance": 0.0}
-    run, names = feature_run(tmp_path / "run", shards, 2, latents)
+    run = Run(tmp_path, latents=latents, parallel=parallel(1))
+    features = run.context("features")
+    shards = [rng.normal(size=(4000, 8)) for _ in range(3)]
+    names = write_features(features.out, shards, features.fingerprint)
+    run.seal(features, "features")
     ctx = run.context("fit")
-    request = tmp_path / "context.json"
-    request.write_text(json.dumps(ctx.to_json()))
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(
-        [sys.executable, str(Path(stages.__file__)), str(request)],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    ) as driver:
-        checkpoint = ctx.out / fit.CHECKPOINT
-        deadline = time.monotonic() + 60
+    (tmp_path / "context.json").write_text(json.dumps(ctx.to_json()))
+    checkpoint = ctx.out / fit.CHECKPOINT
+    with script("run_fit", str(tmp_path / "context.json")) as driver:
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and driver.poll() is None and not checkpoint.exists():
             time.sleep(0.01)
         driver.send_signal(signal.SIGKILL)
@@ -239,21 +266,23 @@ def test_a_killed_driver_goes_on(tmp_path):
     assert 0 < rounds < 80
     assert not (ctx.out / fit.CENTROIDS).exists()
 
-    fit.run(ctx)
+    again = Run(tmp_path, run.artifacts, latents=latents, parallel=parallel(3))
+    fit.run(again.context("fit"))
 
-    write_features(tmp_path, shards)
-    job, _ = local_job(tmp_path, names, run.config.latents, run.config.seed)
+    job, _ = local_job(features.out, names, run.config.latents, 0, features.fingerprint)
     whole = job.run(FitState())
     path = ctx.out / fit.CENTROIDS
-    assert torch.equal(read_centroids(path, features="features-fingerprint", width=8), whole.best)
+    assert torch.equal(read_centroids(path, features=features.fingerprint, width=8), whole.best)
     facts = json.loads((ctx.out / "fit.json").read_text())
     assert [restart["inertia"] for restart in facts["restarts"]] == whole.inertia
+    assert not checkpoint.exists()
 
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-def test_collapsed_features_are_refused(tmp_path):
-    run, _ = feature_run(tmp_path, [np.ones((40, 3))] * 2, 2, {"num_clusters": 4})
-    with pytest.raises(LatentError, match="fewer different features than clusters"):
-        run.stage("fit", fit.run)
+    events = EventAccumulator(str(tmp_path / "tb/fit/restart-0")).Reload()
+    scalars = events.Scalars("latents/inertia")
+    assert [event.step for event in scalars] == list(range(41))
+    assert [event.value for event in scalars] == pytest.approx(whole.inertia[0])
 
 
 def test_a_collapsed_codebook_is_refused(finished):

@@ -9,7 +9,7 @@ import torch
 from distpc.data.spec import DatasetSpec
 from distpc.teachers import mae
 from distpc.teachers.mae import MaskedAutoencoder, draw_visible
-from distpc.teachers.transformer import Block, grid_positions
+from distpc.teachers.transformer import Block, grid_positions, grid_rotations
 
 SPEC = DatasetSpec("grey", "image", 64, (17,) * 64, image_shape=(8, 8, 1))
 
@@ -70,12 +70,12 @@ def test_encoding_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 def test_encoding_equals_the_encoder_on_the_neighbourhood_alone() -> None:
     model = _model(neighbourhood=3)
     x = _images(2)
-    tokens = model.embed(model.patches(x) - 0.5) + model.positions
+    tokens = model.embed(model.patches(x) - 0.5)
     features = model.encode(x)
     for patch, around in ((0, [0, 1, 4, 5]), (6, [6, 1, 2, 3, 5, 7, 9, 10, 11])):
         alone = tokens[:, around]
         for block in model.encoder:
-            alone = block(alone)
+            alone = block(alone, model.rotations[torch.tensor(around)].expand(2, -1, -1, -1))
         expected = model.to_feature(model.encoder_norm(alone))[:, 0]
         assert torch.allclose(features[:, patch], expected, atol=1e-5)
 
@@ -95,7 +95,8 @@ def test_absent_tokens_are_not_attended_to() -> None:
     block = Block(8, 2)
     tokens = torch.randn(2, 5, 8)
     present = torch.tensor([[True, True, True, False, False]] * 2)
-    assert torch.allclose(block(tokens, present)[:, :3], block(tokens[:, :3]), atol=1e-6)
+    seen = block(tokens, present=present)[:, :3]
+    assert torch.allclose(seen, block(tokens[:, :3]), atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [8, 10, 64])
@@ -103,3 +104,23 @@ def test_positions_tell_all_patches_apart(width: int) -> None:
     positions = grid_positions(7, 5, width)
     assert positions.shape == (35, width)
     assert torch.pdist(positions).min() > 0.01
+
+
+@pytest.mark.parametrize(("width", "num_heads"), [(16, 2), (10, 2), (14, 2), (8, 2)])
+def test_attention_knows_relative_positions_only(width: int, num_heads: int) -> None:
+    torch.manual_seed(0)
+    block = Block(width, num_heads)
+    rotations = grid_rotations(6, 5, width // num_heads)
+    tokens = torch.randn(1, 3, width)
+    at = [torch.tensor([[0, 1, 7]]), torch.tensor([[12, 13, 19]]), torch.tensor([[0, 1, 5]])]
+    first, moved, other = (block(tokens, rotations[places]) for places in at)
+    assert torch.allclose(first, moved, atol=1e-5)
+    assert not torch.allclose(first, other, atol=1e-5)
+
+
+def test_equal_patches_have_equal_features_wherever_they_lie() -> None:
+    x = torch.arange(4).repeat(1, 16)
+    model = _model()
+    x[0, torch.from_numpy(model.grid.variables())] = torch.tensor([3, 9, 16, 0])
+    features = model.encode(x)
+    assert torch.allclose(features, features[:, :1].expand_as(features), atol=1e-5)
