@@ -18,7 +18,7 @@ from distpc.data.spec import DatasetSpec
 from distpc.teachers.base import Teacher
 from distpc.teachers.transformer import Block, grid_positions, grid_rotations
 
-_CHUNK_FLOATS = 2**21
+_CHUNK_FLOATS = 2**19
 """Floats in one token tensor while encoding; bounds memory at about ten times this."""
 
 

@@ -42,7 +42,11 @@ class Block(nn.Module):
         return tokens + self.contract(hidden)
 
     def _attend(self, tokens: Tensor, rotation: Tensor | None, present: Tensor | None) -> Tensor:
-        heads = self.query_key_value(tokens).unflatten(-1, (3, self.num_heads, -1))
+        projected = self.query_key_value(tokens)
+        if tokens.shape[1] == 1:
+            # A token alone attends to itself: its own value. Encoding single patches lives on it.
+            return self.attention_out(projected.chunk(3, dim=-1)[2])
+        heads = projected.unflatten(-1, (3, self.num_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         if rotation is not None:
             query, key = _rotated(query, rotation), _rotated(key, rotation)

@@ -99,6 +99,14 @@ def test_absent_tokens_are_not_attended_to() -> None:
     assert torch.allclose(seen, block(tokens[:, :3]), atol=1e-6)
 
 
+def test_a_token_alone_is_mixed_with_nothing() -> None:
+    torch.manual_seed(0)
+    block = Block(8, 2)
+    tokens = torch.randn(3, 4, 8)
+    only_first = torch.tensor([[True, False, False, False]] * 3)
+    assert torch.allclose(block(tokens, present=only_first)[:, :1], block(tokens[:, :1]), atol=1e-6)
+
+
 @pytest.mark.parametrize("width", [8, 10, 64])
 def test_positions_tell_all_patches_apart(width: int) -> None:
     positions = grid_positions(7, 5, width)
