@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from distpc.circuits import queries, sampling
 from distpc.circuits.compiled import MAX_FOLD_BYTES, compile_graph
 from distpc.circuits.evidence import Evidence, EvidenceReader
-from distpc.circuits.inputs import CategoricalBank, GaussianBank
-from distpc.circuits.layers import SumBank
+from distpc.circuits.gaussian import GaussianBank
+from distpc.circuits.inputs import CategoricalBank
 from distpc.circuits.schedule import BankPlan
 from distpc.circuits.steps import Bank, Pass, build_step, run_steps
+from distpc.circuits.sums import SumBank
 from distpc.structures.region_graph import RegionGraph
 
 

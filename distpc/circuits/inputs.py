@@ -1,4 +1,4 @@
-"""Input units: categorical and Gaussian distributions of one variable, stored as statistics.
+"""Categorical input units, stored as statistics.
 
 An input step has E rows; each is one input region, or the product of `width` categorical regions
 (a bag), evaluated at once as a sum of log rows. Statistics of categories lie as (categories,
@@ -7,7 +7,6 @@ units), so that looking up a value is gathering a row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -17,9 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distpc.circuits.statistics import random_statistics, read_out
-
-VARIANCE_FLOOR = 1e-4
-"""Least variance of a Gaussian unit, in units of the variable's squared spread."""
 
 MISSING = -1
 
@@ -167,104 +163,3 @@ def scatter_rows(values: Tensor, index: Tensor, num_rows: int) -> Tensor:
     kept = len(flat) - int(counts[-1])
     starts = counts[:-1].cumsum(0).sub_(counts[:-1])
     return nn.functional.embedding_bag(rows[:kept], values, starts, mode="sum")
-
-
-class GaussianBank(nn.Module):
-    """Tables of Gaussian units as running moments.
-
-    Values are standardised first, z = (x - centre) / spread, because raw float32 moments lose
-    small variances of variables far from zero.
-
-    Attributes:
-        statistics: S, shape (T, 3, K): uses, sum of z and sum of z^2 per sample.
-        centre, spread: (T,), in the variable's units.
-        pseudocount: weight of one standard normal pseudo-observation, over samples.
-    """
-
-    centre: Tensor
-    spread: Tensor
-
-    def __init__(self, num_tables: int, num_units: int) -> None:
-        super().__init__()
-        self.statistics = nn.Parameter(torch.empty(num_tables, 3, num_units))
-        self.register_buffer("centre", torch.zeros(num_tables, dtype=torch.float64))
-        self.register_buffer("spread", torch.ones(num_tables, dtype=torch.float64))
-        self.pseudocount = 0.0
-
-    def forward(
-        self, z: Tensor, tables: Tensor, in_logs: bool = False, mask: Tensor | None = None
-    ) -> Tensor:
-        """Log densities (E, B, K) of standardised values z (E, B), NaN = missing (log 1)."""
-        return GaussianFunction.apply(self.statistics, self, z, tables, mask, in_logs)
-
-    def moments(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (T, K) of standardised values."""
-        uses, first, second = statistics.unbind(1)
-        uses = (uses + self.pseudocount).clamp_min(torch.finfo(uses.dtype).tiny)
-        mean = first / uses
-        variance = (second + self.pseudocount) / uses - mean.square()
-        return mean, variance.clamp_min(VARIANCE_FLOOR)
-
-    def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
-        """A pseudocount in samples a unit."""
-        self.pseudocount = pseudocount / num_samples
-
-    def init(self, noise: float, generator: torch.Generator) -> None:
-        """Means spread by `noise` standard deviations, variance 1."""
-        num_tables, _, num_units = self.statistics.shape
-        mean = noise * torch.randn((num_tables, num_units), generator=generator)
-        moments = [torch.ones_like(mean), mean, 1.0 + mean.square()]
-        self.statistics.data = torch.stack(moments, dim=1)
-
-
-class GaussianFunction(torch.autograd.Function):
-    """Log density of Gaussian units; the flow goes to the sufficient statistics (1, z, z^2)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        statistics: Tensor,
-        bank: GaussianBank,
-        z: Tensor,
-        tables: Tensor,
-        mask: Tensor | None,
-        in_logs: bool,
-    ) -> Tensor:
-        dtype = torch.float64 if in_logs else statistics.dtype
-        mean, variance = (m[tables].unsqueeze(1) for m in bank.moments(statistics.to(dtype)))
-        ctx.save_for_backward(z, tables)
-        ctx.like = statistics.shape, statistics.dtype
-        logs = (z.to(dtype).unsqueeze(-1) - mean).square_().div_(-2.0 * variance)
-        logs -= 0.5 * variance.log() + 0.5 * math.log(2 * math.pi)
-        logs -= bank.spread[tables].log().to(dtype).view(-1, 1, 1)
-        logs = torch.where(z.isnan().unsqueeze(-1), 0.0, logs)
-        return logs if mask is None else torch.where(mask, logs, -torch.inf)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, flow: Tensor) -> tuple[Tensor | None, ...]:
-        z, tables = ctx.saved_tensors
-        shape, dtype = ctx.like
-        seen = torch.where(z.isnan(), 0.0, 1.0)
-        z = torch.where(z.isnan(), 0.0, z)
-        powers = torch.stack([seen, z, z.square()], dim=1).to(flow.dtype)
-        flow_rows = torch.matmul(powers, flow).to(dtype)
-        flow_s = torch.zeros(shape, dtype=dtype, device=flow.device)
-        return flow_s.index_add_(0, tables, flow_rows), None, None, None, None, None
-
-
-class ScaleLogsFunction(torch.autograd.Function):
-    """Logs -> values with maximum 1 and log-scale (E, B); the flow stays what it is."""
-
-    @staticmethod
-    def forward(ctx: Any, logs: Tensor) -> tuple[Tensor, Tensor]:
-        top = logs.amax(-1)
-        top = torch.where(top.isneginf(), 0.0, top)
-        log_scale = top.double()
-        ctx.mark_non_differentiable(log_scale)
-        return (logs - top.unsqueeze(-1)).exp_(), log_scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, flow: Tensor, *_: Any) -> Tensor:
-        return flow

@@ -1,4 +1,4 @@
-"""Sums, products and concatenations of scaled messages, with flows as their gradients.
+"""Products and concatenations of scaled messages, with flows as their gradients.
 
 A message has shape (E, B, K) (E regions folded, B batch, K units), entries in [0, 1], and a
 log-scale (E, B) kept outside autograd: the likelihood of unit k is values[e, b, k] *
@@ -20,131 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distpc.circuits.routing import uses_each_row_once
 from distpc.circuits.rows import Rows
 from distpc.circuits.schedule import ProductPlan
-from distpc.circuits.statistics import random_statistics, read_out
 
 WEAK = 1e-30
 """A product whose largest unit is below this may have lost units that matter later."""
-
-TINY = 1e-34
-"""Units below this (of a message with maximum about 1) carry no flow worth keeping."""
 
 FLOAT_FLOOR = 1.2e-38
 """Smallest normal float32: an entry below it may stand for anything smaller."""
 
 LOST_NATS = 16.0
 """exp(-16) relative to the maximum is below float32 precision."""
-
-
-class SumFunction(torch.autograd.Function):
-    """u, S -> u @ theta(S)^T. Saves S, not theta: under ZeRO-3 a saved theta would keep the whole
-    circuit on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, statistics: Tensor, smoothing: float) -> Tensor:
-        num_tables, num_units, fan_in = statistics.shape
-        theta = read_out(statistics, smoothing)
-        grouped = u.reshape(num_tables, -1, fan_in)
-        out = torch.matmul(grouped, theta.mT).view(*u.shape[:2], num_units)
-        ctx.save_for_backward(u, statistics, out)
-        ctx.smoothing = smoothing
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, flow: Tensor) -> tuple[Tensor, Tensor, None]:
-        u, statistics, out = ctx.saved_tensors
-        num_tables, num_units, fan_in = statistics.shape
-        theta = read_out(statistics, ctx.smoothing)
-        # A unit at 0 has flow 0, so the clamp makes its ratio 0.
-        ratio = out.clamp_min(TINY)
-        torch.div(flow, ratio, out=ratio)
-        ratio = ratio.view(num_tables, -1, num_units)
-        flow_u = torch.matmul(ratio, theta).view(u.shape).mul_(u)
-        flow_s = torch.matmul(ratio.mT, u.reshape(num_tables, -1, fan_in)).mul_(theta)
-        return flow_u, flow_s, None
-
-
-class SumBank(nn.Module):
-    """The weight matrices of one fold.
-
-    Attributes:
-        statistics: S, shape (T, K', K): T matrices of K' sum units over K child units.
-        smoothing: eps of the read-out.
-    """
-
-    def __init__(self, num_tables: int, num_units: int, fan_in: int) -> None:
-        super().__init__()
-        self.statistics = nn.Parameter(torch.empty(num_tables, num_units, fan_in))
-        self.smoothing = 0.0
-
-    def forward(self, u: Tensor, in_logs: bool = False) -> Tensor:
-        """(E, B, K) -> (E, B, K'); consecutive rows share a matrix where E > T."""
-        function = LogSumFunction if in_logs else SumFunction
-        return function.apply(u, self.statistics, self.smoothing)
-
-    def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """theta, shape (T, K', K)."""
-        return read_out(self.statistics.detach().to(dtype), self.smoothing)
-
-    def init(self, noise: float, generator: torch.Generator) -> None:
-        """Random statistics."""
-        shape = tuple(self.statistics.shape)
-        self.statistics.data = random_statistics(shape, noise, generator)
-
-    def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
-        """A pseudocount in samples a row, spread over its entries."""
-        self.smoothing = pseudocount / (num_samples * self.statistics.shape[-1])
-
-
-class LogSumFunction(torch.autograd.Function):
-    """Log-domain twin of SumFunction: logs in, logs out, the same flows, any range of values."""
-
-    CHUNK_ENTRIES = 2**22
-
-    @staticmethod
-    def forward(ctx: Any, logs: Tensor, statistics: Tensor, smoothing: float) -> Tensor:
-        num_tables, num_units, fan_in = statistics.shape
-        log_theta = read_out(statistics.to(logs.dtype), smoothing).log()
-        grouped = logs.reshape(num_tables, -1, fan_in)
-        chunks = grouped.split(_chunk_size(statistics), dim=1)
-        out = torch.cat([_log_terms(chunk, log_theta).logsumexp(-1) for chunk in chunks], dim=1)
-        out = out.view(*logs.shape[:2], num_units)
-        ctx.save_for_backward(logs, statistics, out)
-        ctx.smoothing = smoothing
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, flow: Tensor) -> tuple[Tensor, Tensor, None]:
-        logs, statistics, out = ctx.saved_tensors
-        num_tables, num_units, fan_in = statistics.shape
-        log_theta = read_out(statistics.to(logs.dtype), ctx.smoothing).log()
-        size = _chunk_size(statistics)
-        flow_logs, flow_s = [], torch.zeros_like(log_theta)
-        for chunk, chunk_out, chunk_flow in zip(
-            logs.reshape(num_tables, -1, fan_in).split(size, dim=1),
-            out.view(num_tables, -1, num_units).split(size, dim=1),
-            flow.reshape(num_tables, -1, num_units).split(size, dim=1),
-            strict=True,
-        ):
-            # exp(-inf - -inf) would be NaN: an impossible unit passes nothing on.
-            shift = torch.where(chunk_out.isneginf(), 0.0, chunk_out)
-            shares = (_log_terms(chunk, log_theta) - shift.unsqueeze(-1)).exp_()
-            shares.mul_(chunk_flow.unsqueeze(-1))
-            flow_logs.append(shares.sum(2))
-            flow_s += shares.sum(1)
-        return torch.cat(flow_logs, dim=1).view(logs.shape), flow_s.to(statistics.dtype), None
-
-
-def _chunk_size(statistics: Tensor) -> int:
-    return max(1, LogSumFunction.CHUNK_ENTRIES // max(1, statistics.numel()))
-
-
-def _log_terms(logs: Tensor, log_theta: Tensor) -> Tensor:
-    """(T, N, K), (T, K', K) -> (T, N, K', K)."""
-    return logs.unsqueeze(2) + log_theta.unsqueeze(1)
 
 
 def rescale_(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +87,10 @@ class ProductLayer(nn.Module):
         self.num_log_rows = plan.num_log_rows
         self.factors = [Factor(term.piece, term.rows, term.targets) for term in plan.terms]
         # Registered, so that their indices move to the circuit's device.
-        self.modules_of_factors = nn.ModuleList(self.factors)
+        self.registered = nn.ModuleList(self.factors)
+        self.reads_once = [
+            uses_each_row_once(plan, piece) for piece in range(len(plan.requests[0].pieces))
+        ]
         pairs = list(zip(plan.terms, self.factors, strict=True))
         self.in_logs = [f for term, f in pairs if term.in_logs]
         self.first = [f for term, f in pairs if term.first and not term.in_logs]
@@ -256,13 +146,15 @@ class ProductLayer(nn.Module):
         for factor in self.factors:
             factors[factor.piece].append(factor)
         flows = []
-        for size, own in zip(sizes, factors, strict=True):
+        for size, own, once in zip(sizes, factors, self.reads_once, strict=True):
             if len(own) == 1 and own[0].rows.slice == slice(0, size):
                 flows.append(own[0].targets.take(flow))
                 continue
-            total = flow.new_zeros(size, *flow.shape[1:])
+            shape = (size, *flow.shape[1:])
+            total = flow.new_empty(shape) if once else flow.new_zeros(shape)
             for factor in own:
-                factor.rows.add_(total, factor.targets.take(flow))
+                deliver = factor.rows.put_ if once else factor.rows.add_
+                deliver(total, factor.targets.take(flow))
             flows.append(total)
         return flows
 

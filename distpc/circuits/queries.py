@@ -87,7 +87,7 @@ def conditional(
     parts = []
     for evidence, start in _batches(circuit, x, observed, batch_size):
         log_probs, step_flows = flows(circuit, evidence)
-        _refuse_impossible(log_probs, start)
+        refuse_impossible(log_probs, start)
         parts.append(_conditional(circuit, evidence, step_flows, variables, sizes))
     return torch.cat(parts) if parts else torch.zeros(0, len(variables), max(sizes, default=0))
 
@@ -148,7 +148,7 @@ def posterior(circuit: Circuit, x: Any, observed: Any = None, batch_size: int = 
     width = max(circuit.latent_sizes, default=0)
     for evidence, start in _batches(circuit, x, observed, batch_size):
         log_probs, step_flows = flows(circuit, evidence)
-        _refuse_impossible(log_probs, start)
+        refuse_impossible(log_probs, start)
         part = torch.zeros(len(log_probs), circuit.num_latents, width, device=circuit.device)
         for index, region in enumerate(circuit.graph.regions):
             place = circuit.schedule.places[index]
@@ -186,7 +186,8 @@ def _num_categories(circuit: Circuit, variable: int) -> int:
     return size
 
 
-def _refuse_impossible(log_probs: Tensor, start: int) -> None:
+def refuse_impossible(log_probs: Tensor, start: int) -> None:
+    """Raise EvidenceError for evidence of probability 0; `start` is the batch's first row."""
     impossible = (~log_probs.isfinite()).nonzero()[:, 0]
     if len(impossible):
         raise EvidenceError(

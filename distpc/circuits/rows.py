@@ -13,7 +13,6 @@ class Rows(nn.Module):
 
     Args:
         rows: the rows, in order; repeats allowed.
-        is_unique: whether no row repeats (also across other selections of the same tensor).
     """
 
     index: Tensor | None

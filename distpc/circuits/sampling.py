@@ -11,8 +11,8 @@ from torch import Tensor
 from distpc.circuits import queries
 from distpc.circuits.evidence import Evidence
 from distpc.circuits.inputs import CategoricalBank
-from distpc.circuits.layers import SumBank
 from distpc.circuits.steps import CategoricalStep, GaussianStep
+from distpc.circuits.sums import SumBank
 from distpc.errors import EvidenceError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class _TopDown:
         batch = evidence.codes.shape[1]
         self.owner = torch.arange(batch, device=circuit.device).repeat_interleave(n)
         evaluation = circuit.evaluate(evidence, keep=True)
-        queries._refuse_impossible(evaluation.log_prob, 0)
+        queries.refuse_impossible(evaluation.log_prob, 0)
         self.logs = [values.log() for values in evaluation.scaled.outputs]
         if evaluation.logs is not None:
             for logs, exact in zip(self.logs, evaluation.logs.outputs, strict=True):
@@ -121,12 +121,13 @@ class _TopDown:
         """A sum unit uses a child unit in proportion to weight times the child's likelihood."""
         plan = self.circuit.schedule.steps[number]
         regions = self.circuit.graph.regions
+        bank, _ = self.circuit.bank_of(plan.regions[0])
+        assert isinstance(bank, SumBank)
+        log_tables = bank.weights().log()
         for row, region in enumerate(plan.regions):
             child = regions[region].children[0]
             step, child_row = self._place(child)
-            bank, table = self.circuit.bank_of(region)
-            assert isinstance(bank, SumBank)
-            log_weights = self._log_weights(number, bank)[table]
+            log_weights = log_tables[self.circuit.bank_of(region)[1]]
             messages = self.logs[step][child_row]
             drawn = []
             size = max(1, CHUNK_ENTRIES // log_weights.shape[1])
@@ -137,11 +138,6 @@ class _TopDown:
                 picked = self._pick((scores - scores.amax(-1, keepdim=True)).exp())
                 drawn.append(torch.where(units < 0, -1, picked))
             self._use(step, [child_row], torch.cat(drawn).unsqueeze(0))
-
-    def _log_weights(self, number: int, bank: SumBank) -> Tensor:
-        if getattr(self, "_cached", (-1, None))[0] != number:
-            self._cached = (number, bank.weights().log())
-        return self._cached[1]
 
     def _draw_codes(self, number: int, codes: Tensor) -> None:
         step = self.circuit.step_list[number]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from distpc.circuits.evidence import Evidence
-from distpc.circuits.inputs import CategoricalBank, GaussianBank, ScaleLogsFunction
+from distpc.circuits.gaussian import GaussianBank, ScaleLogsFunction
+from distpc.circuits.inputs import CategoricalBank
 from distpc.circuits.layers import (
     WEAK,
     ConcatFunction,
@@ -22,7 +23,6 @@ from distpc.circuits.layers import (
     ProductLayer,
     RescaleFunction,
     RootFunction,
-    SumBank,
 )
 from distpc.circuits.rows import Rows
 from distpc.circuits.schedule import (
@@ -35,6 +35,7 @@ from distpc.circuits.schedule import (
     StepPlan,
     SumPlan,
 )
+from distpc.circuits.sums import SumBank
 
 Bank = SumBank | CategoricalBank | GaussianBank
 
