@@ -28,7 +28,7 @@ class StageContext:
         out: the stage's own folder, present.
         inputs: the artifacts of the stages it depends on, by stage name.
         fingerprint: of everything that this stage's result depends on.
-        tensorboard: folder for TensorBoard logs of the run.
+        tensorboard: folder for TensorBoard logs of the run; a stage writes below its own name.
         metadata: JSON values to keep in the manifest.
     """
 

@@ -152,12 +152,12 @@ class Pipeline:
             self._skipped[name] = True
             _say(f"{name}: done before, skipped")
             return Artifact.open(step.folder)
-        tensorboard = self.folder / "tb" / name
+        tensorboard = self.folder / "tb"
         if step.state == "stale":
             _say(f"{name}: redone ({step.reason})")
             shutil.rmtree(step.folder)
         if step.state != "interrupted":
-            shutil.rmtree(tensorboard, ignore_errors=True)
+            shutil.rmtree(tensorboard / name, ignore_errors=True)
             write_json(step.folder / ATTEMPT, {"fingerprint": step.fingerprint})
         _say(f"{name}: {'continued' if step.state == 'interrupted' else 'started'}")
         context = StageContext(

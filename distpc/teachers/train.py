@@ -29,7 +29,7 @@ def run(ctx: StageContext) -> None:
                 ctx.to_json(),
                 num_ranks=ctx.config.parallel.num_ranks,
                 threads_per_rank=ctx.config.parallel.threads_per_rank,
-                log_folder=ctx.tensorboard.parent / "logs" / "teacher",
+                log_folder=ctx.out / "logs",
             )
         elif is_main_process():
             _save_control(ctx)
