@@ -14,6 +14,7 @@ from distpc.circuits.io import load_model
 from distpc.data.index import ShardIndex
 from distpc.errors import LatentError
 from distpc.latents.store import read_shard, shard_path, write_shard
+from distpc.parallel.cluster import Cluster
 from distpc.structures import PatchLayout
 from distpc.training import distill
 from distpc.training.assembly import mix_rows
@@ -34,7 +35,8 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("runs"))
+    with Cluster.session():
+        yield Runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
