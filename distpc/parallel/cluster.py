@@ -137,9 +137,7 @@ class _Host(WorkerHost):
 
 def _start(parallel: ParallelConfig) -> Cluster:
     """A new cluster on this machine, watched by a reaper."""
-    num_cpus = os.cpu_count() or 1
-    num_gpus = torch.cuda.device_count() if parallel.gpus_per_worker > 0 else 0
-    check_room(parallel, [{"CPU": num_cpus, "GPU": num_gpus}], "this machine")
+    num_cpus, num_gpus = check_machine(parallel)
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -193,6 +191,18 @@ def _join(parallel: ParallelConfig, address: str) -> Cluster:
         cluster.close()
         raise
     return cluster
+
+
+def check_machine(parallel: ParallelConfig) -> tuple[int, int]:
+    """CPUs and GPUs for a cluster on this machine.
+
+    Raises:
+        ResourceError: fewer workers fit than are asked for.
+    """
+    num_cpus = os.cpu_count() or 1
+    num_gpus = torch.cuda.device_count() if parallel.gpus_per_worker > 0 else 0
+    check_room(parallel, [{"CPU": num_cpus, "GPU": num_gpus}], "this machine")
+    return num_cpus, num_gpus
 
 
 def check_room(parallel: ParallelConfig, nodes: list[dict[str, float]], place: str) -> None:

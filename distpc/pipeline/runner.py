@@ -80,9 +80,14 @@ class Pipeline:
             The report.
         """
         from distpc.inference.report import build_report, write_report
+        from distpc.pipeline.preflight import check_run
 
         with RunLock(self.folder):
             self._prepare()
+            steps = self.steps()
+            if any(step.state != "done" for step in steps):
+                is_written = steps[0].state == "done"
+                check_run(self.config, Artifact.open(steps[0].folder) if is_written else None)
             self.run_stages()
             self._publish_model()
             report = build_report(self.folder, self.config, self._stage_facts())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
-from distpc.circuits.inputs import GaussianBank
+from distpc.circuits.gaussian import GaussianBank
 
 MARGINAL_SAMPLES = 20_000
 """Samples from which marginals are counted; a histogram of one variable needs no more."""

@@ -1,0 +1,73 @@
+"""What can be known to fail is refused before the first stage, not an hour into the run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from distpc.artifacts import Artifact
+from distpc.config import RunConfig
+from distpc.data.patches import PatchGrid
+from distpc.data.shards import colored, split_positions
+from distpc.data.sources import open_source
+from distpc.data.spec import DatasetSpec
+from distpc.errors import ConfigError, DataError
+from distpc.parallel.cluster import Cluster, check_machine
+
+
+def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
+    """Compare what a run asks for with its data and with the machine.
+
+    Args:
+        config: the run's configuration.
+        shards: the finished shards; without them the source itself is opened.
+
+    Raises:
+        ConfigError, DataError: the source, its splits, patches and batches do not fit together.
+        ResourceError: Ray has less than the workers ask for.
+    """
+    spec, num_train = _open(config) if shards is None else _read(shards)
+    if config.structure.kind == "patches":
+        PatchGrid.of(spec, config.data.patch_size_pixels)
+    if config.structure.kind == "patches" and not spec.is_discrete:
+        raise ConfigError("patch circuits need categorical values", where="data.source")
+    batches = {"finetune.batch_size": config.finetune.batch_size}
+    if config.teacher.kind == "mae":
+        batches["teacher.mae.batch_size"] = config.teacher.mae.batch_size
+    for field, size in batches.items():
+        if size > num_train:
+            raise DataError(
+                "the training split has fewer samples than one batch",
+                where=field,
+                found=f"{num_train} training samples, {size} in a batch",
+                expected=f"a batch of at most {num_train} samples",
+                fix=f"lower {field}, or give more data",
+            )
+        if size < config.parallel.num_ranks:
+            raise ConfigError(
+                "a batch has fewer samples than there are ranks",
+                where=field,
+                found=f"{size} samples, {config.parallel.num_ranks} ranks",
+                fix=f"raise {field} or lower parallel.num_ranks",
+            )
+    if config.teacher.kind != "none":
+        if "RAY_ADDRESS" in os.environ:
+            Cluster.connect(config.parallel).close()
+        else:
+            check_machine(config.parallel)
+
+
+def _read(shards: Artifact) -> tuple[DatasetSpec, int]:
+    return DatasetSpec.load(shards.path), shards.metadata["num_samples"]["train"]
+
+
+def _open(config: RunConfig) -> tuple[DatasetSpec, int]:
+    """The data set's spec and the size of its training split."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = open_source(config.data.source, Path(scratch))
+        try:
+            spec = colored(source.spec, config.data.color)
+            return spec, len(split_positions(source, config.data, config.seed)["train"])
+        finally:
+            source.close()

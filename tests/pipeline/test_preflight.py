@@ -1,0 +1,38 @@
+"""Contradictions between config, data and machine are refused before anything is written."""
+
+from pathlib import Path
+
+import pytest
+
+from distpc.config import load_config
+from distpc.errors import DistpcError
+from distpc.pipeline.preflight import check_run
+
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("finetune.batch_size=1500", ["finetune.batch_size", "1437 training samples, 1500"]),
+        ("teacher.mae.batch_size=1438", ["teacher.mae.batch_size", "1437"]),
+        ("finetune.batch_size=1", ["1 samples, 2 ranks"]),
+        ("data.patch_size_pixels=3", ["data.patch_size_pixels", "8 x 8 pixels"]),
+        ("parallel.num_workers=6400", ["6400", "parallel.num_workers"]),
+        ("parallel.cpus_per_worker=900", ["900", "cpus_per_worker"]),
+        ("data.color=ycocg_r", ["data.color", "RGB"]),
+        ("data.source={kind: text, path: /nowhere}", ["/nowhere", "data.source.path"]),
+    ],
+)
+def test_refused(monkeypatch: pytest.MonkeyPatch, override: str, words: list[str]) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(DistpcError) as caught:
+        check_run(load_config(CONFIG, [override]))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_shipped_digits_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("digits", "digits_hclt"):
+        check_run(load_config(CONFIG.with_name(f"{name}.yaml")))
