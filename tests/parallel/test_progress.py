@@ -3,6 +3,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -39,8 +40,10 @@ def test_only_rank_0_speaks(
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_gets_a_bar() -> None:
+@pytest.mark.parametrize("columns", [0, 120])
+def test_a_terminal_gets_a_bar(columns: int) -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (0, columns))
     code = "from distpc.parallel.progress import track; list(track(range(3), 3, 'counting'))"
     environment = {**os.environ, "PYTHONPATH": python_path()}
     subprocess.run([sys.executable, "-c", code], stderr=theirs, env=environment, check=True)
