@@ -38,11 +38,11 @@ class Progress:
         self._speaks = is_main_process()
         self._bar: tqdm | None = None
         if self._speaks and sys.stderr.isatty():
-            # Some terminals (containers, recorders) say that they have no columns at all, and
-            # would be shown none.
-            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80}
-            self._bar = tqdm(desc=label, total=total, unit=f" {unit}", **width)
+            # Some terminals (containers, recorders) say that they have no rows or columns, and
+            # would be shown nothing.
+            known = all(os.get_terminal_size(sys.stderr.fileno()))
+            size: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
+            self._bar = tqdm(desc=label, total=total, unit=f" {unit}", **size)
 
     def advance(self, n: int = 1, **figures: float | int | str) -> None:
         """Count `n` more units as done and show `figures` beside them."""

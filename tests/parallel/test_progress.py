@@ -43,7 +43,7 @@ def test_only_rank_0_speaks(
 @pytest.mark.parametrize("columns", [0, 120])
 def test_a_terminal_gets_a_bar(columns: int) -> None:
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (0, columns))
+    termios.tcsetwinsize(theirs, (columns // 4, columns))
     code = "from distpc.parallel.progress import track; list(track(range(3), 3, 'counting'))"
     environment = {**os.environ, "PYTHONPATH": python_path()}
     subprocess.run([sys.executable, "-c", code], stderr=theirs, env=environment, check=True)
