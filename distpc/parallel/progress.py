@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -37,7 +38,11 @@ class Progress:
         self._speaks = is_main_process()
         self._bar: tqdm | None = None
         if self._speaks and sys.stderr.isatty():
-            self._bar = tqdm(desc=label, total=total, unit=f" {unit}", dynamic_ncols=True)
+            # Some terminals (containers, recorders) say that they have no rows or columns, and
+            # would be shown nothing.
+            known = all(os.get_terminal_size(sys.stderr.fileno()))
+            size: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
+            self._bar = tqdm(desc=label, total=total, unit=f" {unit}", **size)
 
     def advance(self, n: int = 1, **figures: float | int | str) -> None:
         """Count `n` more units as done and show `figures` beside them."""
