@@ -1,0 +1,55 @@
+"""The command line: help for every command, overrides anywhere, errors on stderr with exit 2."""
+
+from pathlib import Path
+
+import pytest
+
+from distpc.cli import STAGE_HELP, main
+from distpc.pipeline.stages import STAGES
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
+
+
+def test_every_stage_has_a_command() -> None:
+    assert [stage.name for stage in STAGES] == list(STAGE_HELP)
+
+
+@pytest.mark.parametrize("command", ["run", *STAGE_HELP, "sample", "inpaint", "query"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"distpc {command} " in capsys.readouterr().out.rsplit("example", 1)[1]
+
+
+def test_overrides_may_stand_before_and_behind_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", CONFIG, "seed=5", "--out", str(tmp_path), "name=other", "--dry-run"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "seed: 5" in shown and "name: other" in shown
+    assert f"run folder: {tmp_path}" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_error_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", CONFIG, "finetune.epochs=5"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("distpc: ConfigError: unknown config key 'finetune.epochs'")
+    assert "did you mean 'num_epochs'?" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", CONFIG, "--dryrun"], ["sample", "model", "a=b"], ["train", CONFIG], []],
+)
+def test_unknown_arguments_end_with_usage(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_a_missing_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", str(tmp_path / "model")]) == 2
+    assert str(tmp_path / "model") in capsys.readouterr().err
