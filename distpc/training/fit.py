@@ -138,7 +138,7 @@ def _update(circuit: Circuit, optimizer: CircuitOptimizer, x: Tensor, sums: Tens
     likelihoods = circuit(x)
     kept = torch.where(torch.isfinite(likelihoods), likelihoods, torch.zeros_like(likelihoods))
     # Only `backward` sees a gradient; its value is minus the mean flow.
-    (-kept.sum() / len(x)).backward()  # type: ignore[no-untyped-call]
+    (-kept.sum() / len(x)).backward()
     totals = tally(likelihoods.detach(), x)
     sums += totals
     return Figures.of(totals)
