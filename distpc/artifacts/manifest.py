@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distpc.artifacts.files import PARTIAL_SUFFIX, read_json, write_json
+from distpc.artifacts.files import read_json, write_json
 from distpc.errors import ArtifactError
 
 FORMAT_VERSION = 1
@@ -37,11 +37,11 @@ class Artifact:
     def seal(
         cls, path: Path, stage: str, fingerprint: str, seconds: float, metadata: dict[str, Any]
     ) -> Artifact:
-        """Write the manifest: from here on the folder counts as complete."""
+        """Write the manifest: from here on the folder counts as complete (dot files apart)."""
         files = {
             str(file.relative_to(path)): file.stat().st_size
             for file in sorted(path.rglob("*"))
-            if file.is_file() and not file.name.endswith(PARTIAL_SUFFIX) and file.name != MANIFEST
+            if file.is_file() and not file.name.startswith(".") and file.name != MANIFEST
         }
         artifact = cls(path, stage, fingerprint, seconds, metadata, files)
         write_json(

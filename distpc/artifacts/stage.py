@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distpc.artifacts.manifest import Artifact
-from distpc.config import RunConfig
 from distpc.errors import ArtifactError
+
+if TYPE_CHECKING:
+    # Only annotations: what is imported with the artifacts stays free of pydantic.
+    from distpc.config import RunConfig
 
 
 @dataclass
@@ -63,6 +66,8 @@ class StageContext:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> StageContext:
         """The context that `to_json` described; input artifacts are checked again."""
+        from distpc.config import RunConfig
+
         return cls(
             config=RunConfig.model_validate(value["config"]),
             out=Path(value["out"]),

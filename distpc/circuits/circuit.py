@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distpc.circuits import queries, sampling
-from distpc.circuits.compiled import compile_graph
+from distpc.circuits.compiled import MAX_FOLD_BYTES, compile_graph
 from distpc.circuits.evidence import Evidence, EvidenceReader
 from distpc.circuits.inputs import CategoricalBank, GaussianBank
 from distpc.circuits.layers import SumBank
@@ -45,6 +45,7 @@ class Circuit(nn.Module):
         num_categories: for each variable its number of categories; None for a real variable.
         seed: of the random initial weights.
         init_noise: 0 makes all weights uniform; 1 gives rows whose entries differ up to e^2-fold.
+        max_fold_bytes: bound on the parameters that are evaluated, and gathered, together.
 
     Attributes:
         any_rank: given whether this process needs the log-domain pass, whether any does. Where
@@ -60,13 +61,15 @@ class Circuit(nn.Module):
         *,
         seed: int = 0,
         init_noise: float = 1.0,
+        max_fold_bytes: int = MAX_FOLD_BYTES,
     ) -> None:
         super().__init__()
         if len(num_categories) != graph.num_variables:
             raise ValueError(f"{graph.num_variables} variables, {len(num_categories)} categories")
         self.graph = graph
         self.num_categories = tuple(num_categories)
-        self.schedule = compile_graph(graph, self.num_categories)
+        self.max_fold_bytes = max_fold_bytes
+        self.schedule = compile_graph(graph, self.num_categories, max_fold_bytes)
         self.banks = nn.ModuleDict(
             {
                 f"{plan.kind}_{number:04d}": _build_bank(plan)

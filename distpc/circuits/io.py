@@ -52,6 +52,7 @@ def save_model(
                 "leaf_pseudocount": leaf_pseudocount,
                 "num_samples": num_samples,
             },
+            "max_fold_bytes": circuit.max_fold_bytes,
             "layout": _layout(circuit),
             "tensors": {
                 "file": TENSORS,
@@ -79,7 +80,11 @@ def load_model(folder: Path | str) -> Circuit:
     _check_tensors(folder / TENSORS, description)
     try:
         graph = RegionGraph.from_json(description["graph"])
-        circuit = Circuit(graph, description["num_categories"])
+        circuit = Circuit(
+            graph,
+            description["num_categories"],
+            max_fold_bytes=description["max_fold_bytes"],
+        )
         circuit.set_smoothing(**description["smoothing"])
         circuit.dataset = description["dataset"]
         circuit.training_facts = description["training"]

@@ -1,1 +1,1 @@
-
+"""Data: sources, shards, their index, and who reads which sample when."""

@@ -48,7 +48,7 @@ class SampleCodec:
     def encode(self, values: np.ndarray) -> bytes:
         """The file of one sample: (V,) values, for images as stored (RGB before any colour)."""
         if self.spec.image_shape is None:
-            return _npy_bytes(values.astype(self.dtype))
+            return self._header + values.astype(self.dtype).tobytes()
         return encode_png(values.astype(np.uint8).reshape(self.spec.image_shape))
 
     def decode(self, files: Sequence[bytes], keys: Sequence[str], shard: Path) -> np.ndarray:

@@ -72,7 +72,12 @@ class ShardEntry:
 
     def samples(self) -> SampleTable:
         """The shard's sample table (kept in memory for the shards used last)."""
-        return _read_table(self.table_path)
+        try:
+            status = self.table_path.stat()
+        except OSError as error:
+            raise _broken_table(self.table_path, error) from error
+        # A process may index the same folder twice; a new file has another time.
+        return _read_table(self.table_path, status.st_mtime_ns, status.st_size)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class ShardIndex:
                 expected=FORMAT_VERSION,
                 fix="remove the index stage's folder and run the same command again",
             )
-        shards = folder / value["shards_folder"]
+        shards = (folder / value["shards_folder"]).resolve()
         entries = [
             ShardEntry(
                 **entry,
@@ -299,15 +304,19 @@ def _write_table(path: Path, table: SampleTable) -> None:
 
 
 @lru_cache(maxsize=256)
-def _read_table(path: Path) -> SampleTable:
+def _read_table(path: Path, mtime_ns: int, size: int) -> SampleTable:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             keys = [key.decode() for key in arrays["keys"].tolist()]
             return SampleTable(keys, arrays["offsets"], arrays["sizes"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ArtifactError(
-            "a shard's sample table is missing or broken",
-            where=path,
-            found=error,
-            fix="remove the index stage's folder and run the same command again",
-        ) from error
+        raise _broken_table(path, error) from error
+
+
+def _broken_table(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        "a shard's sample table is missing or broken",
+        where=path,
+        found=error,
+        fix="remove the index stage's folder and run the same command again",
+    )

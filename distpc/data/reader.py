@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -98,13 +99,12 @@ def iterate_split(
     """
     codec = SampleCodec(spec)
     entries = index.shards(split)
-    firsts = np.cumsum([0] + [entry.num_samples for entry in entries])
-    for start, stop in evaluation_ranges(int(firsts[-1]), batch_size, rank, num_ranks):
+    firsts = np.cumsum([0] + [entry.num_samples for entry in entries]).tolist()
+    for start, stop in evaluation_ranges(firsts[-1], batch_size, rank, num_ranks):
         parts = [np.empty((0, spec.num_variables), codec.dtype)]
-        for number, entry in enumerate(entries):
-            rows = np.arange(
-                max(start - firsts[number], 0), min(stop - firsts[number], entry.num_samples)
-            )
+        for number in range(bisect_right(firsts, start) - 1, bisect_left(firsts, stop)):
+            first, entry = firsts[number], entries[number]
+            rows = np.arange(max(start - first, 0), min(stop - first, entry.num_samples))
             if len(rows):
                 parts.append(read_rows(entry, codec, rows))
         yield np.concatenate(parts)

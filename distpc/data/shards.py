@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,6 +57,20 @@ def run(ctx: StageContext) -> None:
         )
     finally:
         source.close()
+
+
+def source_spec(data: DataConfig) -> DatasetSpec:
+    """What the shards of this source will hold, without writing any.
+
+    Raises:
+        ConfigError, DataError: as `run`, as far as opening the source shows it.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        source = open_source(data.source, Path(scratch))
+        try:
+            return colored(source.spec, data.color)
+        finally:
+            source.close()
 
 
 def colored(spec: DatasetSpec, color: str) -> DatasetSpec:

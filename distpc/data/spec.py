@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from distpc.artifacts.files import read_json, write_json
+from distpc.errors import ArtifactError
 
 MISSING = -1
 """Integer that marks a missing value; real columns use NaN."""
@@ -53,22 +53,40 @@ class DatasetSpec:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> DatasetSpec:
-        """The inverse of `to_json`."""
-        shape = value["image_shape"]
-        return cls(
-            **{
-                **value,
-                "num_categories": tuple(value["num_categories"]),
-                "image_shape": None if shape is None else tuple(shape),
-                "columns": tuple(value["columns"]),
-            }
-        )
+        """The inverse of `to_json`.
+
+        Raises:
+            ArtifactError: the values describe no data set.
+        """
+        try:
+            shape = value["image_shape"]
+            return cls(
+                **{
+                    **value,
+                    "num_categories": tuple(value["num_categories"]),
+                    "image_shape": None if shape is None else tuple(shape),
+                    "columns": tuple(value["columns"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                "a data set's description has other fields than this code reads",
+                found=f"{type(error).__name__}: {error}",
+                expected=", ".join(field.name for field in fields(cls)),
+                fix="use the distpc that wrote it, or remove the folder and run the stage again",
+            ) from error
 
     def save(self, folder: Path) -> None:
         """Write dataset.json into `folder`."""
+        # Here, not above: circuits are used with specs where no pydantic is, which the package
+        # distpc.artifacts needs.
+        from distpc.artifacts.files import write_json
+
         write_json(folder / "dataset.json", self.to_json())
 
     @classmethod
     def load(cls, folder: Path) -> DatasetSpec:
         """Read dataset.json from `folder`."""
+        from distpc.artifacts.files import read_json
+
         return cls.from_json(read_json(folder / "dataset.json"))

@@ -25,6 +25,8 @@ from distpc.parallel.worker import WorkerHost
 # Unix sockets have paths of at most 107 bytes, of which Ray uses these below the cluster's folder.
 _SOCKET_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 
+_QUIET: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
+
 
 class Cluster:
     """A connection to Ray, as a context manager.
@@ -32,6 +34,9 @@ class Cluster:
     With RAY_ADDRESS in the environment it joins that cluster; else it starts one on this machine
     that ends with this process, however that ends.
     """
+
+    _in_session = False
+    _shared: Cluster | None = None
 
     def __init__(
         self, parallel: ParallelConfig, own: tuple[Path, subprocess.Popen[bytes]] | None = None
@@ -47,8 +52,29 @@ class Cluster:
         Raises:
             ResourceError: it has not, or RAY_ADDRESS names no cluster.
         """
+        if cls._shared is not None:
+            return cls._shared
         address = os.environ.get("RAY_ADDRESS")
-        return _join(parallel, address) if address else _start(parallel)
+        cluster = _join(parallel, address) if address else _start(parallel)
+        if cls._in_session:
+            cls._shared = cluster
+        return cluster
+
+    @classmethod
+    @contextlib.contextmanager
+    def session(cls) -> Iterator[None]:
+        """Let all connections of one configuration made inside share a cluster.
+
+        The first `connect` starts it, and it ends with the session: starting Ray takes seconds,
+        and the stages of a run need it one after the other.
+        """
+        cls._in_session = True
+        try:
+            yield
+        finally:
+            shared, cls._in_session, cls._shared = cls._shared, False, None
+            if shared is not None:
+                shared.close()
 
     def pool(self, worker: str, kwargs: dict[str, Any]) -> Pool:
         """Workers that keep living, with what they cached, over several `map` calls."""
@@ -78,7 +104,12 @@ class Cluster:
         return _ray().put(value)
 
     def close(self) -> None:
-        """Leave the cluster; end it if it is this process's own. Idempotent."""
+        """Leave the cluster; end it if it is this process's own. Idempotent.
+
+        A cluster that a session shares stays until the session ends.
+        """
+        if self is Cluster._shared:
+            return
         _ray().shutdown()
         if self._own is not None:
             folder, keeper = self._own
@@ -124,14 +155,17 @@ def _start(parallel: ParallelConfig) -> Cluster:
     )
     cluster = Cluster(parallel, (folder, keeper))
     try:
-        _ray().init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            include_dashboard=False,
-            _temp_dir=str(folder),
-            **_settings(),
-        )
+        # Through the environment, not Ray's runtime environments: those would waste the workers
+        # that Ray starts in advance.
+        with _environment(PYTHONPATH=python_path()):
+            _ray().init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                _temp_dir=str(folder),
+                **_QUIET,
+            )
     except BaseException:
         cluster.close()
         raise
@@ -142,7 +176,7 @@ def _join(parallel: ParallelConfig, address: str) -> Cluster:
     """The cluster at `address`."""
     ray = _ray()
     try:
-        ray.init(address=address, **_settings())
+        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
             "no Ray cluster answers at RAY_ADDRESS",
@@ -205,13 +239,19 @@ def _new_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=prefix, dir=parent)).resolve()
 
 
-def _settings() -> dict[str, Any]:
-    return {
-        "configure_logging": True,
-        "logging_level": "warning",
-        "log_to_driver": False,
-        "runtime_env": {"env_vars": {"PYTHONPATH": python_path()}},
-    }
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for the processes that are started in the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _ray() -> Any:

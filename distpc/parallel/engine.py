@@ -39,7 +39,8 @@ class Engine:
     make the same number of them (see `micro_batches`). The optimizer sees flat pieces of
     parameters, so its step must be element-wise, and under ZeRO 3 it is stepped several times a
     step, each time with part of the parameters. Writing to `optimizer.param_groups` (learning
-    rates) works between steps.
+    rates) works between steps. Its `state_dict` is whole, and the same on every rank, under ZeRO 0
+    only.
 
     Attributes:
         module: the model; under ZeRO 3 its parameters are empty outside a forward pass.

@@ -20,10 +20,10 @@ from distpc.errors import DistpcError, TrainingError
 from distpc.parallel.failures import Failure, read_failure
 from distpc.parallel.mesh import check_devices, is_rank
 from distpc.parallel.processes import loopback_interface, python_path
-from distpc.parallel.rank import error_file, log_file, run_target
+from distpc.parallel.rank import error_file, import_target, joined_mesh, log_file
 
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = 1.0
+_GRACE_SECONDS = 2.0
 _SHOWN_LINES = 15
 
 
@@ -58,7 +58,8 @@ def run_ranks(
     """
     payload = json.loads(json.dumps(payload))
     if is_rank():
-        run_target(target, payload)
+        with joined_mesh() as mesh:
+            import_target(target)(payload, mesh)
         return
     check_devices(num_ranks)
     log_folder.mkdir(parents=True, exist_ok=True)
@@ -183,9 +184,8 @@ def _error(failed: dict[int, int], num_ranks: int, log_folder: Path) -> DistpcEr
 def _manner(code: int) -> str:
     if code >= 0:
         return f"ended with exit status {code}"
-    name = signal.Signals(-code).name
     hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
-    return f"was ended by signal {-code} ({name}{hint})"
+    return f"was ended by signal {-code} ({signal.strsignal(-code)}{hint})"
 
 
 def _tail(path: Path) -> str:

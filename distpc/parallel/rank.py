@@ -5,16 +5,20 @@ python -m distpc.parallel.rank TARGET PAYLOAD_FILE LOG_FOLDER RANK THREADS PAREN
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distpc.parallel.failures import write_failure
 from distpc.parallel.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from distpc.parallel.mesh import Mesh
 
 
 def error_file(log_folder: Path, rank: int) -> Path:
@@ -39,8 +43,9 @@ def import_target(target: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def run_target(target: str, payload: dict[str, Any], num_threads: int | None = None) -> None:
-    """Call the target as this rank, between joining and leaving the process group."""
+@contextlib.contextmanager
+def joined_mesh(num_threads: int | None = None) -> Iterator[Mesh]:
+    """This process's mesh, in its process group for the length of the block."""
     # Imported here so that the parent's death is watched before seconds go into importing torch.
     import torch
 
@@ -50,10 +55,9 @@ def run_target(target: str, payload: dict[str, Any], num_threads: int | None = N
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     mesh = Mesh.from_environment()
-    function = import_target(target)
     collectives.start(mesh)
     try:
-        function(payload, mesh)
+        yield mesh
     finally:
         collectives.finish()
 
@@ -62,15 +66,29 @@ def main(arguments: list[str]) -> int:
     """Run the target that the arguments name; leave any error as JSON for the launcher."""
     target, payload_file, log_folder, rank, num_threads, parent = arguments
     die_with_parent(int(parent))
+    payload = json.loads(Path(payload_file).read_text())
     try:
-        run_target(target, json.loads(Path(payload_file).read_text()), int(num_threads))
+        function = import_target(target)
+        with joined_mesh(int(num_threads)) as mesh:
+            try:
+                function(payload, mesh)
+            except (Exception, SystemExit) as error:
+                # Before leaving the group, which makes the other ranks fail in their turn.
+                _leave(error, Path(log_folder), int(rank))
+                return 1
     except Exception as error:
-        # The file comes first: closing connections makes the other ranks fail in their turn.
-        write_failure(error_file(Path(log_folder), int(rank)), error)
-        with log_file(Path(log_folder), int(rank)).open("a") as log:
-            traceback.print_exc(file=log)
+        _leave(error, Path(log_folder), int(rank))
         return 1
     return 0
+
+
+def _leave(error: BaseException, log_folder: Path, rank: int) -> None:
+    """Write `error` for the launcher, unless the one that caused it is there already."""
+    if error_file(log_folder, rank).exists():
+        return
+    write_failure(error_file(log_folder, rank), error)
+    with log_file(log_folder, rank).open("a") as log:
+        traceback.print_exception(error, file=log)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from distpc.circuits.circuit import Circuit
 from distpc.circuits.compiled import compile_graph
 from distpc.circuits.packing import pack_tables
 from distpc.circuits.schedule import InputPlan, ProductPlan, SumPlan
 from distpc.errors import StructureError
 from distpc.structures.region_graph import Region, RegionGraph
 
-from .graphs import chain, grouped_patches, hclt, hub, patches, tree_parents
+from .graphs import (
+    chain,
+    flows_of,
+    grouped_patches,
+    hclt,
+    hub,
+    patches,
+    random_evidence,
+    tree_parents,
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -54,6 +65,23 @@ def test_folds_are_bounded() -> None:
     products = [step for step in small.steps if isinstance(step, ProductPlan)]
     assert products[-1].num_log_rows == 1
     assert len(products[-1].requests[0].pieces) > 2
+
+
+def test_small_folds_compute_the_same() -> None:
+    for graph, sizes in ((hub(20, 4), [8] * 21), (patches(12, 2, 4, tied=False), [5] * 24)):
+        whole = Circuit(graph, sizes, seed=1)
+        small = Circuit(graph, sizes, max_fold_bytes=600)
+        for index, region in enumerate(graph.regions):
+            if region.kind in ("input", "sum"):
+                small.statistics_of(index).copy_(whole.statistics_of(index))
+        x, _ = random_evidence(whole, 30, 0)
+        torch.testing.assert_close(small(x), whole(x), rtol=1e-6, atol=1e-5)
+        small(x).sum().backward()
+        whole(x).sum().backward()
+        for index in small._tables:
+            torch.testing.assert_close(
+                flows_of(small, index), flows_of(whole, index), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_rows_that_share_tables_share_a_bank() -> None:

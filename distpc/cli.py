@@ -1,0 +1,233 @@
+"""The `distpc` command: parses arguments, then imports what the command needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distpc.errors import ConfigError, DistpcError
+
+if TYPE_CHECKING:
+    from distpc.config import RunConfig
+
+STAGE_HELP = {
+    "shards": "write the source's samples as WebDataset shards",
+    "index": "scan every shard once: counts, keys, checksums",
+    "teacher": "train or prepare the teacher",
+    "features": "extract patch features with Ray workers",
+    "fit": "cluster the features (k-means with Ray workers)",
+    "assign": "give every patch its cluster id",
+    "structure": "learn the region graph",
+    "distill": "train the circuit on data and latents",
+    "finetune": "train the circuit on data alone (DeepSpeed ranks)",
+    "evaluate": "likelihoods, samples and completions of the best model",
+}
+
+EXAMPLES = """examples:
+  distpc run configs/digits.yaml
+  distpc run configs/digits.yaml finetune.num_epochs=5 --out runs/short
+  distpc run configs/fashion_mnist.yaml --dry-run
+  distpc finetune configs/digits.yaml
+  distpc sample runs/digits/model --num 64 --out samples.png
+  distpc inpaint runs/digits/model --mask left --out completions.png
+  distpc query runs/digits/model --data rows.npy
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 on an error that the user can mend."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    unknown = [text for text in rest if text not in overrides]
+    if unknown or (overrides and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
+    try:
+        options.command(options)
+    except DistpcError as error:
+        print(f"distpc: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("distpc: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options; imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="distpc",
+        description="Train probabilistic circuits by latent variable distillation.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="every stage, skipping what is done",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(run)
+    run.set_defaults(command=_run, stage=None)
+    for name, text in STAGE_HELP.items():
+        stage = commands.add_parser(
+            name,
+            help=text,
+            description=f"Run one stage: {text}.",
+            epilog=f"example:\n  distpc {name} configs/digits.yaml\n",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_config(stage)
+        stage.set_defaults(command=_run, stage=name)
+    _add_sample(commands)
+    _add_inpaint(commands)
+    _add_query(commands)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file of the run, see docs/config.md")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="fields to change"
+    )
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, the circuit's size, bytes per rank and what would run",
+    )
+
+
+def _add_model(
+    commands: argparse._SubParsersAction, name: str, help_text: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        epilog=f"example:\n  {example}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="model folder, for example runs/digits/model")
+    return parser
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    parser = _add_model(
+        commands,
+        "sample",
+        "draw samples from a model",
+        "distpc sample runs/digits/model --num 64 --out samples.png",
+    )
+    parser.add_argument("--num", type=int, default=36, help="samples to draw (default 36)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path("samples.png"), help=".png for a picture, .npy for values"
+    )
+    parser.set_defaults(command=_sample)
+
+
+def _add_inpaint(commands: argparse._SubParsersAction) -> None:
+    parser = _add_model(
+        commands,
+        "inpaint",
+        "complete masked images: originals, masked, completions, uncertainty",
+        "distpc inpaint runs/digits/model --mask left --out completions.png",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="a .npy of values or a folder of images (default: the run's test split)",
+    )
+    parser.add_argument(
+        "--mask",
+        default="right",
+        choices=["left", "right", "top", "bottom", "centre", "random"],
+        help="part of the image to complete (default right)",
+    )
+    parser.add_argument("--num", type=int, default=8, help="images to complete (default 8)")
+    parser.add_argument("--completions", type=int, default=4, help="for each image (default 4)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("completions.png"),
+        help=".png for a picture, .npy for values",
+    )
+    parser.set_defaults(command=_inpaint)
+
+
+def _add_query(commands: argparse._SubParsersAction) -> None:
+    parser = _add_model(
+        commands,
+        "query",
+        "exact likelihoods or conditionals of rows with missing values",
+        "distpc query runs/digits/model --data rows.csv --what log_prob --out result.csv",
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help=".npy or .csv; NaN or an empty cell is missing"
+    )
+    parser.add_argument("--what", default="log_prob", choices=["log_prob", "conditional"])
+    parser.add_argument("--out", type=Path, help=".npy or .csv (default: print)")
+    parser.set_defaults(command=_query)
+
+
+def _load(options: argparse.Namespace) -> tuple[RunConfig, Path]:
+    from distpc.config import load_config
+
+    for override in options.overrides:
+        if "=" not in override:
+            raise ConfigError(
+                "an override is not of the form section.field=value",
+                found=override,
+                expected="for example finetune.num_epochs=5",
+            )
+    config = load_config(options.config, options.overrides)
+    return config, options.out or Path("runs") / config.name
+
+
+def _run(options: argparse.Namespace) -> None:
+    from distpc.pipeline.describe import describe, summarize
+    from distpc.pipeline.runner import Pipeline
+
+    config, folder = _load(options)
+    pipeline = Pipeline(config, folder)
+    if options.dry_run:
+        print(describe(pipeline, options.stage))
+    elif options.stage:
+        pipeline.run_stage(options.stage)
+    else:
+        print(summarize(pipeline.run(), pipeline.folder))
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from distpc.inference.sample import sample_command
+
+    sample_command(options.model, n=options.num, seed=options.seed, out=options.out)
+    print(f"wrote {options.out}")
+
+
+def _inpaint(options: argparse.Namespace) -> None:
+    from distpc.inference.inpaint import inpaint_command
+
+    inpaint_command(
+        options.model,
+        images=options.images,
+        mask=options.mask,
+        n=options.num,
+        num_completions=options.completions,
+        seed=options.seed,
+        out=options.out,
+    )
+    print(f"wrote {options.out}")
+
+
+def _query(options: argparse.Namespace) -> None:
+    from distpc.inference.query import query_command
+
+    query_command(options.model, options.data, what=options.what, out=options.out)

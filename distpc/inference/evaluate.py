@@ -1,0 +1,137 @@
+"""The evaluate stage: exact figures of every split, samples and completions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distpc.artifacts.files import write_json
+from distpc.artifacts.stage import StageContext
+from distpc.circuits.circuit import Circuit
+from distpc.data.index import ShardIndex
+from distpc.data.spec import DatasetSpec
+from distpc.inference.inpaint import Completions, complete, completion_grid, first_samples
+from distpc.inference.likelihood import SplitFigures, measure
+from distpc.inference.masks import observed_mask
+from distpc.inference.model import open_model
+from distpc.inference.pictures import save_png
+from distpc.inference.report import peak_memory_bytes
+from distpc.inference.sample import draw_samples, sample_grid, to_lines, write_values
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "valid", "test")
+MAX_TRAIN_SAMPLES = 100_000
+"""Training samples evaluated at the end: enough for an error below a thousandth of a bit."""
+COMPLETIONS = 4
+COMPLETION_MASKS = ("right", "bottom", "centre")
+
+
+def run(ctx: StageContext) -> None:
+    """Evaluate the fine-tuned model: evaluation.json, and pictures or a file of samples.
+
+    Every sample of valid and test is evaluated exactly once, of train at most
+    MAX_TRAIN_SAMPLES (the number stands in the result). Images get samples.png and
+    completions.png, text samples.txt, arrays samples.csv. The figures also go to TensorBoard and
+    into the stage's metadata.
+    """
+    circuit, spec = open_model(ctx.input("finetune").path / "model")
+    index = ShardIndex.load(ctx.input("index").path)
+    batch_size = ctx.config.evaluate.batch_size
+    figures = {
+        split: measure(
+            circuit,
+            index,
+            split,
+            batch_size=batch_size,
+            limit=MAX_TRAIN_SAMPLES if split == "train" else None,
+        )
+        for split in SPLITS
+        if index.num_samples(split)
+    }
+    result = {
+        "format_version": FORMAT_VERSION,
+        "dataset": spec.name,
+        "unit": spec.unit,
+        "num_parameters": circuit.num_parameters,
+        **_headline(figures, spec),
+        "splits": {split: value.to_json() for split, value in figures.items()},
+    }
+    with _open_tensorboard(ctx) as writer:
+        for split, value in figures.items():
+            writer.add_scalar(f"evaluate/{split}_{spec.unit}", value.bits, 0)
+            writer.add_scalar(f"evaluate/{split}_non_finite", value.num_non_finite, 0)
+        _show(ctx, circuit, spec, index, writer)
+    write_json(ctx.out / "evaluation.json", result)
+    ctx.metadata.update(result, peak_memory_bytes=peak_memory_bytes())
+
+
+def _headline(figures: dict[str, SplitFigures], spec: DatasetSpec) -> dict[str, Any]:
+    """train_bpd and so on; for text also the perplexity of a character."""
+    headline: dict[str, Any] = {
+        f"{split}_{spec.unit}": figures[split].bits if split in figures else None
+        for split in SPLITS
+    }
+    test = figures.get("test")
+    headline[f"test_{spec.unit}_standard_error"] = test.bits_standard_error if test else None
+    headline["test_non_finite"] = test.num_non_finite if test else None
+    if spec.kind == "text" and test:
+        headline["perplexity"] = 2**test.bits if math.isfinite(test.bits) else test.bits
+    return headline
+
+
+def _show(
+    ctx: StageContext,
+    circuit: Circuit,
+    spec: DatasetSpec,
+    index: ShardIndex,
+    writer: SummaryWriter,
+) -> None:
+    """Samples and, for images, completions: as files and in TensorBoard."""
+    seed, count = ctx.config.seed, ctx.config.evaluate.num_pictures
+    values = draw_samples(circuit, count, seed)
+    if spec.image_shape is None:
+        suffix = "txt" if spec.kind == "text" else "csv"
+        write_values(ctx.out / f"samples.{suffix}", values, spec)
+        if spec.kind == "text":
+            writer.add_text("evaluate/samples", "\n\n".join(to_lines(values)), 0)
+        return
+    grids = {"samples": sample_grid(values, spec)}
+    completions = _completions(ctx, circuit, spec, index)
+    if completions is not None:
+        grids["completions"] = completion_grid(completions, spec)
+    for name, grid in grids.items():
+        save_png(ctx.out / f"{name}.png", grid)
+        writer.add_image(f"evaluate/{name}", grid, 0, dataformats="HWC")
+
+
+def _completions(
+    ctx: StageContext, circuit: Circuit, spec: DatasetSpec, index: ShardIndex
+) -> Completions | None:
+    """Completions of the first test images, whose right, lower or middle part is hidden.
+
+    Images whose visible part is impossible under the circuit have none and are left out.
+    """
+    count = math.ceil(ctx.config.evaluate.num_pictures / COMPLETIONS)
+    split = "test" if index.num_samples("test") else "valid"
+    x = first_samples(index, split, count)
+    masks = [COMPLETION_MASKS[i % len(COMPLETION_MASKS)] for i in range(len(x))]
+    observed = torch.stack([observed_mask(mask, spec) for mask in masks])
+    possible = torch.isfinite(circuit.log_prob(x, observed=observed)).cpu()
+    if not possible.any():
+        return None
+    return complete(circuit, x[possible], observed[possible], COMPLETIONS, ctx.config.seed)
+
+
+def _open_tensorboard(ctx: StageContext) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = ctx.tensorboard / "evaluate"
+    # A repeated evaluation replaces what an earlier one showed.
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
+    return SummaryWriter(log_dir=str(folder))

@@ -1,0 +1,185 @@
+"""How well a codebook is used: figures, pictures, and a refusal where it collapsed.
+
+Legend: N samples, Z latents of a sample, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distpc.config.schema import LatentsConfig
+from distpc.errors import LatentError
+
+MAX_PAIR_SAMPLES = 20_000
+"""Samples whose neighbouring latents are counted; more would not change the figure."""
+
+
+@dataclass(frozen=True)
+class LatentReport:
+    """What the values of all latents look like together.
+
+    Attributes:
+        num_clusters: K.
+        samples: N over all shards.
+        latents_per_sample: Z.
+        used: clusters that occur.
+        dead: clusters that do not.
+        usage_entropy_bits: entropy of a latent's value over all samples and positions.
+        max_entropy_bits: log2 K, which equal use would give.
+        largest_share: share of the most frequent cluster.
+        mean_squared_distance: of features to their centroid.
+        explained_variance: 1 - mean_squared_distance over the features' variance.
+        neighbour_information_bits: mutual information of latents beside and below each other
+            (`horizontal`, `vertical`); empty where latents lie on no grid.
+        pair_samples: samples that the mutual information was counted on.
+        usage: how often each cluster occurs, K counts.
+    """
+
+    num_clusters: int
+    samples: int
+    latents_per_sample: int
+    used: int
+    dead: int
+    usage_entropy_bits: float
+    max_entropy_bits: float
+    largest_share: float
+    mean_squared_distance: float
+    explained_variance: float
+    neighbour_information_bits: dict[str, float]
+    pair_samples: int
+    usage: list[int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def make_report(
+    shards: Iterable[np.ndarray],
+    num_clusters: int,
+    grid: tuple[int, int] | None,
+    inertia: float,
+    feature_variance: float,
+) -> LatentReport:
+    """Count the latents of all shards, (N, Z) integers each, in one pass.
+
+    Args:
+        grid: rows and columns of the patches, Z = rows * columns; None if they lie on no grid.
+        inertia: sum of squared distances of all features to their centroids.
+        feature_variance: mean squared distance of all features to their mean.
+    """
+    usage = np.zeros(num_clusters, dtype=np.int64)
+    pairs = {
+        name: np.zeros((num_clusters, num_clusters), dtype=np.int64)
+        for name in ("horizontal", "vertical")
+    }
+    samples = pair_samples = per_sample = 0
+    for latents in shards:
+        usage += np.bincount(latents.ravel(), minlength=num_clusters)
+        samples += len(latents)
+        per_sample = latents.shape[1]
+        wanted = latents[: MAX_PAIR_SAMPLES - pair_samples]
+        if grid is not None and len(wanted):
+            pair_samples += len(wanted)
+            maps = wanted.reshape(len(wanted), *grid)
+            pairs["horizontal"] += _pair_counts(maps[:, :, :-1], maps[:, :, 1:], num_clusters)
+            pairs["vertical"] += _pair_counts(maps[:, :-1], maps[:, 1:], num_clusters)
+    points = samples * per_sample
+    used = int((usage > 0).sum())
+    distance = inertia / points
+    return LatentReport(
+        num_clusters=num_clusters,
+        samples=samples,
+        latents_per_sample=per_sample,
+        used=used,
+        dead=num_clusters - used,
+        usage_entropy_bits=entropy_bits(usage),
+        max_entropy_bits=float(np.log2(num_clusters)),
+        largest_share=float(usage.max() / points),
+        mean_squared_distance=distance,
+        explained_variance=1 - distance / feature_variance if feature_variance > 0 else 0.0,
+        neighbour_information_bits={
+            name: mutual_information_bits(table) for name, table in pairs.items() if table.any()
+        },
+        pair_samples=pair_samples,
+        usage=usage.tolist(),
+    )
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """Entropy in bits of the distribution that `counts` (any shape, not all zero) describe."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def mutual_information_bits(table: np.ndarray) -> float:
+    """Mutual information in bits of two variables from their (K, K) pair counts.
+
+    The plug-in estimate is too high when cells are many and counts few; the Miller-Madow
+    correction (Miller 1955) takes off the expected excess.
+    """
+    total = table.sum()
+    rows, columns = table.sum(1), table.sum(0)
+    plug_in = entropy_bits(rows) + entropy_bits(columns) - entropy_bits(table)
+    cells = (table > 0).sum() - (rows > 0).sum() - (columns > 0).sum() + 1
+    return float(max(0.0, plug_in - cells / (2 * total * np.log(2))))
+
+
+def refuse_collapse(report: LatentReport, config: LatentsConfig, where: Path) -> None:
+    """Stop the run where too few clusters carry the latents.
+
+    Raises:
+        LatentError: with the figures and what to change.
+    """
+    least_bits = config.min_usage_entropy_fraction * report.max_entropy_bits
+    most_dead = config.max_dead_fraction * report.num_clusters
+    if report.usage_entropy_bits >= least_bits and report.dead <= most_dead:
+        return
+    raise LatentError(
+        "the codebook collapsed: most latents have one of few values",
+        where=where,
+        found=f"usage entropy {report.usage_entropy_bits:.3f} bits, {report.used} of "
+        f"{report.num_clusters} clusters used, {report.dead} dead, the largest holds "
+        f"{report.largest_share:.1%} of all patches",
+        expected=f"at least {least_bits:.3f} bits "
+        f"(latents.min_usage_entropy_fraction = {config.min_usage_entropy_fraction:g} of "
+        f"{report.max_entropy_bits:g}) and at most {most_dead:g} dead clusters "
+        f"(latents.max_dead_fraction = {config.max_dead_fraction:g})",
+        fix="set fewer latents.num_clusters, try teacher.kind=pixels to see whether the teacher "
+        "is at fault, train the teacher longer, or lower these limits if such data are expected",
+    )
+
+
+def log_report(report: LatentReport, folder: Path) -> None:
+    """Write the report's scalars and a picture of the sorted usage for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as writer:
+        writer.add_scalar("latents/usage_entropy_bits", report.usage_entropy_bits, 0)
+        writer.add_scalar("latents/used_clusters", report.used, 0)
+        writer.add_scalar("latents/mean_squared_distance", report.mean_squared_distance, 0)
+        writer.add_scalar("latents/explained_variance", report.explained_variance, 0)
+        for name, bits in report.neighbour_information_bits.items():
+            writer.add_scalar(f"latents/{name}_information_bits", bits, 0)
+        usage = np.asarray(report.usage)
+        writer.add_histogram("latents/patches_per_cluster", usage, 0)
+        writer.add_image("latents/usage_sorted", usage_picture(usage), 0, dataformats="HW")
+
+
+def usage_picture(usage: np.ndarray, height: int = 128, width: int = 512) -> np.ndarray:
+    """(height, width) uint8: clusters from the most to the least used as dark bars on white."""
+    bars = np.sort(usage)[::-1][np.arange(width) * len(usage) // width]
+    tops = np.ceil(bars / max(1, usage.max()) * (height - 1))
+    above = np.arange(height)[::-1, None]
+    return np.where(above < tops, 64, 255).astype(np.uint8)
+
+
+def _pair_counts(first: np.ndarray, second: np.ndarray, num_clusters: int) -> np.ndarray:
+    codes = first.astype(np.int64).ravel() * num_clusters + second.ravel()
+    counts = np.bincount(codes, minlength=num_clusters * num_clusters)
+    return counts.reshape(num_clusters, num_clusters)

@@ -1,0 +1,62 @@
+"""What a run would do, and what it has done, as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distpc.config import dump_config
+
+if TYPE_CHECKING:
+    from distpc.pipeline.runner import Pipeline
+
+GIB = 2**30
+
+
+def describe(pipeline: Pipeline, stage: str | None = None) -> str:
+    """The text of --dry-run: config, circuit, bytes per rank, stages and why they would run."""
+    config = pipeline.config
+    lines = [dump_config(config).rstrip(), "", *_circuit(pipeline), "", "stages:"]
+    for step in pipeline.steps():
+        name = step.stage.name
+        if stage is not None and name != stage:
+            continue
+        verb = {"done": "skip", "not needed": "-", "interrupted": "continue"}.get(step.state, "run")
+        reason = step.reason.splitlines()[0] if step.reason else step.state
+        lines.append(f"  {name:<10} {verb:<9} {reason}")
+    lines.append(f"run folder: {pipeline.folder}")
+    return "\n".join(lines)
+
+
+def _circuit(pipeline: Pipeline) -> list[str]:
+    from distpc.circuits import Circuit
+    from distpc.data.shards import source_spec
+    from distpc.parallel.memory import bytes_per_rank
+    from distpc.training.structure import sketch
+
+    config = pipeline.config
+    spec = source_spec(config.data)
+    graph = sketch(config, spec)
+    circuit = Circuit(graph, spec.num_categories)
+    parallel = config.parallel
+    sizes = bytes_per_rank(circuit.num_parameters, parallel.zero_stage, parallel.num_ranks)
+    return [
+        f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables",
+        f"circuit: {config.structure.kind}, {len(graph.regions)} regions, "
+        f"{circuit.num_parameters:,} parameters",
+        f"ranks: {parallel.num_ranks} x ZeRO stage {parallel.zero_stage}; bytes per rank: "
+        + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+    ]
+
+
+def summarize(report: dict[str, Any], folder: Path) -> str:
+    """The closing lines of a run."""
+    figures = {key: value for key, value in report.items() if key.endswith(("_bpd", "_bpc"))}
+    lines = [f"{key:<12} {value:.4f}" for key, value in sorted(figures.items()) if value]
+    latents = report.get("latents")
+    if latents:
+        lines.append(f"latents      {json.dumps(latents)}")
+    lines.append(f"report       {folder / 'report.json'}")
+    lines.append(f"tensorboard  tensorboard --logdir {folder / 'tb'}")
+    return "\n".join(lines)

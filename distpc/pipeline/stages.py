@@ -1,0 +1,95 @@
+"""The stages of a run, in order: what each reads, and what of the config its result depends on.
+
+Fields left out of `fields` (ranks, workers, micro-batches, checkpoint intervals ...) change how a
+result is computed, not what it is, so changing them redoes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distpc.artifacts import Stage
+from distpc.config import RunConfig
+
+
+def _values(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=set(without))
+
+
+def _shards(config: RunConfig) -> Any:
+    return _values(config.data, without=("patch_size_pixels", "cache_bytes")), config.seed
+
+
+def _teacher(config: RunConfig) -> Any:
+    teacher = config.teacher
+    settings = {
+        "mae": teacher.mae.model_dump(mode="json"),
+        "random": teacher.random_width,
+    }.get(teacher.kind)
+    return teacher.kind, settings, config.data.patch_size_pixels, config.seed
+
+
+def _fit(config: RunConfig) -> Any:
+    report_fields = ("max_samples", "min_usage_entropy_fraction", "max_dead_fraction")
+    return _values(config.latents, without=report_fields), config.seed
+
+
+def _assign(config: RunConfig) -> Any:
+    return config.latents.min_usage_entropy_fraction, config.latents.max_dead_fraction
+
+
+def _structure(config: RunConfig) -> Any:
+    return (
+        _values(config.structure),
+        config.latents.num_clusters,
+        config.data.patch_size_pixels,
+        config.seed,
+    )
+
+
+def _finetune(config: RunConfig) -> Any:
+    how = ("micro_batch_size", "checkpoint_every_seconds", "keep_checkpoints")
+    return _values(config.finetune, without=how), config.seed
+
+
+def has_teacher(config: RunConfig) -> bool:
+    """Whether the run makes latents at all."""
+    return config.teacher.kind != "none"
+
+
+def is_distilled(config: RunConfig) -> bool:
+    """Whether fine-tuning starts from a distilled circuit."""
+    return has_teacher(config) and config.finetune.initialization == "distilled"
+
+
+DATA = ("shards", "index")
+
+STAGES: tuple[Stage, ...] = (
+    Stage("shards", "distpc.data.shards:run", (), _shards),
+    Stage("index", "distpc.data.index:run", ("shards",), lambda config: None),
+    Stage("teacher", "distpc.teachers.train:run", DATA, _teacher, has_teacher),
+    Stage(
+        "features",
+        "distpc.latents.extract:run",
+        (*DATA, "teacher"),
+        lambda config: config.latents.max_samples,
+        has_teacher,
+    ),
+    Stage("fit", "distpc.latents.fit:run", ("features",), _fit, has_teacher),
+    Stage("assign", "distpc.latents.assign:run", ("features", "fit"), _assign, has_teacher),
+    Stage("structure", "distpc.training.structure:run", (*DATA, "assign"), _structure),
+    Stage(
+        "distill",
+        "distpc.training.distill:run",
+        (*DATA, "assign", "structure"),
+        lambda config: (_values(config.distill), config.seed),
+        is_distilled,
+    ),
+    Stage("finetune", "distpc.training.finetune:run", (*DATA, "structure", "distill"), _finetune),
+    Stage(
+        "evaluate",
+        "distpc.inference.evaluate:run",
+        (*DATA, "assign", "finetune"),
+        lambda config: (config.evaluate.num_pictures, config.seed),
+    ),
+)

@@ -1,0 +1,74 @@
+"""Collects regions and hands out their indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distpc.structures.region_graph import Region, RegionGraph
+from distpc.structures.tree import Tree
+
+
+class GraphBuilder:
+    """A growing list of regions; every method appends one and returns its index."""
+
+    def __init__(self) -> None:
+        self.regions: list[Region] = []
+
+    def input(self, num_units: int, variable: int, tie: str | None = None) -> int:
+        """Distributions of one variable."""
+        return self._add(Region("input", num_units, variable=variable, tie=tie))
+
+    def product(self, children: Sequence[int], latent: int | None = None) -> int:
+        """Unit-wise product of regions with equally many units."""
+        units = self.regions[children[0]].num_units
+        return self._add(Region("product", units, tuple(children), latent=latent))
+
+    def sum(self, num_units: int, child: int, tie: str | None = None) -> int:
+        """Mixtures of all units of one region."""
+        return self._add(Region("sum", num_units, (child,), tie=tie))
+
+    def concat(self, children: Sequence[int]) -> int:
+        """The units of several regions side by side."""
+        units = sum(self.regions[child].num_units for child in children)
+        return self._add(Region("concat", units, tuple(children)))
+
+    def hidden_tree(
+        self,
+        tree: Tree,
+        emissions: Sequence[int],
+        *,
+        with_latents: bool = True,
+        transition_ties: Sequence[str] | None = None,
+    ) -> int:
+        """A hidden tree: every node's state emits, and chooses its children's states.
+
+        Args:
+            tree: over the latents.
+            emissions: for each node the region whose unit k is its emission in state k.
+            with_latents: whether node v's region carries latent v.
+            transition_ties: for each node the tie of the sum on the edge to its parent.
+
+        Returns:
+            the root node's region (K units, not mixed yet).
+        """
+        states: dict[int, int] = {}
+        for node in reversed(tree.top_down):
+            units = self.regions[emissions[node]].num_units
+            factors = [emissions[node]]
+            for child in tree.children[node]:
+                tie = None if transition_ties is None else transition_ties[child]
+                factors.append(self.sum(units, states[child], tie))
+            if with_latents or len(factors) > 1:
+                states[node] = self.product(factors, node if with_latents else None)
+            else:
+                states[node] = emissions[node]
+        return states[tree.root]
+
+    def finish(self, top: int, num_variables: int) -> RegionGraph:
+        """Mix the units of region `top` under one root unit and check the graph."""
+        self.sum(1, top)
+        return RegionGraph(self.regions, num_variables)
+
+    def _add(self, region: Region) -> int:
+        self.regions.append(region)
+        return len(self.regions) - 1

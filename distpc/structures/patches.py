@@ -1,0 +1,97 @@
+"""Patch circuits: one bank of leaf densities for all patches, under a tree over patch latents.
+
+A patch's density given its latent value k is shared by all positions; a transition matrix an edge
+of the tree links the latents. Region and tie names are read back by `PatchLayout`.
+Legend: Z patches (and latents), K clusters, D variables of a patch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from distpc.structures.builder import GraphBuilder
+from distpc.structures.region_graph import RegionGraph
+from distpc.structures.tree import Tree
+
+
+@dataclass(frozen=True)
+class HcltLeaf:
+    """Leaf densities as multi-head hidden Chow-Liu trees over a patch's variables.
+
+    A body gives a vector of states for the patch; every cluster is a head, a mixture of them.
+
+    Attributes:
+        tree: over the D variables of a patch.
+        num_states: hidden states of a body.
+        num_groups: the clusters are cut into this many ranges with a body of their own.
+    """
+
+    tree: Tree
+    num_states: int
+    num_groups: int = 1
+
+
+def group_ranges(num_clusters: int, num_groups: int) -> list[range]:
+    """Clusters of each group: consecutive, sizes differing by at most one."""
+    if not 1 <= num_groups <= num_clusters:
+        raise ValueError(f"{num_groups} groups for {num_clusters} clusters")
+    edges = [num_clusters * group // num_groups for group in range(num_groups + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def patch_graph(
+    variables: np.ndarray, tree: Tree, num_clusters: int, leaf: HcltLeaf | None = None
+) -> RegionGraph:
+    """The region graph of a patch circuit.
+
+    Args:
+        variables: (Z, D) the variables of every patch, each variable once.
+        tree: over the Z patches.
+        num_clusters: K, values of a patch latent.
+        leaf: hidden Chow-Liu leaf densities; default: a product over the patch's variables.
+    """
+    builder = GraphBuilder()
+    emissions = []
+    for row in variables.tolist():
+        if leaf is None:
+            inputs = [builder.input(num_clusters, v, f"leaf/{d}") for d, v in enumerate(row)]
+            emissions.append(builder.product(inputs))
+            continue
+        heads = [
+            _heads(builder, row, leaf, group, len(clusters))
+            for group, clusters in enumerate(group_ranges(num_clusters, leaf.num_groups))
+        ]
+        emissions.append(heads[0] if len(heads) == 1 else builder.concat(heads))
+    return builder.finish(builder.hidden_tree(tree, emissions), variables.size)
+
+
+def group_graph(leaf: HcltLeaf, group: int, num_heads: int) -> RegionGraph:
+    """One group's leaf densities as a circuit over a single patch, its head the only latent.
+
+    Given the head, this is the piece of a patch circuit that shares nothing with other groups;
+    it carries the same ties.
+    """
+    builder = GraphBuilder()
+    heads = _heads(builder, list(range(leaf.tree.num_nodes)), leaf, group, num_heads)
+    return builder.finish(builder.product([heads], latent=0), leaf.tree.num_nodes)
+
+
+def _heads(
+    builder: GraphBuilder, variables: list[int], leaf: HcltLeaf, group: int, num_heads: int
+) -> int:
+    """Add one group's body over `variables` and its heads; returns the heads' region."""
+    prefix = f"leaf/{group}"
+    inputs = [
+        builder.input(leaf.num_states, variable, f"{prefix}/emission/{d}")
+        for d, variable in enumerate(variables)
+    ]
+    body = builder.hidden_tree(
+        leaf.tree,
+        inputs,
+        with_latents=False,
+        transition_ties=[f"{prefix}/transition/{d}" for d in range(len(variables))],
+    )
+    return builder.sum(num_heads, body, f"{prefix}/heads")

@@ -1,0 +1,44 @@
+"""TensorBoard logs of teacher training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+_LOGGED_POINTS = 400
+
+
+class Monitor:
+    """Writes the curves and pictures of one training run; for rank 0 only.
+
+    Args:
+        folder: of the logs.
+        first_step: steps taken before; what an interrupted attempt logged beyond is dropped.
+        total_steps: of the whole run; at most 400 of them are points of the training curve.
+    """
+
+    def __init__(self, folder: Path, first_step: int, total_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._every = max(1, total_steps // _LOGGED_POINTS)
+        self._errors: list[float] = []
+
+    def train(self, step: int, mse: float, learning_rate: float) -> None:
+        """Log the training error, a mean over the steps since the last point."""
+        self._errors.append(mse)
+        if step % self._every == 0:
+            self._writer.add_scalar("teacher/train_mse", float(np.mean(self._errors)), step)
+            self._writer.add_scalar("teacher/learning_rate", learning_rate, step)
+            self._errors.clear()
+
+    def valid(self, step: int, mse: float, picture: np.ndarray) -> None:
+        """Log the validation error, and reconstructions (height, width, 3) uint8."""
+        self._writer.add_scalar("teacher/valid_mse", mse, step)
+        self._writer.add_image("teacher/reconstruction", picture, step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

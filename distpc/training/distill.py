@@ -1,0 +1,128 @@
+"""Stage `distill`: data and latents together -> a circuit to fine-tune.
+
+The pieces that share nothing run as Ray tasks, longest first; putting them together takes no
+training. Finished pieces of an interrupted attempt are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from distpc.artifacts.stage import StageContext
+from distpc.circuits.circuit import Circuit
+from distpc.circuits.io import save_model
+from distpc.errors import LatentError
+from distpc.parallel.cluster import Cluster
+from distpc.structures.patch_layout import PatchLayout
+from distpc.training.assembly import Counts, assemble_
+from distpc.training.figures import Figures, tally
+from distpc.training.pieces import WORKER, Piece, describe, load_graph, plan_pieces
+from distpc.training.samples import LatentSource, take_rows
+
+EVALUATION_SAMPLES = 2000
+"""Samples of a split on which the distilled circuit is measured."""
+_EVALUATION_BATCH = 250
+
+
+def run(ctx: StageContext) -> None:
+    """Make all pieces, assemble the circuit and write it to model/.
+
+    Raises:
+        LatentError: latents of other samples, another grid or other clusters than the structure.
+        DataError: shards that changed since they were indexed.
+        ResourceError: the cluster is too small, or keeps losing workers.
+    """
+    graph = load_graph(ctx)
+    layout = PatchLayout.of(graph)
+    source = LatentSource.of(ctx, layout.num_patches)
+    if layout.num_clusters != source.num_clusters:
+        raise LatentError(
+            "the region graph was made for other latents",
+            where=ctx.input("structure").path,
+            found=f"{layout.num_clusters} values of a latent",
+            expected=f"{source.num_clusters} (latents.num_clusters)",
+            fix="run the structure stage again",
+        )
+    pieces = plan_pieces(ctx, layout, source)
+    missing = [piece for piece in pieces if not piece.is_finished(ctx)]
+    if missing:
+        kwargs = {"context": ctx.to_json()}
+        with Cluster.connect(ctx.config.parallel) as cluster:
+            for _ in cluster.map(WORKER, kwargs, list(map(describe, missing)), label="distill"):
+                pass
+    counts, notes = collect(ctx, layout, pieces)
+    spec = source.index.spec
+    circuit = Circuit(graph, spec.num_categories, seed=ctx.config.seed)
+    assemble_(circuit, counts, ctx.config.distill, ctx.config.seed)
+    facts = {
+        "num_samples": counts.num_samples,
+        "num_parameters": circuit.num_parameters,
+        "states_never_used": int((counts.usage.sum(0) == 0).sum()),
+        "pieces": notes,
+        "kept_pieces": len(pieces) - len(missing),
+        **measure(circuit, source),
+    }
+    save_model(
+        circuit,
+        ctx.out / "model",
+        dataset=spec.to_json(),
+        training={"stage": "distill", "num_samples": counts.num_samples},
+    )
+    ctx.metadata.update(facts)
+
+
+def collect(
+    ctx: StageContext, layout: PatchLayout, pieces: list[Piece]
+) -> tuple[Counts, dict[str, Any]]:
+    """Read all finished pieces: their sums, and notes on each."""
+    notes: dict[str, Any] = {}
+    leaves: dict[str, torch.Tensor] = {}
+    patches = [0] * (layout.leaf.num_groups if layout.leaf else 0)
+    top: dict[str, torch.Tensor] = {}
+    for piece in pieces:
+        tensors, noted = piece.load(ctx)
+        notes[piece.name] = {"seconds": float(noted["seconds"])}
+        if piece.kind == "top":
+            top = tensors
+        elif piece.kind == "counts":
+            for tie, table in tensors.items():
+                leaves[tie] = leaves[tie] + table if tie in leaves else table
+        else:
+            patches[piece.group] = int(tensors.pop("patches"))
+            leaves.update(tensors)
+            curve = [float(nats) for nats in noted["curve"].split()]
+            notes[piece.name].update(
+                patches=patches[piece.group], pooled=int(noted["pooled"]), nats_by_epoch=curve
+            )
+    counts = Counts(
+        int(top["num_samples"]), top["usage"], top["transitions"], leaves, tuple(patches)
+    )
+    return counts, notes
+
+
+def measure(circuit: Circuit, source: LatentSource) -> dict[str, Any]:
+    """Bits per dimension of data with and without latents, on the first samples of a split."""
+    joint, alone = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    left = EVALUATION_SAMPLES
+    for entry in source.shards():
+        if left <= 0:
+            break
+        x, latents = (torch.from_numpy(rows[:left]) for rows in source.read(entry))
+        left -= len(x)
+        joint += tally(circuit.log_prob(x, latents=latents, batch_size=_EVALUATION_BATCH), x)
+        alone += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x)
+    valid = torch.zeros(5, dtype=torch.float64)
+    for rows in take_rows(source.index, "valid", EVALUATION_SAMPLES):
+        x = torch.from_numpy(np.ascontiguousarray(rows))
+        valid += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x)
+    sums = {"train_with_latents": joint, "train": alone, "valid": valid}
+    figures = {name: Figures.of(total) for name, total in sums.items()}
+    return {
+        **{f"{name}_bpd": round(found.bits, 5) for name, found in figures.items()},
+        **{f"{name}_impossible": found.impossible for name, found in figures.items()},
+        "train_samples_measured": figures["train"].samples,
+        "valid_samples_measured": figures["valid"].samples,
+    }

@@ -1,0 +1,111 @@
+"""Training samples and their patch latents, matched by key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distpc.artifacts.stage import StageContext
+from distpc.data.index import ShardEntry, ShardIndex
+from distpc.data.reader import iterate_split, read_shard
+from distpc.errors import LatentError
+from distpc.latents import load_latents
+from distpc.latents.store import shard_path
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """The training shards that have latents.
+
+    Attributes:
+        index: of the data.
+        folder: of the latent shards.
+        num_patches: Z, latents that every sample must have.
+        num_clusters: K; latents are 0 .. K - 1.
+    """
+
+    index: ShardIndex
+    folder: Path
+    num_patches: int
+    num_clusters: int
+
+    @classmethod
+    def of(cls, ctx: StageContext, num_patches: int) -> LatentSource:
+        """The source that a stage's inputs describe."""
+        index = ShardIndex.load(ctx.input("index").path)
+        clusters = ctx.config.latents.num_clusters
+        return cls(index, ctx.input("assign").path, num_patches, clusters)
+
+    def shards(self) -> list[ShardEntry]:
+        """Training shards with latents, in order.
+
+        Raises:
+            LatentError: there are none.
+        """
+        found = [e for e in self.index.shards("train") if shard_path(self.folder, e.name).is_file()]
+        if not found:
+            raise LatentError(
+                "there are no latents of training shards",
+                where=self.folder,
+                expected=[entry.name for entry in self.index.shards("train")][:3],
+                fix="run the assign stage for these shards",
+            )
+        return found
+
+    def latents(self, entry: ShardEntry) -> np.ndarray:
+        """(N, Z) latents of one shard.
+
+        Raises:
+            LatentError: they are of other samples, of another grid, or of more clusters.
+        """
+        keys, latents = load_latents(self.folder, entry.name)
+        expected = entry.samples().keys
+        if list(keys) != list(expected):
+            raise self._strange(entry, _first_difference(keys, expected))
+        if latents.shape != (len(keys), self.num_patches):
+            raise self._strange(
+                entry, (f"latents of shape {latents.shape}", f"(N, {self.num_patches})")
+            )
+        if latents.size and int(latents.max()) >= self.num_clusters:
+            raise self._strange(
+                entry, (f"cluster {latents.max()}", f"0 .. {self.num_clusters - 1}")
+            )
+        return latents
+
+    def read(self, entry: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
+        """(N, V) values and (N, Z) latents of one shard."""
+        return read_shard(entry, self.index.spec).x, self.latents(entry)
+
+    def _strange(self, entry: ShardEntry, difference: tuple[str, str]) -> LatentError:
+        return LatentError(
+            "latents do not belong to the data",
+            where=shard_path(self.folder, entry.name),
+            found=difference[0],
+            expected=difference[1],
+            fix="remove the features, fit and assign folders and run the same command again",
+        )
+
+
+def take_rows(
+    index: ShardIndex, split: str, max_samples: int, batch_size: int = 1024
+) -> Iterator[np.ndarray]:
+    """Yield batches (b, V) of the first samples of a split, `max_samples` in all.
+
+    Splits are drawn by a permutation, so that the first samples are as good as any.
+    """
+    taken = 0
+    for batch in iterate_split(index, index.spec, split, min(batch_size, max_samples)):
+        yield batch[: max_samples - taken]
+        taken += len(batch)
+        if taken >= max_samples:
+            return
+
+
+def _first_difference(found: list[str], expected: list[str]) -> tuple[str, str]:
+    for position, (one, other) in enumerate(zip(found, expected, strict=False)):
+        if one != other:
+            return f"key '{one}' at {position}", f"key '{other}'"
+    return f"{len(found)} keys", f"{len(expected)} keys"

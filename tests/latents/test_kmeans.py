@@ -1,0 +1,122 @@
+"""The mathematics of one Lloyd round, against numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from distpc.latents import kmeans
+from distpc.latents.kmeans import (
+    assign_points,
+    distinct_points,
+    reduce_statistics,
+    shard_statistics,
+    update_centroids,
+)
+
+
+def blobs(num_points: int, num_blobs: int, width: int, seed: int, offset: float = 0.0):
+    """float16 points around well separated centres, and the centres."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(num_blobs, width)) * 10 + offset
+    points = centres[rng.integers(num_blobs, size=num_points)]
+    points = points + rng.normal(size=points.shape) * 0.1
+    return torch.from_numpy(points.astype(np.float16)), centres
+
+
+def exact_round(points: np.ndarray, centroids: np.ndarray):
+    """One Lloyd round in float64 with every distance written out."""
+    squares = np.square(points[:, None] - centroids[None]).sum(-1)
+    labels = squares.argmin(1)
+    sums = np.stack([points[labels == k].sum(0) for k in range(len(centroids))])
+    return labels, squares.min(1), sums, np.bincount(labels, minlength=len(centroids))
+
+
+@pytest.mark.parametrize("offset", [0.0, 500.0])
+def test_statistics_agree_with_float64(monkeypatch, offset):
+    monkeypatch.setattr(kmeans, "BLOCK_ROWS", 64)
+    rng = np.random.default_rng(0)
+    points = torch.from_numpy((rng.normal(size=(1000, 7)) + offset).astype(np.float16))
+    centroids = points[rng.choice(1000, size=9, replace=False)].float()
+    labels, squares, sums, counts = exact_round(points.double().numpy(), centroids.double().numpy())
+
+    found = shard_statistics(points, centroids)
+    found_labels, found_squares = assign_points(points, centroids)
+
+    agree = found_labels.numpy() == labels
+    # Rounded float16 points may lie between two centroids to within float32's precision.
+    assert agree.mean() > (0.999 if offset == 0 else 0.99)
+    np.testing.assert_allclose(found_squares.numpy()[agree], squares[agree], rtol=1e-5)
+    if agree.all():
+        np.testing.assert_allclose(found.sums, sums, rtol=1e-12)
+        np.testing.assert_array_equal(found.counts, counts)
+    assert found.inertia == pytest.approx(squares.sum(), rel=1e-5)
+    order = np.argsort(-found_squares.numpy(), kind="stable")[:9]
+    np.testing.assert_array_equal(found.far_distances, found_squares.numpy()[order])
+    np.testing.assert_array_equal(found.far_points, points[torch.from_numpy(order)].float())
+
+
+def test_whole_runs_agree_with_float64():
+    points, _ = blobs(3000, 6, 4, seed=3)
+    exact = points[:6].double().numpy()
+    centroids = points[:6].float()
+    for _ in range(10):
+        _, _, sums, counts = exact_round(points.double().numpy(), exact)
+        if not counts.all():
+            pytest.fail("this case is meant to have no empty cluster")
+        exact = sums / counts[:, None]
+        centroids, refilled = update_centroids(shard_statistics(points, centroids), centroids)
+        assert refilled == 0
+    np.testing.assert_allclose(centroids.numpy(), exact, atol=1e-5)
+
+
+def test_shards_add_up_to_the_whole():
+    points, _ = blobs(900, 5, 3, seed=1)
+    centroids = points[:5].float()
+    whole = shard_statistics(points, centroids)
+    parts = [shard_statistics(part, centroids) for part in points.split(250)]
+    total = reduce_statistics(parts)
+    np.testing.assert_allclose(total.sums, whole.sums, rtol=1e-12)
+    np.testing.assert_array_equal(total.counts, whole.counts)
+    assert total.inertia == pytest.approx(whole.inertia, rel=1e-9)
+    np.testing.assert_array_equal(total.far_points, whole.far_points)
+
+
+def test_empty_clusters_move_to_different_far_points():
+    centroids = torch.tensor([[0.0], [100.0], [101.0], [102.0]])
+    # Two equal outliers and one on the other side: a second copy would be wasted.
+    points = torch.tensor([[0.0], [0.1], [-0.1], [9.0], [9.0], [-5.0]])
+    moved, refilled = update_centroids(shard_statistics(points, centroids), centroids)
+    assert refilled == 3
+    assert moved[1].item() == 9.0
+    assert moved[2].item() == -5.0
+    assert moved[0].item() == pytest.approx(13 / 6)
+    assert moved[3].item() in (pytest.approx(0.1), pytest.approx(-0.1))
+
+
+def test_clusters_stay_where_no_point_is_left():
+    centroids = torch.tensor([[1.0, 1.0], [5.0, 5.0]])
+    moved, refilled = update_centroids(shard_statistics(torch.ones(4, 2), centroids), centroids)
+    assert refilled == 0
+    assert torch.equal(moved, centroids)
+
+
+def test_equal_centroids_and_points_on_centroids():
+    centroids = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+    points = torch.tensor([[0.5, 0.0], [2.0, 0.0], [0.0, 0.0]], dtype=torch.float16)
+    labels, distances = assign_points(points, centroids)
+    assert labels.tolist() == [0, 1, 0]
+    assert distances.tolist() == [0.25, 0.0, 0.0]
+
+
+def test_distinct_points(monkeypatch):
+    monkeypatch.setattr(kmeans, "BLOCK_ROWS", 4)
+    points = torch.tensor([[1.0], [2.0], [1.0], [-0.0], [0.0], [3.0], [2.0]]).half()
+    assert distinct_points(points, 10).ravel().tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert len(distinct_points(points, 2)) == 2
+
+
+def test_nothing_to_add_up_is_a_programming_error():
+    with pytest.raises(ValueError):
+        reduce_statistics([])

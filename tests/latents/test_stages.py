@@ -1,0 +1,317 @@
+"""The Ray stages on real data and a real local cluster, deaths of workers and driver included."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distpc.data import index as data_index
+from distpc.data import shards as data_shards
+from distpc.data.patches import PatchGrid
+from distpc.data.reader import read_shard as read_data_shard
+from distpc.errors import LatentError
+from distpc.latents import assign, extract, fit, load_latents
+from distpc.latents.lloyd import FitState
+from distpc.latents.store import read_centroids, read_shard, shard_path, write_centroids
+from distpc.teachers import train as teacher_train
+
+from . import stages
+from .jobs import blob_shards, local_job, write_features
+from .stages import Run
+
+LATENTS = {"num_clusters": 16, "num_rounds": 8, "num_restarts": 2}
+
+
+def parallel(num_workers: int) -> dict[str, object]:
+    """Room for up to four workers on two cores."""
+    return {"num_workers": num_workers, "cpus_per_worker": 0.5}
+
+
+def script(*arguments: str, **options: object) -> subprocess.Popen[str]:
+    """A process that runs a function of `stages`."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    return subprocess.Popen(
+        [sys.executable, stages.__file__, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """An existing cluster that all stages join: starting one each would take most of the time."""
+    # Ray reads these once a process, so they stay.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with script("serve", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+            patch.setenv("RAY_ADDRESS", server.stdout.readline().strip())
+            yield
+            server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory):
+    """Digits: shards, index and the pixels teacher."""
+    run = Run(tmp_path_factory.mktemp("upstream"))
+    run.stage("shards", data_shards.run)
+    run.stage("index", data_index.run)
+    run.stage("teacher", teacher_train.run)
+    return run.artifacts
+
+
+@pytest.fixture(scope="module")
+def finished(upstream, tmp_path_factory):
+    """Digits' features, centroids and latents, by two workers of which one each died."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = Run(folder, upstream, latents=LATENTS, parallel=parallel(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extract, "WORKER", stages.DYING_EXTRACTOR)
+        patch.setattr(fit, "WORKER", stages.DYING_HOLDER)
+        run.stage("features", extract.run)
+        (folder / ".died").unlink()
+        run.stage("fit", fit.run)
+        (folder / ".died").unlink()
+    run.stage("assign", assign.run)
+    return run
+
+
+def train_shards(upstream):
+    index = data_index.ShardIndex.load(upstream["index"].path)
+    return index.spec, index.shards("train")
+
+
+def test_features_are_the_teachers_and_keep_their_keys(finished, upstream):
+    spec, entries = train_shards(upstream)
+    variables = PatchGrid.of(spec, 2).variables()
+    for entry in entries:
+        shard = read_data_shard(entry, spec)
+        found = read_shard(shard_path(finished.folder / "features", entry.name), "features")
+        assert found.keys == shard.keys
+        np.testing.assert_allclose(
+            found.rows.float().numpy(), shard.x[:, variables] / 16, atol=1e-3
+        )
+    facts = finished.artifacts["features"].metadata
+    assert facts["samples"] == sum(entry.num_samples for entry in entries)
+    assert facts["grid"] == [4, 4]
+    assert (facts["shards"], facts["kept_shards"]) == (len(entries), 0)
+    assert set(facts["seconds"]) == {"read", "encode", "write"}
+    assert facts["bytes"] > facts["samples"] * 16 * 4 * 2
+
+
+def test_latents_are_the_nearest_centroids(finished, upstream):
+    _, entries = train_shards(upstream)
+    folder = finished.folder
+    features = finished.artifacts["features"]
+    centroids = read_centroids(
+        folder / "fit" / fit.CENTROIDS, features=features.fingerprint, width=4
+    ).numpy()
+    usage = np.zeros(16, dtype=int)
+    squares = 0.0
+    for entry in entries:
+        rows = read_shard(shard_path(features.path, entry.name), "features")
+        keys, latents = load_latents(folder / "assign", entry.name)
+        assert keys == rows.keys
+        assert latents.dtype == np.int32
+        distances = np.square(rows.rows.numpy()[:, :, None].astype(float) - centroids).sum(-1)
+        np.testing.assert_array_equal(latents, distances.argmin(-1))
+        usage += np.bincount(latents.ravel(), minlength=16)
+        squares += distances.min(-1).sum()
+    report = json.loads((folder / "assign/report.json").read_text())
+    assert report["usage"] == usage.tolist()
+    facts = finished.artifacts["assign"].metadata
+    assert facts["num_clusters"] == 16
+    assert facts["used"] == 16
+    assert 3 < facts["usage_entropy_bits"] <= 4
+    assert facts["neighbour_information_bits"]["horizontal"] > 0.1
+    assert facts["mean_squared_distance"] == pytest.approx(squares / usage.sum(), rel=1e-5)
+    assert 0.5 < facts["explained_variance"] < 1
+
+
+def test_fit_notes_what_it_did(finished):
+    folder = finished.folder
+    facts = json.loads((folder / "fit/fit.json").read_text())
+    assert facts["samples_used"] == finished.artifacts["features"].metadata["samples"]
+    assert facts["points_used"] == facts["samples_used"] * 16
+    assert len(facts["restarts"]) == 2
+    assert facts["inertia"] == min(restart["inertia"][-1] for restart in facts["restarts"])
+    report = json.loads((folder / "assign/report.json").read_text())
+    # The best centroids' inertia, measured twice.
+    assert report["mean_squared_distance"] == pytest.approx(facts["mean_squared_distance"])
+    assert not (folder / "fit" / fit.CHECKPOINT).exists()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for number, restart in enumerate(facts["restarts"]):
+        events = EventAccumulator(str(folder / f"tb/fit/restart-{number}")).Reload()
+        values = [event.value for event in events.Scalars("latents/inertia")]
+        assert values == pytest.approx(restart["inertia"])
+
+
+def test_finished_shards_are_kept(finished, upstream, tmp_path, monkeypatch):
+    run = Run(tmp_path, upstream, latents=LATENTS, parallel=parallel(1))
+    ctx = run.context("features")
+    names = [entry.name for entry in train_shards(upstream)[1]]
+    source = finished.folder / "features"
+    for name in names:
+        shutil.copy(shard_path(source, name), ctx.out)
+    whole, cut, foreign, missing = (shard_path(ctx.out, name) for name in names[:4])
+    cut.write_bytes(cut.read_bytes()[:-100])
+    shutil.copy(whole, foreign)
+    missing.unlink()
+    shard_path(ctx.out, "train-000999").write_bytes(b"of an earlier configuration")
+    before = whole.stat().st_mtime_ns
+
+    class Here:
+        """Does the work of a cluster in this process."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def map(self, worker, kwargs, items, label):
+            made = extract.Extractor(**kwargs)
+            assert [entry.name for entry in items] == names[1:4]
+            return [(number, made(entry)) for number, entry in enumerate(items)]
+
+    monkeypatch.setattr(extract.Cluster, "connect", lambda parallel: Here())
+    extract.run(ctx)
+
+    assert whole.stat().st_mtime_ns == before
+    assert ctx.metadata["kept_shards"] == len(names) - 3
+    assert sorted(path.stem for path in ctx.out.iterdir()) == names
+    # What the workers wrote, one of which died, is what one process writes, byte for byte.
+    for name in names:
+        assert shard_path(ctx.out, name).read_bytes() == shard_path(source, name).read_bytes()
+
+
+def test_max_samples_takes_the_first_shards(upstream, tmp_path):
+    _, entries = train_shards(upstream)
+    assert [e.name for e in extract.first_shards(entries, None)] == [e.name for e in entries]
+    assert len(extract.first_shards(entries, 600)) == 2
+    assert len(extract.first_shards(entries, 512)) == 2
+    assert len(extract.first_shards(entries, 1)) == 1
+
+
+def test_features_that_are_not_finite_are_refused(upstream, tmp_path):
+    _, entries = train_shards(upstream)
+    worker = extract.Extractor(
+        index=str(upstream["index"].path),
+        teacher=str(upstream["teacher"].path),
+        out=str(tmp_path),
+        fingerprint="f",
+        teacher_fingerprint="t",
+        patch_size=2,
+        batch_size=100,
+        device="cpu",
+    )
+    encode = worker._teacher.encode
+    worker._teacher.encode = lambda x: (
+        encode(x) * torch.where(x[:, 20] == 3, 1e9, 1.0)[:, None, None]
+    )
+    with pytest.raises(LatentError, match="not finite in float16") as caught:
+        worker(entries[1])
+    assert entries[1].name in caught.value.where
+    x = read_data_shard(entries[1], data_index.ShardIndex.load(upstream["index"].path).spec).x
+    bad = entries[1].samples().keys[int(np.flatnonzero(x[:, 20] == 3)[0])]
+    assert f"'{bad}'" in caught.value.found
+    assert not any(tmp_path.iterdir())
+
+
+def test_centroids_do_not_depend_on_workers_or_deaths(finished, upstream):
+    # Two Ray workers of which one died, against one process without Ray.
+    names = [entry.name for entry in train_shards(upstream)[1]]
+    features = finished.artifacts["features"]
+    job, _ = local_job(features.path, names, finished.config.latents, 0, features.fingerprint)
+    alone = job.run(FitState())
+    path = finished.folder / "fit" / fit.CENTROIDS
+    assert torch.equal(read_centroids(path, features=features.fingerprint, width=4), alone.best)
+    facts = json.loads((finished.folder / "fit/fit.json").read_text())
+    assert [restart["inertia"] for restart in facts["restarts"]] == alone.inertia
+
+
+def test_a_killed_driver_goes_on_with_other_workers(tmp_path):
+    rng = np.random.default_rng(1)
+    latents = {"num_clusters": 64, "num_rounds": 40, "num_restarts": 2, "tolerance": 0.0}
+    run = Run(tmp_path, latents=latents, parallel=parallel(1))
+    features = run.context("features")
+    shards = [rng.normal(size=(4000, 8)) for _ in range(3)]
+    names = write_features(features.out, shards, features.fingerprint)
+    run.seal(features, "features")
+    ctx = run.context("fit")
+    (tmp_path / "context.json").write_text(json.dumps(ctx.to_json()))
+    checkpoint = ctx.out / fit.CHECKPOINT
+    with script("run_fit", str(tmp_path / "context.json")) as driver:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and driver.poll() is None and not checkpoint.exists():
+            time.sleep(0.01)
+        driver.send_signal(signal.SIGKILL)
+    rounds = sum(len(history) for history in FitState.load(checkpoint, ctx.fingerprint).inertia)
+    assert 0 < rounds < 80
+    assert not (ctx.out / fit.CENTROIDS).exists()
+
+    again = Run(tmp_path, run.artifacts, latents=latents, parallel=parallel(3))
+    fit.run(again.context("fit"))
+
+    job, _ = local_job(features.out, names, run.config.latents, 0, features.fingerprint)
+    whole = job.run(FitState())
+    path = ctx.out / fit.CENTROIDS
+    assert torch.equal(read_centroids(path, features=features.fingerprint, width=8), whole.best)
+    facts = json.loads((ctx.out / "fit.json").read_text())
+    assert [restart["inertia"] for restart in facts["restarts"]] == whole.inertia
+    assert not checkpoint.exists()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb/fit/restart-0")).Reload()
+    scalars = events.Scalars("latents/inertia")
+    assert [event.step for event in scalars] == list(range(41))
+    assert [event.value for event in scalars] == pytest.approx(whole.inertia[0])
+
+
+def test_a_collapsed_codebook_is_refused(finished):
+    limits = {**LATENTS, "min_usage_entropy_fraction": 1.0}
+    run = Run(finished.folder, finished.artifacts, latents=limits, parallel=parallel(2))
+    with pytest.raises(LatentError, match="codebook collapsed"):
+        assign.run(run.context("assign"))
+
+
+def test_what_does_not_belong_together_is_refused(finished, tmp_path):
+    run = Run(tmp_path, finished.artifacts, latents=LATENTS, parallel=parallel(2))
+    # Features of another teacher or split carry another fingerprint.
+    other = run.context("features", fingerprint="of another teacher")
+    write_features(other.out, [blob_shards(1)[0][0]], other.fingerprint)
+    run.seal(other, "features")
+    with pytest.raises(LatentError, match="fitted to other features") as caught:
+        assign.run(run.context("assign"))
+    assert "of another teacher" in caught.value.expected
+
+    ctx = run.context("fit")
+    write_centroids(ctx.out / fit.CENTROIDS, torch.zeros(16, 3), {"features": "of another teacher"})
+    run.seal(ctx, "fit")
+    with pytest.raises(LatentError, match="another width") as caught:
+        assign.run(run.context("assign"))
+    assert "(16, 3)" in caught.value.found
+
+    # A shard of other features that was copied into the folder.
+    source = finished.folder / "features/train-000000.safetensors"
+    (other.out / source.name).write_bytes(source.read_bytes())
+    run.seal(other, "features")
+    with pytest.raises(LatentError, match="another run"):
+        assign.run(run.context("assign"))

@@ -1,0 +1,235 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from parallel_processes import (
+    DRIVERS,
+    alive,
+    descendants,
+    listening,
+    ports_of,
+    start_driver,
+    wait_until,
+)
+
+from distpc.config.schema import ParallelConfig
+from distpc.errors import DataError, DistpcError, ResourceError
+from distpc.parallel import reaper
+from distpc.parallel.cluster import Cluster, check_room
+from distpc.parallel.pool import ItemQueue
+
+ADDER = "parallel_targets:Adder"
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    """An environment that knows neither the package nor a cluster; temporary files in `folder`."""
+    hidden = ("PYTHONPATH", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    return {**environment, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """One small local cluster for all tests that leave it whole."""
+    before = os.environ.pop("RAY_ADDRESS", None)
+    with Cluster.connect(ParallelConfig(num_workers=2, cpus_per_worker=0.5)) as connected:
+        yield connected
+    if before is not None:
+        os.environ["RAY_ADDRESS"] = before
+
+
+@pytest.fixture(scope="module")
+def kwargs(cluster: Cluster) -> dict[str, Any]:
+    return {"base": cluster.put(torch.ones(10))}
+
+
+def test_results_come_with_their_index(cluster: Cluster, kwargs: dict[str, Any]) -> None:
+    shared = cluster.put(100.0)
+    items = [{"value": value, "more": [shared, 0.5]} for value in range(5)]
+    results = dict(cluster.map(ADDER, kwargs, items))
+    assert results == {index: 110.5 + index for index in range(5)}
+
+
+def test_a_pool_keeps_its_workers_and_their_items(
+    cluster: Cluster, kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cluster.pool(ADDER, kwargs) as pool:
+        first = dict(pool.map(range(6), method="who", label="asking"))
+        second = dict(pool.map(range(6), method="who"))
+    assert {threads for _, threads in first.values()} == {1}
+    workers = {process for process, _ in first.values()}
+    assert len(workers) <= 2
+    assert {process for process, _ in second.values()} <= workers
+    # An idle worker may help out a busy one at the end, no more.
+    assert sum(first[index] == second[index] for index in range(6)) >= 4
+    assert "asking: 6/6 items in " in capsys.readouterr().err
+
+
+def test_there_are_no_more_workers_than_items(cluster: Cluster, kwargs: dict[str, Any]) -> None:
+    with cluster.pool(ADDER, kwargs) as pool:
+        assert len(dict(pool.map([0], method="who"))) == 1
+        assert len(pool._actors) == 1
+    assert list(cluster.map(ADDER, kwargs, [])) == []
+
+
+def test_an_own_error_arrives_as_itself(cluster: Cluster, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(DataError) as caught:
+        list(cluster.map(ADDER, kwargs, [{"value": 0, "error": "own"}]))
+    error = caught.value
+    assert (error.what, error.where) == ("a shard is cut", "train-7")
+    assert (error.found, error.expected, error.fix) == ("3", "4", "mend it")
+
+
+def test_another_error_names_item_and_cause(cluster: Cluster, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(DistpcError) as caught:
+        list(cluster.map(ADDER, kwargs, [{"value": 12345, "error": "other"}]))
+    assert "KeyError: 'the cause'" in str(caught.value)
+    assert "12345" in str(caught.value.where)
+    with pytest.raises(DistpcError, match="cannot be constructed"):
+        list(cluster.map(ADDER, {**kwargs, "fail": True}, [{"value": 0}]))
+
+
+def test_a_killed_worker_changes_no_result(
+    cluster: Cluster, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+
+    def kill() -> None:
+        wait_until(lambda: mark.is_file() and mark.read_text(), 60, "an item to begin")
+        os.kill(int(mark.read_text()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    items: list[dict[str, Any]] = [{"value": value} for value in range(4)]
+    items[1]["mark"] = str(mark)
+    results = dict(cluster.map(ADDER, kwargs, items))
+    killer.join()
+    assert results == {index: 10.0 + index for index in range(4)}
+    assert mark.is_file()
+
+
+def test_an_item_that_kills_its_workers_is_named(cluster: Cluster, kwargs: dict[str, Any]) -> None:
+    items = [{"value": 12345, "error": "death"}]
+    with pytest.raises(ResourceError) as caught:
+        list(cluster.map(ADDER, kwargs, items, retries=1))
+    assert "2 workers in a row died" in str(caught.value)
+    assert "12345" in str(caught.value.where)
+
+
+def test_a_request_beyond_this_machine_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    started = time.monotonic()
+    with pytest.raises(ResourceError) as caught:
+        Cluster.connect(ParallelConfig(num_workers=4096))
+    assert time.monotonic() - started < 2
+    assert f"{os.cpu_count()} CPUs" in str(caught.value.found)
+    assert "4096 CPUs" in str(caught.value.expected)
+    assert str(caught.value.fix) == f"set parallel.num_workers={os.cpu_count()}"
+
+
+def test_room_is_counted_by_machine() -> None:
+    nodes = [{"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0}]
+    check_room(ParallelConfig(num_workers=2, cpus_per_worker=2), nodes, "here")
+    check_room(ParallelConfig(num_workers=20, cpus_per_worker=0.3), nodes, "here")
+    check_room(ParallelConfig(num_workers=2, gpus_per_worker=0.5), nodes, "here")
+    for request in (
+        ParallelConfig(num_workers=3, cpus_per_worker=2),
+        ParallelConfig(num_workers=1, cpus_per_worker=4),
+        ParallelConfig(num_workers=2, gpus_per_worker=1),
+    ):
+        with pytest.raises(ResourceError, match="has no room for"):
+            check_room(request, nodes, "here")
+
+
+def test_items_go_home_first() -> None:
+    queue = ItemQueue(5, {0: 0, 1: 0, 2: 1})
+    assert [queue.next_for(1), queue.next_for(1), queue.next_for(1)] == [2, 3, 4]
+    assert [queue.next_for(1), queue.next_for(0), queue.next_for(0)] == [1, 0, None]
+
+
+def test_nothing_is_left_of_a_killed_driver(tmp_path: Path) -> None:
+    folder = Path("/tmp") if len(str(tmp_path)) > 40 else tmp_path
+    environment = bare_environment(folder)
+    driver = start_driver("sleeping_cluster", str(tmp_path), cwd=tmp_path, environment=environment)
+    mark = tmp_path / "mark"
+    wait_until(lambda: mark.is_file() and mark.read_text(), 90, "a worker with an item")
+    processes = descendants(driver.pid)
+    names = " ".join(" ".join(process.cmdline()) for process in processes)
+    for expected in ("gcs_server", "raylet", "ray::DashboardAgent", "_Host", "reaper.py"):
+        assert expected in names
+    worker = psutil.Process(int(mark.read_text()))
+    assert worker in processes
+    reapers = [process for process in processes if "reaper.py" in " ".join(process.cmdline())]
+    cluster_folder = Path(reapers[0].cmdline()[-2])
+    assert cluster_folder.is_dir()
+    ports = ports_of(processes)
+    assert ports
+    driver.kill()
+    driver.communicate(timeout=30)
+    wait_until(lambda: not alive(processes), 15, "the cluster to be gone")
+    assert not ports & listening()
+    assert not cluster_folder.exists()
+
+
+def test_nothing_is_left_after_an_ordinary_end_and_nothing_is_said(tmp_path: Path) -> None:
+    driver = start_driver("mapping", "2", cwd=tmp_path, environment=bare_environment(Path("/tmp")))
+    seen: dict[int, psutil.Process] = {}
+    while driver.poll() is None:
+        try:
+            seen |= {process.pid: process for process in descendants(driver.pid)}
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(0.2)
+    output, _ = driver.communicate()
+    assert output == "[(0, 2.0), (1, 3.0), (2, 4.0), (3, 5.0)]\n"
+    assert driver.returncode == 0
+    assert len(seen) > 5
+    wait_until(lambda: not alive(list(seen.values())), 5, "the cluster to be gone")
+
+
+@pytest.fixture
+def existing_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A cluster that somebody else started; the environment to find it."""
+    folder = Path("/tmp", f"ray-test-{os.getpid()}")
+    environment = bare_environment(Path("/tmp")) | {"RAY_AUTH_MODE": "disabled"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2"]
+    command += [f"--port={port}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
+    command += ["--include-dashboard=false", "--disable-usage-stats"]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    yield environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    reaper.sweep(folder)
+
+
+def test_an_existing_cluster_is_joined_and_left_alone(
+    existing_cluster: dict[str, str], tmp_path: Path
+) -> None:
+    def run(num_workers: str, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, str(DRIVERS), "mapping", num_workers]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    port = int(existing_cluster["RAY_ADDRESS"].rpartition(":")[2])
+    joined = run("2", existing_cluster)
+    assert joined.stdout == "[(0, 2.0), (1, 3.0), (2, 4.0), (3, 5.0)]\n", joined.stderr
+    assert port in listening()
+
+    refused = run("64", existing_cluster)
+    assert refused.returncode == 3
+    assert "ResourceError the Ray cluster at 127.0.0.1" in refused.stdout
+    assert "2 CPUs" in refused.stdout
+    assert "64 CPUs" in refused.stdout
+    assert port in listening()
