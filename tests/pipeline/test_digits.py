@@ -169,7 +169,7 @@ def test_kill_a_ray_actor_and_the_same_run_finishes(
 
     def actors() -> list[psutil.Process]:
         found = descendants(driver)
-        return [p for p in found if p.is_running() and p.name().startswith("ray::Worker")]
+        return [p for p in found if p.is_running() and p.name().startswith("ray::_Host")]
 
     victims = wait_for(actors, 120, "Ray actor")
     os.kill(victims[0].pid, signal.SIGKILL)  # type: ignore[index]
