@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distpc.errors import ConfigError, DistpcError
+from distpc.errors import DistpcError
 
 if TYPE_CHECKING:
     from distpc.config import RunConfig
@@ -180,13 +180,6 @@ def _add_query(commands: argparse._SubParsersAction) -> None:
 def _load(options: argparse.Namespace) -> tuple[RunConfig, Path]:
     from distpc.config import load_config
 
-    for override in options.overrides:
-        if "=" not in override:
-            raise ConfigError(
-                "an override is not of the form section.field=value",
-                found=override,
-                expected="for example finetune.num_epochs=5",
-            )
     config = load_config(options.config, options.overrides)
     return config, options.out or Path("runs") / config.name
 

@@ -70,6 +70,10 @@ class ArtifactError(DistpcError):
     """A stage's result is missing, cut, of another format version or of another run."""
 
 
+class FormatVersionError(ArtifactError):
+    """A file was written by another version of distpc, in a format that this one does not read."""
+
+
 class DataError(DistpcError):
     """Source data, a shard or a sample is not what it claims to be."""
 

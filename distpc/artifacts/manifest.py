@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from distpc.artifacts.files import read_json, write_json
-from distpc.errors import ArtifactError
+from distpc.errors import ArtifactError, FormatVersionError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LOGS = "logs"
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ class Artifact:
     def seal(
         cls, path: Path, stage: str, fingerprint: str, seconds: float, metadata: dict[str, Any]
     ) -> Artifact:
-        """Write the manifest: from here on the folder counts as complete (dot files apart)."""
+        """Write the manifest: from here on the folder counts as complete.
+
+        Logs and dot files are not vouched for.
+        """
         files = {
             str(file.relative_to(path)): file.stat().st_size
             for file in sorted(path.rglob("*"))
-            if file.is_file() and not file.name.startswith(".") and file.name != MANIFEST
+            if file.is_file() and file.name != MANIFEST and not _is_aside(file.relative_to(path))
         }
         artifact = cls(path, stage, fingerprint, seconds, metadata, files)
         write_json(
@@ -67,12 +71,13 @@ class Artifact:
         """Read and check the artifact in folder `path`.
 
         Raises:
-            ArtifactError: no manifest, another format version, or a file missing or cut.
+            FormatVersionError: another version of distpc wrote it.
+            ArtifactError: no manifest, or a file missing or cut.
         """
         manifest = read_json(path / MANIFEST)
         version = manifest.get("format_version") if isinstance(manifest, dict) else None
         if version != FORMAT_VERSION:
-            raise ArtifactError(
+            raise FormatVersionError(
                 "an artifact has a format version that this code does not read",
                 where=path / MANIFEST,
                 found=version,
@@ -98,3 +103,7 @@ class Artifact:
             manifest["metadata"],
             manifest["files"],
         )
+
+
+def _is_aside(path: Path) -> bool:
+    return path.parts[0] == LOGS or path.name.startswith(".")

@@ -86,6 +86,8 @@ class Stage:
         run: `module:function` taking a StageContext; imported only when the stage runs.
         inputs: names of the stages whose artifacts it reads.
         fields: what of the configuration its result depends on (JSON values).
+        identity: `module:function(config, folder)` giving JSON values that change with whatever
+            outside of the configuration the result depends on; `folder` is the stage's own.
         applies: whether this configuration needs the stage at all.
         version: raised when the stage's code changes what it writes.
     """
@@ -95,4 +97,5 @@ class Stage:
     inputs: tuple[str, ...]
     fields: Callable[[RunConfig], Any]
     applies: Callable[[RunConfig], bool] = lambda config: True
+    identity: str | None = None
     version: int = 1

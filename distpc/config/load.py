@@ -109,18 +109,22 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
     """The keys of the section in which `location`'s last part is unknown."""
-    model: type[BaseModel] = RunConfig
-    for part in location[:-1]:
-        for candidate in _models(model, str(part)):
-            model = candidate
-            break
-    return sorted(model.model_fields)
+    options: list[type[BaseModel]] = [RunConfig]
+    for part in map(str, location[:-1]):
+        if len(options) > 1:
+            # Below a discriminated union pydantic adds the tag ("digits") to the location.
+            options = [model for model in options if _tag(model) == part]
+        else:
+            options = _models(options[0], part)
+    return sorted(options[0].model_fields)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    return None if field is None else next(map(str, get_args(field.annotation)), None)
 
 
 def _models(model: type[BaseModel], part: str) -> list[type[BaseModel]]:
-    if part not in model.model_fields:
-        # Below a discriminated union pydantic adds the tag ("digits") to the location.
-        return []
     annotation = model.model_fields[part].annotation
     options = [annotation, *get_args(annotation)]
     return [option for option in options if isinstance(option, type) and _is_model(option)]

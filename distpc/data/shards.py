@@ -12,12 +12,14 @@ import tarfile
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from distpc.artifacts.files import atomic_path, fingerprint, read_json, write_json
+from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
-from distpc.config.schema import DataConfig
+from distpc.config.schema import DataConfig, RunConfig
 from distpc.data.codec import SampleCodec
 from distpc.data.color import NUM_CATEGORIES
 from distpc.data.plan import seeded_permutation
@@ -54,9 +56,32 @@ def run(ctx: StageContext) -> None:
             num_samples=writer.num_written,
             bad_samples=writer.bad_samples,
             source=source.facts(),
+            identity=source.identity(),
         )
     finally:
         source.close()
+
+
+def source_identity(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """What changes when the source's content does.
+
+    Finished shards in `folder` speak for a source that is no longer there.
+
+    Raises:
+        DataError: neither a readable source nor finished shards.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            source = open_source(config.data.source, Path(scratch))
+            try:
+                return source.identity()
+            finally:
+                source.close()
+    except DataError:
+        shards = Artifact.find(folder)
+        if shards is None:
+            raise
+        return shards.metadata["identity"]
 
 
 def source_spec(data: DataConfig) -> DatasetSpec:

@@ -30,21 +30,20 @@ def describe(pipeline: Pipeline, stage: str | None = None) -> str:
 
 
 def _circuit(pipeline: Pipeline) -> list[str]:
-    from distpc.circuits import Circuit
     from distpc.data.shards import source_spec
     from distpc.parallel.memory import bytes_per_rank
+    from distpc.structures.size import num_parameters
     from distpc.training.structure import sketch
 
     config = pipeline.config
     spec = source_spec(config.data)
     graph = sketch(config, spec)
-    circuit = Circuit(graph, spec.num_categories)
+    size = num_parameters(graph, spec.num_categories)
     parallel = config.parallel
-    sizes = bytes_per_rank(circuit.num_parameters, parallel.zero_stage, parallel.num_ranks)
+    sizes = bytes_per_rank(size, parallel.zero_stage, parallel.num_ranks)
     return [
         f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables",
-        f"circuit: {config.structure.kind}, {len(graph.regions)} regions, "
-        f"{circuit.num_parameters:,} parameters",
+        f"circuit: {config.structure.kind}, {len(graph.regions)} regions, {size:,} parameters",
         f"ranks: {parallel.num_ranks} x ZeRO stage {parallel.zero_stage}; bytes per rank: "
         + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
     ]

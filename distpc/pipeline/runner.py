@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +25,13 @@ from distpc.artifacts import (
     write_json,
 )
 from distpc.config import RunConfig, dump_config
-from distpc.errors import ArtifactError
+from distpc.errors import ArtifactError, ConfigError, FormatVersionError
+from distpc.parallel.mesh import is_rank
 from distpc.pipeline.stages import STAGES
 
 ATTEMPT = ".attempt.json"
+TRASH = ".trash-"
+RESOLVED = "resolved_config.yaml"
 State = Literal["done", "interrupted", "stale", "missing"]
 
 
@@ -67,6 +72,7 @@ class Pipeline:
                 "stage_version": stage.version,
                 "format_version": FORMAT_VERSION,
                 "fields": stage.fields(self.config),
+                "identity": self._identity(stage),
                 "inputs": {name: fingerprints[name] for name in self._inputs(stage)},
             }
             fingerprints[stage.name] = fingerprint(made_from)
@@ -79,20 +85,15 @@ class Pipeline:
         Returns:
             The report.
         """
-        from distpc.inference.report import build_report, write_report
         from distpc.pipeline.preflight import check_run
 
-        with RunLock(self.folder):
-            self._prepare()
+        with self._owned():
             steps = self.steps()
             if any(step.state != "done" for step in steps):
                 is_written = steps[0].state == "done"
                 check_run(self.config, Artifact.open(steps[0].folder) if is_written else None)
             self.run_stages()
-            self._publish_model()
-            report = build_report(self.folder, self.config, self._stage_facts())
-            write_report(self.folder / "report.json", report)
-        return report
+            return self._write_report()
 
     def run_stages(self) -> None:
         """Bring every stage up to date; the caller holds the lock."""
@@ -108,8 +109,7 @@ class Pipeline:
         Raises:
             ArtifactError: an input is missing or stale, or the config needs no such stage.
         """
-        with RunLock(self.folder):
-            self._prepare()
+        with self._owned():
             steps = {step.stage.name: step for step in self.steps()}
             if name not in steps:
                 raise ArtifactError(
@@ -125,17 +125,27 @@ class Pipeline:
                         where=steps[needed].folder,
                         fix=f"run `distpc {needed} CONFIG`, or `distpc run CONFIG` for all stages",
                     )
-            return self._bring_up(steps[name])
+            artifact = self._bring_up(steps[name])
+            if name == "evaluate":
+                self._write_report()
+            return artifact
 
     def _inputs(self, stage: Stage) -> list[str]:
         return [name for name in stage.inputs if name in self.stages]
 
+    def _identity(self, stage: Stage) -> Any:
+        if stage.identity is None:
+            return None
+        return _function(stage.identity)(self.config, self.folder / stage.name)
+
     def _step(self, stage: Stage, wanted: str) -> Step:
         folder = self.folder / stage.name
-        if not folder.is_dir():
+        if not folder.is_dir() or not any(folder.iterdir()):
             return Step(stage, folder, wanted, "missing")
         try:
             artifact = Artifact.find(folder)
+        except FormatVersionError:
+            raise
         except ArtifactError as error:
             return Step(stage, folder, wanted, "stale", str(error))
         if artifact is not None:
@@ -143,13 +153,36 @@ class Pipeline:
                 return Step(stage, folder, wanted, "done")
             return Step(stage, folder, wanted, "stale", "config or inputs changed")
         attempt = folder / ATTEMPT
-        if attempt.is_file() and read_json(attempt) == {"fingerprint": wanted}:
+        if not attempt.is_file():
+            raise ArtifactError(
+                "a folder that a stage would write into holds something else",
+                where=folder,
+                found=", ".join(sorted(path.name for path in folder.iterdir())[:3]),
+                expected=f"nothing, or what the stage '{stage.name}' left there",
+                fix="choose another --out, or move the folder away",
+            )
+        if read_json(attempt) == {"fingerprint": wanted}:
             return Step(stage, folder, wanted, "interrupted")
         return Step(stage, folder, wanted, "stale", "an unfinished attempt with another config")
 
-    def _prepare(self) -> None:
-        remove_partials(self.folder)
-        write_bytes(self.folder / "config.yaml", dump_config(self.config).encode())
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Hold the run folder, cleared of what dead owners left half done."""
+        if is_rank():
+            raise ConfigError(
+                "this process was started as one rank of several",
+                where="the environment (a launcher such as torchrun)",
+                expected="one process, which starts the training ranks itself",
+                fix="run `distpc run CONFIG parallel.num_ranks=N` without a launcher",
+            )
+        with RunLock(self.folder):
+            for trash in self.folder.glob(f"{TRASH}*"):
+                shutil.rmtree(trash)
+            self.steps()
+            for name in self.stages:
+                remove_partials(self.folder / name)
+            write_bytes(self.folder / RESOLVED, dump_config(self.config).encode())
+            yield
 
     def _bring_up(self, step: Step) -> Artifact:
         name = step.stage.name
@@ -157,12 +190,11 @@ class Pipeline:
             self._skipped[name] = True
             _say(f"{name}: done before, skipped")
             return Artifact.open(step.folder)
-        tensorboard = self.folder / "tb"
         if step.state == "stale":
             _say(f"{name}: redone ({step.reason})")
-            shutil.rmtree(step.folder)
+            self._discard(step.folder)
         if step.state != "interrupted":
-            shutil.rmtree(tensorboard / name, ignore_errors=True)
+            shutil.rmtree(self.folder / "tb" / name, ignore_errors=True)
             write_json(step.folder / ATTEMPT, {"fingerprint": step.fingerprint})
         _say(f"{name}: {'continued' if step.state == 'interrupted' else 'started'}")
         context = StageContext(
@@ -172,11 +204,10 @@ class Pipeline:
                 needed: Artifact.open(self.folder / needed) for needed in self._inputs(step.stage)
             },
             fingerprint=step.fingerprint,
-            tensorboard=tensorboard,
+            tensorboard=self.folder / "tb",
         )
         begun = time.monotonic()
-        module, function = step.stage.run.split(":")
-        getattr(importlib.import_module(module), function)(context)
+        _function(step.stage.run)(context)
         seconds = time.monotonic() - begun
         artifact = Artifact.seal(step.folder, name, step.fingerprint, seconds, context.metadata)
         (step.folder / ATTEMPT).unlink()
@@ -184,23 +215,40 @@ class Pipeline:
         _say(f"{name}: finished in {seconds:.1f} s")
         return artifact
 
-    def _publish_model(self) -> None:
-        """Let RUN/model point to the best model, whole at every moment."""
+    def _discard(self, folder: Path) -> None:
+        """Remove a stage's folder; renamed first, so that it is never found half removed."""
+        trash = self.folder / f"{TRASH}{folder.name}"
+        folder.rename(trash)
+        shutil.rmtree(trash)
+
+    def _write_report(self) -> dict[str, Any]:
+        """Write report.json, and let RUN/model point to the best model."""
+        from distpc.inference.report import build_report, write_report
+
         link = self.folder / ".model.link"
         link.unlink(missing_ok=True)
         link.symlink_to(Path("finetune") / "model")
         link.replace(self.folder / "model")
+        report = build_report(self.folder, self.config, self._stage_facts())
+        write_report(self.folder / "report.json", report)
+        return report
 
     def _stage_facts(self) -> dict[str, dict[str, Any]]:
         facts = {}
-        for name, skipped in self._skipped.items():
+        for name in self.stages:
             artifact = Artifact.open(self.folder / name)
             facts[name] = {
                 "seconds": artifact.seconds,
                 "fingerprint": artifact.fingerprint,
-                "skipped": skipped,
+                "skipped": self._skipped.get(name, True),
             }
         return facts
+
+
+def _function(name: str) -> Any:
+    """The function that `module:function` names, imported now."""
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _say(text: str) -> None:

@@ -34,17 +34,20 @@ def _fit(config: RunConfig) -> Any:
     return _values(config.latents, without=report_fields), config.seed
 
 
-def _assign(config: RunConfig) -> Any:
-    return config.latents.min_usage_entropy_fraction, config.latents.max_dead_fraction
-
-
 def _structure(config: RunConfig) -> Any:
-    return (
-        _values(config.structure),
-        config.latents.num_clusters,
-        config.data.patch_size_pixels,
-        config.seed,
-    )
+    structure = config.structure
+    leaf = ("leaf", "leaf_num_states", "leaf_num_groups")
+    if structure.kind == "hclt":
+        return _values(structure, without=leaf), config.seed
+    unused = ("num_states", *(leaf[1:] if structure.leaf == "product" else ()))
+    patches = config.latents.num_clusters, config.data.patch_size_pixels
+    return _values(structure, without=unused), patches, config.seed
+
+
+def _distill(config: RunConfig) -> Any:
+    leaf = ("leaf_epochs", "leaf_batch_size", "leaf_step_size")
+    unused = leaf if config.structure.leaf == "product" else ()
+    return _values(config.distill, without=unused), config.seed
 
 
 def _finetune(config: RunConfig) -> Any:
@@ -65,7 +68,13 @@ def is_distilled(config: RunConfig) -> bool:
 DATA = ("shards", "index")
 
 STAGES: tuple[Stage, ...] = (
-    Stage("shards", "distpc.data.shards:run", (), _shards),
+    Stage(
+        "shards",
+        "distpc.data.shards:run",
+        (),
+        _shards,
+        identity="distpc.data.shards:source_identity",
+    ),
     Stage("index", "distpc.data.index:run", ("shards",), lambda config: None),
     Stage("teacher", "distpc.teachers.train:run", DATA, _teacher, has_teacher),
     Stage(
@@ -76,20 +85,27 @@ STAGES: tuple[Stage, ...] = (
         has_teacher,
     ),
     Stage("fit", "distpc.latents.fit:run", ("features",), _fit, has_teacher),
-    Stage("assign", "distpc.latents.assign:run", ("features", "fit"), _assign, has_teacher),
+    # The limits that refuse a collapsed codebook decide whether there is a result, not what it is.
+    Stage(
+        "assign",
+        "distpc.latents.assign:run",
+        ("features", "fit"),
+        lambda config: None,
+        has_teacher,
+    ),
     Stage("structure", "distpc.training.structure:run", (*DATA, "assign"), _structure),
     Stage(
         "distill",
         "distpc.training.distill:run",
         (*DATA, "assign", "structure"),
-        lambda config: (_values(config.distill), config.seed),
+        _distill,
         is_distilled,
     ),
     Stage("finetune", "distpc.training.finetune:run", (*DATA, "structure", "distill"), _finetune),
     Stage(
         "evaluate",
         "distpc.inference.evaluate:run",
-        (*DATA, "assign", "finetune"),
+        (*DATA, "finetune"),
         lambda config: (config.evaluate.num_pictures, config.seed),
     ),
 )

@@ -38,6 +38,10 @@ def test_dump_reads_back(minimal: Path, tmp_path: Path) -> None:
         ("finetune.num_epoch=5", ["finetune.num_epoch", "did you mean 'num_epochs'"]),
         ("teacher.mae.widht=5", ["teacher.mae.widht", "did you mean 'width'"]),
         ("data.source.pth=x", ["data.source", "pth"]),
+        (
+            "data.source={kind: image_folder, path: x, resize_pixel: 3}",
+            ["did you mean 'resize_pixels'"],
+        ),
         ("latent.num_clusters=5", ["latent", "did you mean 'latents'"]),
         ("data.source.kind=digit", ["digit", "'idx'"]),
         ("finetune.step_size=2", ["finetune.step_size", "less than or equal to 1", "2"]),

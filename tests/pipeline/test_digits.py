@@ -12,6 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from distpc.config import load_config
+from distpc.pipeline.runner import Pipeline
+
 SHORT = [
     "teacher.mae.num_epochs=2",
     "latents.num_clusters=32",
@@ -74,6 +77,8 @@ def test_the_same_command_again_skips_everything(finished: tuple[Path, dict]) ->
     ("override", "first_redone"),
     [
         ("parallel.num_ranks=1", None),
+        ("latents.max_dead_fraction=0.5", None),
+        ("structure.num_states=7", None),
         ("finetune.micro_batch_size=32", None),
         ("evaluate.num_pictures=4", "evaluate"),
         ("finetune.step_size=0.05", "finetune"),
@@ -89,13 +94,22 @@ def test_a_changed_field_redoes_what_depends_on_it(
     finished: tuple[Path, dict], override: str, first_redone: str | None
 ) -> None:
     out, _ = finished
-    result = subprocess.run(
-        [*command(out, *SHORT, override), "--dry-run"], capture_output=True, text=True, check=True
-    )
-    table = result.stdout.split("stages:")[1].splitlines()
-    redone = [line.split()[0] for line in table if line.split()[1:2] == ["run"]]
+    steps = Pipeline(load_config(CONFIG, [*SHORT, override]), out).steps()
+    redone = [step.stage.name for step in steps if step.state != "done"]
     assert redone == ([] if first_redone is None else STAGES[STAGES.index(first_redone) :])
-    assert "parameters" in result.stdout and "bytes per rank" in result.stdout
+
+
+def test_dry_run_tells_what_would_run(finished: tuple[Path, dict]) -> None:
+    out, report = finished
+    result = subprocess.run(
+        [*command(out, *SHORT, "seed=1"), "--dry-run"], capture_output=True, text=True, check=True
+    )
+    assert "seed: 1" in result.stdout and "bytes per rank" in result.stdout
+    assert f"{report['num_parameters']:,} parameters" in result.stdout
+    table = result.stdout.split("stages:")[1].splitlines()
+    assert [line.split()[:2] for line in table if line.startswith("  ")] == [
+        [name, "run"] for name in STAGES
+    ]
 
 
 def descendants(process: psutil.Process) -> list[psutil.Process]:

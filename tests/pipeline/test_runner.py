@@ -1,12 +1,13 @@
 """Stages are skipped when done, continued when interrupted and redone when stale."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from distpc.artifacts import Artifact, Stage, StageContext, fingerprint, write_json
+from distpc.artifacts import Artifact, Stage, StageContext, fingerprint, read_json, write_json
 from distpc.config import RunConfig, parse_config
-from distpc.errors import ArtifactError
+from distpc.errors import ArtifactError, ConfigError, FormatVersionError
 from distpc.pipeline.runner import Pipeline
 
 HERE = __name__
@@ -99,6 +100,61 @@ def test_death_between_seal_and_clean_up_loses_nothing(tmp_path: Path) -> None:
     artifact = Artifact.open(tmp_path / "numbers")
     write_json(tmp_path / "numbers" / ".attempt.json", {"fingerprint": artifact.fingerprint})
     assert run(tmp_path) == []
+
+
+def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "numbers" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    (tmp_path / "config.yaml").write_text("mine too")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        Pipeline(config(), tmp_path, STAGES).run_stage("numbers")
+    assert precious.read_text() == "mine"
+    assert (tmp_path / "config.yaml").read_text() == "mine too"
+
+
+def test_results_of_another_version_are_refused_not_deleted(tmp_path: Path) -> None:
+    run(tmp_path)
+    manifest = tmp_path / "numbers" / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "format_version": 2})
+    with pytest.raises(FormatVersionError, match="format version"):
+        run(tmp_path)
+    assert (tmp_path / "numbers" / "n.txt").is_file()
+
+
+def test_a_deleted_log_makes_nothing_stale(tmp_path: Path) -> None:
+    run(tmp_path)
+    folder = tmp_path / "numbers"
+    (folder / "logs").mkdir()
+    (folder / "logs" / "rank-1.log").write_text("said")
+    (folder / "manifest.json").unlink()
+    step = Pipeline(config(), tmp_path, STAGES).steps
+    with pytest.raises(ArtifactError):
+        step()
+    Artifact.seal(folder, "numbers", "f" * 16, 1.0, {})
+    assert list(Artifact.open(folder).files) == ["kept.txt", "n.txt"]
+
+
+def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
+    source = tmp_path / "source.txt"
+    source.write_text("old")
+    stages = (replace(STAGES[0], identity=f"{HERE}:identity_of_source"), STAGES[2])
+    pipeline = Pipeline(config(), tmp_path / "run", stages)
+    pipeline.run_stages()
+    assert {step.state for step in pipeline.steps()} == {"done"}
+    source.write_text("new")
+    assert {step.state for step in pipeline.steps()} == {"stale"}
+
+
+def identity_of_source(config: RunConfig, folder: Path) -> str:
+    return (folder.parent.parent / "source.txt").read_text()
+
+
+def test_a_rank_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="one rank of several"):
+        Pipeline(config(), tmp_path, STAGES).run_stage("numbers")
 
 
 def test_one_stage_needs_its_inputs(tmp_path: Path) -> None:
