@@ -52,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistpcError as error:
         print(f"distpc: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # A folder in place of a file, no permission ...: the system's own words name the path.
+        print(f"distpc: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("distpc: interrupted; the same command continues", file=sys.stderr)
         return 130
@@ -117,6 +121,13 @@ def _add_model(
     return parser
 
 
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"a seed is 0 .. 2**63 - 1, found {text}")
+    return seed
+
+
 def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser = _add_model(
         commands,
@@ -125,7 +136,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         "distpc sample runs/digits/model --num 64 --out samples.png",
     )
     parser.add_argument("--num", type=int, default=36, help="samples to draw (default 36)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("samples.png"), help=".png for a picture, .npy for values"
     )
@@ -152,7 +163,7 @@ def _add_inpaint(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--num", type=int, default=8, help="images to complete (default 8)")
     parser.add_argument("--completions", type=int, default=4, help="for each image (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default 0)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -192,6 +203,7 @@ def _run(options: argparse.Namespace) -> None:
     pipeline = Pipeline(config, folder)
     if options.dry_run:
         print(describe(pipeline, options.stage))
+        pipeline.check()
     elif options.stage:
         pipeline.run_stage(options.stage)
     else:

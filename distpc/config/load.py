@@ -23,7 +23,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = _read_yaml(path)
     for override in overrides:
         _apply(values, override)
-    return parse_config(values, where=str(path))
+    try:
+        return parse_config(values, where=str(path))
+    except ConfigError:
+        # Where the file alone is right, an override is to blame.
+        parse_config(_read_yaml(path), where=str(path))
+        return parse_config(values, where=" ".join(overrides))
 
 
 def parse_config(values: dict[str, Any], where: str) -> RunConfig:
@@ -85,7 +90,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, where: str) -> ConfigError:
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = _field(first["loc"])
     rest = error.error_count() - 1
     suffix = f" (and {rest} more)" if rest else ""
     if first["type"] == "extra_forbidden":
@@ -105,6 +110,14 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         found=None if isinstance(found, BaseModel | dict) else repr(found),
         fix="see docs/config.md for every field",
     )
+
+
+def _field(location: tuple[str | int, ...]) -> str:
+    """The path that a user would write: without the tag of a discriminated union."""
+    parts = [str(part) for part in location]
+    if parts[:2] == ["data", "source"]:
+        del parts[2:3]
+    return ".".join(parts)
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from distpc.parallel.pool import Pool
 from distpc.parallel.processes import python_path
 from distpc.parallel.worker import WorkerHost
 
+_KNOCK_SECONDS = 5.0
 # Unix sockets have paths of at most 107 bytes, of which Ray uses these below the cluster's folder.
 _SOCKET_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 
@@ -174,8 +176,9 @@ def _join(parallel: ParallelConfig, address: str) -> Cluster:
     """The cluster at `address`."""
     ray = _ray()
     try:
+        _knock(address)
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, **_QUIET)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ResourceError(
             "no Ray cluster answers at RAY_ADDRESS",
             where=f"RAY_ADDRESS={address}",
@@ -191,6 +194,13 @@ def _join(parallel: ParallelConfig, address: str) -> Cluster:
         cluster.close()
         raise
     return cluster
+
+
+def _knock(address: str) -> None:
+    """Fail at once where nothing listens: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in address:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def check_machine(parallel: ParallelConfig) -> tuple[int, int]:

@@ -85,15 +85,24 @@ class Pipeline:
         Returns:
             The report.
         """
-        from distpc.pipeline.preflight import check_run
-
+        self.check()
         with self._owned():
-            steps = self.steps()
-            if any(step.state != "done" for step in steps):
-                is_written = steps[0].state == "done"
-                check_run(self.config, Artifact.open(steps[0].folder) if is_written else None)
             self.run_stages()
             return self._write_report()
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is written or removed.
+
+        Raises:
+            ConfigError, DataError, ResourceError: see `check_run`.
+            ArtifactError: the run folder holds what no stage left there.
+        """
+        from distpc.pipeline.preflight import check_run
+
+        steps = self.steps()
+        if "shards" in self.stages and any(step.state != "done" for step in steps):
+            is_written = steps[0].state == "done"
+            check_run(self.config, Artifact.open(steps[0].folder) if is_written else None)
 
     def run_stages(self) -> None:
         """Bring every stage up to date; the caller holds the lock."""
@@ -109,6 +118,7 @@ class Pipeline:
         Raises:
             ArtifactError: an input is missing or stale, or the config needs no such stage.
         """
+        self.check()
         with self._owned():
             steps = {step.stage.name: step for step in self.steps()}
             if name not in steps:
@@ -178,7 +188,6 @@ class Pipeline:
         with RunLock(self.folder):
             for trash in self.folder.glob(f"{TRASH}*"):
                 shutil.rmtree(trash)
-            self.steps()
             for name in self.stages:
                 remove_partials(self.folder / name)
             write_bytes(self.folder / RESOLVED, dump_config(self.config).encode())

@@ -37,7 +37,7 @@ def test_dump_reads_back(minimal: Path, tmp_path: Path) -> None:
     [
         ("finetune.num_epoch=5", ["finetune.num_epoch", "did you mean 'num_epochs'"]),
         ("teacher.mae.widht=5", ["teacher.mae.widht", "did you mean 'width'"]),
-        ("data.source.pth=x", ["data.source", "pth"]),
+        ("data.source.pth=x", ["'data.source.pth'", "where:    data.source.pth=x"]),
         (
             "data.source={kind: image_folder, path: x, resize_pixel: 3}",
             ["did you mean 'resize_pixels'"],
