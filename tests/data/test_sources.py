@@ -135,12 +135,11 @@ def test_published_test_rows_share_columns_and_categories(tmp_path: Path) -> Non
     [
         ("", "empty"),
         ("a,b\n", "no rows"),
-        ("1,2\n3,4\n", "header"),
         ("a,b\n1\n", "number of cells"),
-        ("a,b\n1,red\n", "no number"),
+        ("a,b\n1,red\n", "no finite number"),
         ("a,b\n1,-2\n", "no categories"),
         ("a,b\n1,99999\n", "no categories"),
-        ("a,b\n1,inf\n", "infinite"),
+        ("a,b\n1,inf\n", "no finite number"),
         ("a,b\n1,\n2,\n", "no value at all"),
     ],
 )
