@@ -49,10 +49,19 @@ class Arrays(Source):
         return self._values[position]
 
     def identity(self) -> dict[str, Any]:
-        """Size and checksum of every file's values."""
+        """Size, checksum and columns of every file; `3` and `3.0` make different columns."""
         return {
-            table.path.name: [len(table.values), zlib.crc32(table.values.tobytes())]
-            for table in self._tables
+            "tables": [
+                {
+                    "name": table.path.name,
+                    "shape": list(table.values.shape),
+                    "crc32": zlib.crc32(table.values.tobytes()),
+                    "columns": list(table.columns),
+                    "is_integer": table.is_integer.tolist(),
+                    "has_signed_integers": table.has_signed_integers,
+                }
+                for table in self._tables
+            ]
         }
 
     def facts(self) -> dict[str, Any]:
