@@ -124,11 +124,11 @@ def _layout(circuit: Circuit) -> dict[str, list[int]]:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ModelFileError(
             "not a model folder",
             where=path,
-            found="no such file",
+            found="no such file" if isinstance(error, FileNotFoundError) else error,
             expected=f"a folder with {DESCRIPTION} and {TENSORS}",
         ) from error
     except ValueError as error:
