@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,31 +15,41 @@ from typing import Any
 from distpc.errors import ArtifactError, ResourceError
 
 PARTIAL_SUFFIX = ".partial"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
 
-    The temporary name carries the process id, so that a restarted worker and the one it replaces
-    never write into the same file.
+    The temporary name carries the process id and random digits, so that a restarted worker and the
+    one it replaces, or containers that share a disk and count processes alike, never write into
+    the same file.
 
     Raises:
         ResourceError: the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    partial = path.with_name(f".{path.name}.{unique}{PARTIAL_SUFFIX}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("rb") as handle:
             os.fsync(handle.fileno())
         partial.replace(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise no_space(path) from error
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        # Where the folder could not be made, there is nothing to remove either.
+        with contextlib.suppress(NotADirectoryError):
+            partial.unlink(missing_ok=True)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a write met a full disk, an exhausted quota, or a limit on the size of files."""
+    return error.errno in _DISK_ERRORS
 
 
 def no_space(path: Path) -> ResourceError:
@@ -46,7 +57,7 @@ def no_space(path: Path) -> ResourceError:
     return ResourceError(
         "no space left on the disk",
         where=path,
-        found="the disk or quota is full",
+        found="the disk or quota is full, or files may not become that large (ulimit -f)",
         expected="room for this file",
         fix="free some space or choose another --out, then run the same command again",
     )

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distpc.artifacts.files import atomic_path, file_digest, write_json
+from distpc.artifacts.files import file_digest, write_json
+from distpc.artifacts.tensors import read_tensors, write_tensors
 from distpc.errors import DistpcError, ModelFileError
 from distpc.structures.region_graph import RegionGraph
 
@@ -31,15 +32,14 @@ def save_model(
         folder: made where it is missing; files of an earlier model are replaced.
         dataset: description of the data (JSON values).
         training: facts about training worth keeping (JSON values).
-    """
-    from safetensors.torch import save_file
 
+    Raises:
+        ResourceError: the disk is full.
+    """
     folder = Path(folder)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in circuit.state_dict().items()}
     # While the tensors are replaced, the old description must not vouch for the new file.
     (folder / DESCRIPTION).unlink(missing_ok=True)
-    with atomic_path(folder / TENSORS) as partial:
-        save_file(tensors, partial)
+    num_bytes = write_tensors(folder / TENSORS, circuit.state_dict())
     pseudocount, leaf_pseudocount, num_samples = circuit.smoothing
     write_json(
         folder / DESCRIPTION,
@@ -56,7 +56,7 @@ def save_model(
             "layout": _layout(circuit),
             "tensors": {
                 "file": TENSORS,
-                "bytes": (folder / TENSORS).stat().st_size,
+                "bytes": num_bytes,
                 "sha256": file_digest(folder / TENSORS),
             },
             "dataset": dataset,
@@ -71,8 +71,6 @@ def load_model(folder: Path | str) -> Circuit:
     Raises:
         ModelFileError: a file is missing, cut, damaged, or of a version this code cannot read.
     """
-    from safetensors.torch import load_file
-
     from distpc.circuits.circuit import Circuit
 
     folder = Path(folder)
@@ -99,7 +97,7 @@ def load_model(folder: Path | str) -> Circuit:
             where=folder / DESCRIPTION,
             fix="use the version of distpc that wrote it",
         )
-    tensors = load_file(folder / TENSORS)
+    tensors, _ = read_tensors(folder / TENSORS, holds="model parameters", error=ModelFileError)
     expected = {name: tuple(t.shape) for name, t in circuit.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != expected:
@@ -126,11 +124,11 @@ def _layout(circuit: Circuit) -> dict[str, list[int]]:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ModelFileError(
             "not a model folder",
             where=path,
-            found="no such file",
+            found="no such file" if isinstance(error, FileNotFoundError) else error,
             expected=f"a folder with {DESCRIPTION} and {TENSORS}",
         ) from error
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import os
 import tarfile
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from distpc.artifacts.files import no_space
+from distpc.artifacts.files import is_disk_full, no_space
 from distpc.errors import DataError
 
 BLOCK = 512
@@ -111,7 +110,7 @@ def open_tar(path: Path, scratch: Path) -> IO[bytes]:
         unpacked.close()
         if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
             raise _cut(path, error, "a whole gzip stream") from error
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and is_disk_full(error):
             raise no_space(scratch) from error
         raise
     return unpacked

@@ -85,5 +85,21 @@ def from_rgb(pixels: np.ndarray, color: str) -> np.ndarray:
     raise ValueError(f"unknown colour space {color!r}")
 
 
+def to_rgb(values: np.ndarray, color: str) -> np.ndarray:
+    """Values (..., 3) of colour space `color` as pixels (uint8), for display.
+
+    The inverse of `from_rgb`, near it where that is lossy; values that no pixel has are clipped.
+    """
+    if color == "ycocg_r":
+        pixels = ycocg_r_inverse(values)
+    elif color == "ycocg_lossy":
+        pixels = ycocg_lossy_inverse(values)
+    elif color == "as_is":
+        pixels = np.asarray(values)
+    else:
+        raise ValueError(f"unknown colour space {color!r}")
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
 def _channels(pixels: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.asarray(pixels).astype(np.int16), -1, 0)

@@ -1,4 +1,9 @@
-"""Samples out of indexed shards: whole shards, chosen rows, or a split from end to end."""
+"""Samples out of indexed shards: whole shards, chosen rows, or a split from end to end.
+
+Bytes of a shard are used only if they have the digest in the index: a value changed in place would
+otherwise be learnt in silence. Whole shards are digested each time they are read, others once in a
+process, and again if the file has been touched since.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,9 @@ from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.plan import evaluation_ranges
 from distpc.data.spec import DatasetSpec
 from distpc.errors import DataError
+
+_checked: set[tuple[int, int, int, str]] = set()
+"""Device, inode, time of change and digest of the files that this process has digested."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,9 @@ def read_shard(entry: ShardEntry, spec: DatasetSpec) -> Shard:
         content = entry.path.read_bytes()
     except OSError as error:
         raise _changed(entry, error) from error
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise _changed(entry, f"another content, {len(content)} bytes")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != entry.sha256:
+        raise _changed(entry, f"{len(content)} bytes with SHA-256 {digest}")
     table = entry.samples()
     files = [
         content[offset : offset + size]
@@ -54,7 +63,7 @@ def read_shard(entry: ShardEntry, spec: DatasetSpec) -> Shard:
 
 
 def read_rows(entry: ShardEntry, codec: SampleCodec, rows: np.ndarray) -> np.ndarray:
-    """(n, V) samples at the given rows of a shard, without reading the others.
+    """(n, V) samples at the given rows of a shard, without decoding the others.
 
     Raises:
         DataError: the shard is missing or has changed since it was indexed.
@@ -65,9 +74,7 @@ def read_rows(entry: ShardEntry, codec: SampleCodec, rows: np.ndarray) -> np.nda
     except OSError as error:
         raise _changed(entry, error) from error
     try:
-        size = os.fstat(descriptor).st_size
-        if size != entry.bytes:
-            raise _changed(entry, f"{size} bytes")
+        _check_content(entry, descriptor)
         extents = zip(table.sizes[rows].tolist(), table.offsets[rows].tolist(), strict=True)
         files = [os.pread(descriptor, size, offset) for size, offset in extents]
     finally:
@@ -108,6 +115,20 @@ def iterate_split(
             if len(rows):
                 parts.append(read_rows(entry, codec, rows))
         yield np.concatenate(parts)
+
+
+def _check_content(entry: ShardEntry, descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    if status.st_size != entry.bytes:
+        raise _changed(entry, f"{status.st_size} bytes")
+    file = (status.st_dev, status.st_ino, status.st_mtime_ns, entry.sha256)
+    if file in _checked:
+        return
+    with os.fdopen(descriptor, "rb", closefd=False) as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if digest != entry.sha256:
+        raise _changed(entry, f"{status.st_size} bytes with SHA-256 {digest}")
+    _checked.add(file)
 
 
 def _changed(entry: ShardEntry, found: object) -> DataError:

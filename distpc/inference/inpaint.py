@@ -10,6 +10,7 @@ import torch
 
 from distpc.circuits.circuit import Circuit
 from distpc.data.index import ShardIndex
+from distpc.data.pictures import three_channels
 from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
 from distpc.errors import EvidenceError
@@ -23,7 +24,6 @@ from distpc.inference.pictures import (
     tile,
     tint_hidden,
     to_pictures,
-    to_rgb,
 )
 from distpc.inference.tables import read_rows, write_npy
 
@@ -92,7 +92,7 @@ def completion_grid(result: Completions, spec: DatasetSpec) -> np.ndarray:
     columns = [
         tint_hidden(originals, absent)[:, None],
         tint_hidden(originals, hidden)[:, None],
-        to_rgb(completions).reshape(count, per_image, height, width, 3),
+        three_channels(completions).reshape(count, per_image, height, width, 3),
         heat_map(bits, float(bits.max()))[:, None],
     ]
     headers = [(0, "original"), (1, "masked"), (2, "completions"), (2 + per_image, "uncertainty")]

@@ -13,8 +13,8 @@ import torch
 from distpc.circuits.circuit import Circuit
 from distpc.data.index import ShardIndex
 from distpc.data.reader import iterate_split
-from distpc.inference.evidence import is_missing
 from distpc.parallel.progress import Progress
+from distpc.training.figures import bits_per_value, count_values
 
 MAX_NAMED_SAMPLES = 20
 
@@ -26,7 +26,8 @@ class SplitFigures:
     Attributes:
         num_samples: samples that were evaluated, each once.
         num_samples_in_split: samples there are.
-        num_values: observed values over all samples; missing ones are not counted.
+        num_values: observed values over all samples, characters of text; missing ones are not
+            counted.
         nats_per_sample: mean log-likelihood.
         bits: -log2 likelihood per observed value: bits per dimension, or per character.
         bits_standard_error: of `bits` over the choice of samples; None if it is not finite.
@@ -75,7 +76,7 @@ def measure(
             x = torch.as_tensor(batch)[: wanted - done]
             log_prob = circuit.log_prob(x, batch_size=batch_size)
             nats.append(log_prob.cpu().double().numpy())
-            counts.append((~is_missing(x)).sum(dim=1).numpy())
+            counts.append(count_values(x, index.spec.kind).numpy())
             done += len(x)
             progress.advance(len(x))
             if done >= wanted:
@@ -89,7 +90,7 @@ def measure(
 def _figures(
     nats: np.ndarray, counts: np.ndarray, keys: tuple[str, ...], in_split: int, seconds: float
 ) -> SplitFigures:
-    bits, error = bits_per_value(nats, counts)
+    bits, error = bits_and_error(nats, counts)
     return SplitFigures(
         num_samples=len(nats),
         num_samples_in_split=in_split,
@@ -115,7 +116,7 @@ def _keys(index: ShardIndex, split: str, positions: np.ndarray) -> tuple[str, ..
     )
 
 
-def bits_per_value(nats: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
+def bits_and_error(nats: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
     """Bits per observed value, and its standard error.
 
     The figure is a ratio of two sums over samples, so its error is that of a ratio estimator
@@ -123,15 +124,14 @@ def bits_per_value(nats: np.ndarray, counts: np.ndarray) -> tuple[float, float |
 
     Args:
         nats: (N,) log-likelihoods.
-        counts: (N,) observed values of each sample.
+        counts: (N,) what counts of each sample, see `count_values`.
 
     Returns:
-        The figure (infinite if a sample is impossible), and None for an error that is not finite.
+        The figure (infinite if a sample is impossible or nothing counts), and None for an error
+        that is not finite.
     """
-    total = counts.sum()
-    if not total:
-        return 0.0, None
-    figure = float(-nats.sum() / (math.log(2) * total))
+    total = int(counts.sum())
+    figure = bits_per_value(float(nats.sum()), total)
     if not math.isfinite(figure) or len(nats) < 2:
         return figure, None
     residuals = -nats / math.log(2) - figure * counts

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from distpc.artifacts.files import atomic_path
-from distpc.data import color
+from distpc.data.pictures import from_display, three_channels, to_display, to_grid
 from distpc.data.spec import DatasetSpec
 from distpc.errors import EvidenceError
 from distpc.inference.model import image_shape
-from distpc.training.pictures import to_display, to_grid
 
 HIDDEN_TINT = (88, 110, 140)
 """RGB of hidden pixels: a blue-grey that neither grey digits nor most photographs contain."""
@@ -36,24 +35,11 @@ def to_pictures(values: np.ndarray, spec: DatasetSpec) -> np.ndarray:
     return to_display(np.asarray(values), spec)
 
 
-def from_pictures(pictures: np.ndarray, spec: DatasetSpec) -> np.ndarray:
-    """(n, V) values of (n, height, width, channels) uint8 pictures: inverse of `to_display`."""
-    if spec.color != "as_is":
-        values = color.from_rgb(pictures, spec.color)
-    else:
-        top = np.array([(count or 256) - 1 for count in spec.num_categories])
-        values = np.rint(pictures * (top.reshape(pictures.shape[1:]) / 255))
-    return values.reshape(len(pictures), -1).astype(np.int64)
-
-
-def to_rgb(pictures: np.ndarray) -> np.ndarray:
-    """Grey pictures with three equal channels; RGB ones as they are."""
-    return pictures if pictures.shape[-1] == 3 else np.repeat(pictures, 3, axis=-1)
-
-
 def tint_hidden(pictures: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """RGB pictures whose `hidden` pixels, (n, height, width) bool, carry the tint."""
-    return np.where(hidden[..., None], np.array(HIDDEN_TINT, dtype=np.uint8), to_rgb(pictures))
+    return np.where(
+        hidden[..., None], np.array(HIDDEN_TINT, dtype=np.uint8), three_channels(pictures)
+    )
 
 
 def heat_map(amount: np.ndarray, top: float) -> np.ndarray:
@@ -78,7 +64,7 @@ def tile(pictures: np.ndarray, columns: int, headers: Sequence[tuple[int, str]] 
     height, width = pictures.shape[1:3]
     size = pixel_size(height, width)
     side = size * max(height, width)
-    grid = to_grid(to_rgb(pictures), columns=columns, gap=GAP, min_side=side)
+    grid = to_grid(three_channels(pictures), columns=columns, gap=GAP, min_side=side)
     return _with_headers(grid, headers, width * size + GAP) if headers else grid
 
 
@@ -131,7 +117,7 @@ def read_pictures(folder: Path, spec: DatasetSpec) -> np.ndarray:
                 expected=f"{height} x {width}",
             )
         pictures.append(pixels.reshape(height, width, channels))
-    return from_pictures(np.stack(pictures), spec)
+    return from_display(np.stack(pictures), spec)
 
 
 def _with_headers(grid: np.ndarray, headers: Sequence[tuple[int, str]], step: int) -> np.ndarray:

@@ -7,7 +7,6 @@ Legend: N samples of a shard, Z latents of a sample, D feature width, K clusters
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distpc.artifacts.files import write_bytes
 from distpc.artifacts.manifest import Artifact
+from distpc.artifacts.tensors import read_tensors as read_file
+from distpc.artifacts.tensors import write_tensors as write_file
 from distpc.errors import LatentError
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
-_NOTES = "distpc"
 REDO = "remove the stage's folder and run the same command again"
 
 
@@ -183,14 +182,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str,
     Raises:
         ResourceError: the disk is full.
     """
-    from safetensors.torch import save
-
-    notes = json.dumps({"format_version": FORMAT_VERSION, **metadata}, sort_keys=True)
-    # One entry: safetensors writes several in an order that changes from run to run. And our own
-    # write: its own hides from us that the disk is full.
-    content = save(tensors, {_NOTES: notes})
-    write_bytes(path, content)
-    return len(content)
+    return write_file(path, tensors, {"format_version": FORMAT_VERSION, **metadata})
 
 
 def read_tensors(
@@ -204,28 +196,9 @@ def read_tensors(
     Raises:
         LatentError: missing, cut, of another version, kind or fingerprint.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = _parse_notes(handle.metadata())
-            _check_metadata(path, name, fingerprint, metadata)
-            return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise LatentError(
-            f"a file of {name} is missing",
-            where=path,
-            expected="a file that an earlier stage wrote",
-            fix=REDO,
-        ) from error
-    except SafetensorError as error:
-        raise LatentError(
-            f"a file of {name} is cut or damaged",
-            where=path,
-            found=error,
-            expected="a whole safetensors file",
-            fix=REDO,
-        ) from error
+    tensors, metadata = read_file(path, holds=name, error=LatentError, fix=REDO)
+    _check_metadata(path, name, fingerprint, metadata)
+    return tensors, metadata
 
 
 def _check_metadata(
@@ -248,15 +221,6 @@ def _check_metadata(
             expected=f"fingerprint {fingerprint}",
             fix=REDO,
         )
-
-
-def _parse_notes(metadata: dict[str, str] | None) -> dict[str, Any]:
-    """What a file says of itself; nothing if distpc did not write it."""
-    try:
-        notes = json.loads((metadata or {}).get(_NOTES, "{}"))
-    except ValueError:
-        return {}
-    return notes if isinstance(notes, dict) else {}
 
 
 def _pack_keys(keys: Sequence[str]) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distpc.artifacts.files import atomic_path, file_digest, read_json, write_json
+from distpc.artifacts.files import file_digest, read_json, write_json
+from distpc.artifacts.tensors import read_tensors, write_tensors
 from distpc.config.schema import TeacherConfig
 from distpc.data.patches import PatchGrid
 from distpc.data.spec import DatasetSpec
@@ -124,18 +125,16 @@ class Teacher(nn.Module, ABC):
 
         The description is written last and carries the digest of the weights, so a folder with a
         description that fits is whole. `training` is kept in it as facts (JSON values).
-        """
-        from safetensors.torch import save_file
 
-        weights = {
-            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
-        }
+        Raises:
+            ResourceError: the disk is full.
+        """
+        weights = self.state_dict()
         listed = None
         if weights:
-            with atomic_path(folder / WEIGHTS) as partial:
-                save_file(weights, partial)
             file = folder / WEIGHTS
-            listed = {"file": WEIGHTS, "bytes": file.stat().st_size, "sha256": file_digest(file)}
+            num_bytes = write_tensors(file, weights)
+            listed = {"file": WEIGHTS, "bytes": num_bytes, "sha256": file_digest(file)}
         description = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
@@ -255,9 +254,6 @@ def load_teacher(folder: Path, device: torch.device | str = "cpu") -> Teacher:
     Raises:
         TeacherError: a file is missing, cut, of another version, or does not fit its description.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     description = read_description(folder)
     try:
@@ -266,9 +262,11 @@ def load_teacher(folder: Path, device: torch.device | str = "cpu") -> Teacher:
             description["patch_size_pixels"],
             **description["settings"],
         )
-        weights = load_file(folder / WEIGHTS) if description["weights"] is not None else {}
+        weights: dict[str, Tensor] = {}
+        if description["weights"] is not None:
+            weights, _ = read_tensors(folder / WEIGHTS, holds="teacher weights", error=TeacherError)
         teacher.load_state_dict(weights)
-    except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
+    except (RuntimeError, TypeError, KeyError) as error:
         raise TeacherError(
             "a teacher's weights do not fit its description",
             where=folder,

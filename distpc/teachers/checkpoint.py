@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distpc.artifacts.files import atomic_path
+from distpc.artifacts.tensors import read_tensors, write_tensors
 from distpc.data.plan import LoaderState
 from distpc.errors import TeacherError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_START_AGAIN = "remove the file: training starts again from its beginning"
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,16 @@ def save_checkpoint(
     """Write weights, AdamW's moments and the state to `path`, in place of what was there.
 
     The state travels in the header of the tensors' file: two files could be of different steps.
-    """
-    from safetensors.torch import save_file
 
+    Raises:
+        ResourceError: the disk is full.
+    """
     tensors: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
-        tensors[f"weight/{name}"] = weight.detach().cpu().contiguous()
+        tensors[f"weight/{name}"] = weight
         for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[weight][moment].cpu().contiguous()
-    header = {"state": json.dumps(asdict(state)), "fingerprint": fingerprint}
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, metadata=header)
+            tensors[f"{moment}/{name}"] = optimizer.state[weight][moment]
+    write_tensors(path, tensors, {"state": asdict(state), "fingerprint": fingerprint})
 
 
 def load_checkpoint(
@@ -74,25 +73,23 @@ def load_checkpoint(
     """
     if not path.is_file():
         return TrainingState()
-    from safetensors import SafetensorError, safe_open
-
+    tensors, header = read_tensors(
+        path, holds="teacher training", error=TeacherError, fix=_START_AGAIN
+    )
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            if header["fingerprint"] != fingerprint:
-                return TrainingState()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state = json.loads(header["state"])
+        if header["fingerprint"] != fingerprint:
+            return TrainingState()
+        state = header["state"]
         _restore(model, optimizer, tensors, int(state["step"]))
         loader = LoaderState.from_json(state["loader"])
         return TrainingState(int(state["step"]), loader, float(state["seconds"]))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise TeacherError(
             "a checkpoint of teacher training is damaged",
             where=path,
             found=str(error) or repr(error),
             expected="weights and moments of the configured teacher",
-            fix="remove the file: training starts again from its beginning",
+            fix=_START_AGAIN,
         ) from error
 
 

@@ -84,7 +84,7 @@ class Checkpoints:
     Args:
         folder: where they live; one process writes into it at a time.
         identity: what must be equal for a checkpoint to continue this training (JSON values).
-        keep: newest checkpoints that are kept, beside the best.
+        keep: newest checkpoints that are kept, beside the best of each.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int = 2) -> None:
@@ -171,13 +171,15 @@ class Checkpoints:
                 shutil.rmtree(path)
             draft.rename(path)
             _sync_folder(self.folder)
-        self._prune(facts)
+        self._prune()
         return path
 
-    def _prune(self, facts: TrainingFacts) -> None:
-        best = None if facts.best is None else _step_name(int(facts.best["step"]))
-        for path in sorted(self.folder.glob("step-*"), reverse=True)[self.keep :]:
-            if path.name != best:
+    def _prune(self) -> None:
+        newest_first = sorted(self.folder.glob("step-*"), reverse=True)
+        # Should the newest be damaged, the one before it continues, and needs its own best.
+        needed = {_best_of(path) for path in newest_first[: self.keep]}
+        for path in newest_first[self.keep :]:
+            if path.name not in needed:
                 shutil.rmtree(path)
 
     def _read(self, path: Path) -> Checkpoint | None:
@@ -240,6 +242,14 @@ def check_shapes(where: Path, found: Mapping[str, Tensor], expected: Mapping[str
                 expected="no such parameter" if ours is None else f"shape {ours}",
                 fix="remove the stage's folder, or choose another --out",
             )
+
+
+def _best_of(path: Path) -> str | None:
+    """Name of the checkpoint that one counts as the best; None if it names none."""
+    if not (path / STATE).is_file():
+        return None
+    best = read_json(path / STATE)["facts"]["best"]
+    return None if best is None else _step_name(int(best["step"]))
 
 
 def _step_name(step: int) -> str:

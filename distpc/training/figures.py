@@ -18,7 +18,7 @@ class Figures:
 
     Attributes:
         nats: log-likelihood of the samples with a finite one.
-        values: observed values of those samples.
+        values: observed values of those samples; characters of text.
         samples: all samples.
         impossible: samples of likelihood 0.
         not_a_number: samples with NaN or +infinity.
@@ -41,14 +41,41 @@ class Figures:
     @property
     def bits(self) -> float:
         """Bits per observed value (dimension, character) of the samples that are possible."""
-        return -self.nats / max(self.values, 1.0) / math.log(2)
+        return bits_per_value(self.nats, self.values)
 
 
-def tally(likelihoods: Tensor, x: Tensor) -> Tensor:
-    """(5,) float64: the sums that `Figures` holds, of (B,) nats of samples (B, V)."""
+def bits_per_value(nats: float, values: float) -> float:
+    """-log2 likelihood per observed value; infinite where no value counts."""
+    return -nats / values / math.log(2) if values else math.inf
+
+
+def count_values(x: Tensor, kind: str = "array") -> Tensor:
+    """(B,) int64: what the figure of each sample is divided by.
+
+    Args:
+        x: (B, V) integers with -1, or floats with NaN, where missing.
+        kind: of the data set. Of `text`, UTF-8 bytes, characters are counted: bytes that do not
+            continue one, 0b10xxxxxx (RFC 3629). Of others, all values that are not missing.
+    """
+    if x.is_floating_point():
+        return (~torch.isnan(x)).sum(-1)
+    counted = x != MISSING
+    if kind == "text":
+        counted &= (x & 0xC0) != 0x80
+    return counted.sum(-1)
+
+
+def tally(likelihoods: Tensor, x: Tensor, kind: str = "array") -> Tensor:
+    """(5,) float64: the sums that `Figures` holds.
+
+    Args:
+        likelihoods: (B,) nats.
+        x: (B, V) the samples, on the same device.
+        kind: of the data set; see `count_values`.
+    """
     finite = torch.isfinite(likelihoods)
     impossible = likelihoods == -math.inf
-    observed = (~torch.isnan(x) if x.is_floating_point() else x != MISSING).sum(-1)
+    observed = count_values(x, kind)
     values = [
         torch.where(finite, likelihoods.double(), 0.0).sum(),
         torch.where(finite, observed, 0).sum(),

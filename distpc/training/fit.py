@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
 from distpc.data.plan import SamplePlan, num_steps
+from distpc.data.spec import MISSING
 from distpc.errors import DataError
 from distpc.parallel.progress import Progress
 from distpc.training.figures import Figures, tally
@@ -32,7 +34,6 @@ def fit(
     final_step_size: float = 0.01,
     pseudocount: float = 0.1,
     leaf_pseudocount: float = 1.0,
-    learning_rate: float = 0.01,
     valid: Array | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -40,14 +41,13 @@ def fit(
     """Train a circuit in place by online EM, from the parameters that it has.
 
     Args:
-        circuit: trained in place; with `valid`, it ends with the parameters of the best epoch.
+        circuit: trained in place, on the device that it is on; with `valid`, it ends with the parameters of the best epoch.
         data: (N, V) integers with -1 for missing values, or floats with NaN.
         epochs: passes over the data.
         batch_size: samples per update (all of the data, if there are fewer).
         step_size, final_step_size: first and last step of online EM, linear in between.
         pseudocount: samples' worth of smoothing a sum row.
         leaf_pseudocount: samples' worth of smoothing a categorical input row.
-        learning_rate: Adam's, for parameters that are trained by gradient.
         valid: (N', V) samples to choose the best epoch by.
         seed: of the order of samples.
         progress: whether to show a progress bar.
@@ -66,50 +66,53 @@ def fit(
     batch_size, total = min(batch_size, len(x)), epochs * len(x)
     standardise_if_new(circuit, x)
     circuit.set_smoothing(pseudocount, leaf_pseudocount, len(x))
-    optimizer = CircuitOptimizer(circuit.parameter_groups(), learning_rate=learning_rate)
+    optimizer = CircuitOptimizer(circuit.parameter_groups())
     schedule = LinearSchedule(step_size, final_step_size, total)
     plan, guard = SamplePlan([len(x)], seed), Guard(math.inf)
-    bar = Progress("fit", total, "samples") if progress else None
     history: list[dict[str, float]] = []
     best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
-    sums = torch.zeros(len(Figures.NAMES), dtype=torch.float64)
-    for step in range(num_steps(total, batch_size)):
-        first = step * batch_size
-        rows = torch.from_numpy(plan.take(first, first + batch_size)[1])
-        optimizer.set_step_size(schedule(first))
-        figures = _update(circuit, optimizer, x[rows], sums)
-        if figures.not_a_number:
-            guard.check_statistics(step, dict(circuit.named_parameters()))
-        guard.check_batch(
-            step + 1,
-            not_a_number=figures.not_a_number,
-            impossible=figures.impossible,
-            size=batch_size,
-        )
-        optimizer.step()
-        if bar is not None:
-            bar.advance(min(batch_size, total - first), bits=figures.bits)
-        epoch = min(first + batch_size, total) // len(x)
-        if epoch > first // len(x):
-            guard.check_statistics(step + 1, dict(circuit.named_parameters()))
-            history.append(_row(epoch, schedule(first), Figures.of(sums)))
-            sums.zero_()
-            if valid_x is not None:
-                best = _validate(circuit, valid_x, batch_size, history[-1], best)
-    if bar is not None:
-        bar.close()
+    device = next(circuit.parameters()).device
+    sums = torch.zeros(len(Figures.NAMES), dtype=torch.float64, device=device)
+    with Progress("fit", total, "samples") if progress else nullcontext() as bar:
+        for step in range(num_steps(total, batch_size)):
+            first = step * batch_size
+            rows = torch.from_numpy(plan.take(first, first + batch_size)[1])
+            optimizer.set_step_size(schedule(first))
+            figures = _update(circuit, optimizer, x[rows].to(device), sums)
+            if figures.not_a_number:
+                guard.check_statistics(step, dict(circuit.named_parameters()))
+            guard.check_batch(
+                step + 1,
+                not_a_number=figures.not_a_number,
+                impossible=figures.impossible,
+                size=batch_size,
+            )
+            optimizer.step()
+            if bar is not None:
+                bar.advance(min(batch_size, total - first), bits=figures.bits)
+            epoch = min(first + batch_size, total) // len(x)
+            if epoch > first // len(x):
+                guard.check_statistics(step + 1, dict(circuit.named_parameters()))
+                history.append(_row(epoch, schedule(first), Figures.of(sums)))
+                sums.zero_()
+                if valid_x is not None:
+                    best = _validate(circuit, guard, valid_x, batch_size, history[-1], best)
     if best is not None:
         circuit.load_state_dict(best[1])
     return history
 
 
 def as_samples(circuit: Circuit, data: Array, name: str) -> Tensor:
-    """An array as samples of a circuit: (N, V) int64, or float32 where it has fractions or NaN.
+    """An array as samples of a circuit: (N, V) on the CPU, int64 with -1, or float32 with NaN,
+    where missing.
+
+    Floats stay floats, and circuits with real variables get them; -1 is missing in categorical
+    columns of either kind, and a number in real ones.
 
     Raises:
         DataError: no rows, another number of variables, or an impossible value.
     """
-    x = torch.as_tensor(data)
+    x = torch.as_tensor(data).cpu()
     if x.dim() != 2 or x.shape[1] != circuit.num_variables or not len(x):
         raise DataError(
             "the array does not fit the circuit",
@@ -119,16 +122,24 @@ def as_samples(circuit: Circuit, data: Array, name: str) -> Tensor:
         )
     x = x.float() if x.is_floating_point() else x.long()
     for variable, count in enumerate(circuit.num_categories):
-        limit = math.inf if count is None else float(count)
+        values = x[:, variable]
         # NaN is a missing value and compares as within.
-        outside = x[:, variable].abs() >= limit
+        if count is None:
+            outside = torch.isinf(values)
+        else:
+            outside = (values >= count) | ((values < 0) & (values != MISSING))
         if outside.any():
             raise DataError(
                 "a value is infinite or outside a variable's categories",
                 where=f"{name}, row {int(outside.nonzero()[0])}, column {variable}",
-                found=float(x[outside, variable][0]),
-                expected="a finite number" if count is None else f"0 .. {count - 1}",
+                found=values[outside][0].item(),
+                expected="a finite number"
+                if count is None
+                else f"0 .. {count - 1}, or {MISSING} where missing",
             )
+    is_real = torch.tensor([count is None for count in circuit.num_categories])
+    if x.is_floating_point() or is_real.any():
+        x = torch.where((x == MISSING) & ~is_real, torch.nan, x.float())
     return x
 
 
@@ -155,15 +166,21 @@ def _row(epoch: int, step_size: float, figures: Figures) -> dict[str, float]:
 
 def _validate(
     circuit: Circuit,
+    guard: Guard,
     x: Tensor,
     batch_size: int,
     row: dict[str, float],
     best: Any,
 ) -> Any:
     """Add the validation figures to the epoch's row; the better of it and the best so far."""
+    device = next(circuit.parameters()).device
+    sums = torch.zeros(len(Figures.NAMES), dtype=torch.float64, device=device)
     with torch.no_grad():
-        sums = sum(tally(circuit(part), part) for part in x.split(batch_size))
-    figures = Figures.of(torch.as_tensor(sums))
+        for part in x.split(batch_size):
+            on_device = part.to(device)
+            sums += tally(circuit(on_device), on_device)
+    figures = Figures.of(sums)
+    guard.check_figures(f"validation of epoch {row['epoch']:.0f}", figures)
     row["valid_bits"], row["valid_impossible"] = figures.bits, float(figures.impossible)
     rank = (float(figures.impossible), figures.bits)
     if best is not None and best[0] <= rank:

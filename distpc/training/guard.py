@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from distpc.errors import TrainingError
+from distpc.training.figures import Figures
 
-LAST_GOOD = "the last good model stays in the checkpoints; lower finetune.step_size and run again"
+LOWER_STEP_SIZE = "lower finetune.step_size and run again"
 
 
 class Guard:
@@ -47,7 +48,7 @@ class Guard:
                 where=f"step {step}",
                 found=f"{not_a_number} of {size} samples are NaN or +infinity",
                 expected="finite log-likelihoods",
-                fix=f"look for infinite values in the data; {LAST_GOOD}",
+                fix=f"look for infinite values in the data, or {LOWER_STEP_SIZE}",
             )
         if impossible == size:
             raise TrainingError(
@@ -73,28 +74,56 @@ class Guard:
             where=f"step {step}, parameter '{name}', row {list(row)}",
             found=value,
             expected="finite numbers",
-            fix=LAST_GOOD,
+            fix=LOWER_STEP_SIZE,
         )
 
-    def check_validation(self, step: int, bits: float, best_bits: float) -> None:
+    def check_figures(self, where: str, figures: Figures) -> None:
+        """Refuse a validation in which log-likelihoods are not numbers.
+
+        Args:
+            where: names the validation.
+            figures: of the whole split.
+
+        Raises:
+            TrainingError: naming the validation and how many samples are concerned.
+        """
+        if figures.not_a_number:
+            raise TrainingError(
+                "log-likelihoods of the validation split are not finite",
+                where=where,
+                found=f"{figures.not_a_number} of {figures.samples} samples are NaN or +infinity",
+                expected="finite log-likelihoods",
+                fix=f"look for infinite values in the data, or {LOWER_STEP_SIZE}",
+            )
+
+    def check_validation(
+        self, step: int, figures: Figures, best: Mapping[str, float] | None
+    ) -> None:
         """Refuse a model that is far worse than the best so far, or of no finite figure.
+
+        Two models are compared only where they rule out equally many samples: those samples are
+        left out of the bits, so that a model which allows more of them may well show more bits.
 
         Args:
             step: number of the step.
-            bits, best_bits: per dimension.
+            figures: of the validation split.
+            best: `bits` and `impossible` of the best validation so far, None at the first one.
 
         Raises:
             TrainingError: naming the step and both figures.
         """
-        if bits <= best_bits + self.max_divergence_bits:
+        self.check_figures(f"validation after step {step}", figures)
+        if best is None or figures.impossible != best["impossible"]:
+            return
+        if figures.bits <= best["bits"] + self.max_divergence_bits:
             return
         raise TrainingError(
             "training diverges",
             where=f"step {step}",
-            found=f"{bits:.4f} bits per dimension on the validation split",
+            found=f"{figures.bits:.4f} bits per dimension on the validation split",
             expected=f"at most finetune.max_divergence_bits = {self.max_divergence_bits:g} above "
-            f"the best, {best_bits:.4f}",
-            fix=LAST_GOOD,
+            f"the best, {best['bits']:.4f}",
+            fix=LOWER_STEP_SIZE,
         )
 
 

@@ -123,7 +123,9 @@ class Monitor:
             return
         drawn = _as_array(circuit.sample(NUM_SAMPLES, seed=0))
         self._image("samples", to_grid(to_display(drawn, self.spec)), step)
-        self._image("completions", completion_grid(circuit, examples, self.spec), step)
+        completions = completion_grid(circuit, examples, self.spec)
+        if completions is not None:
+            self._image("completions", completions, step)
         self._last_pictures = time.monotonic()
 
     def _image(self, name: str, grid: np.ndarray, step: int) -> None:
@@ -131,19 +133,27 @@ class Monitor:
             self._writer.add_image(name, grid, step, dataformats="HWC")
 
 
-def completion_grid(circuit: Circuit, examples: np.ndarray, spec: DatasetSpec) -> np.ndarray:
+def completion_grid(
+    circuit: Circuit, examples: np.ndarray, spec: DatasetSpec
+) -> np.ndarray | None:
     """Rows of: original, lower half hidden, completions drawn by the circuit.
 
     Args:
         circuit: with whole parameters.
-        examples: (n, V) images; the first few are used.
+        examples: (n, V) images; the first few whose shown half is possible are used.
         spec: of the images.
 
     Returns:
-        (H', W', C) uint8.
+        (H', W', C) uint8; None where the circuit rules out the shown half of every example.
     """
-    chosen = np.asarray(examples[:NUM_COMPLETED_IMAGES])
     observed = lower_half_hidden(spec)
+    # Nothing can be drawn given what a circuit rules out, and a picture must not end a training.
+    log_prob = circuit.log_prob(
+        torch.from_numpy(examples.astype(np.int64)), observed=torch.from_numpy(observed)
+    )
+    chosen = examples[torch.isfinite(log_prob).cpu().numpy()][:NUM_COMPLETED_IMAGES]
+    if not len(chosen):
+        return None
     drawn = _as_array(
         circuit.sample(
             COMPLETIONS_PER_IMAGE,

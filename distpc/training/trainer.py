@@ -20,7 +20,7 @@ from distpc.parallel.engine import Engine
 from distpc.parallel.mesh import Mesh
 from distpc.parallel.progress import Progress
 from distpc.training.checkpoint import Checkpoints, TrainingFacts
-from distpc.training.figures import Figures, tally
+from distpc.training.figures import Figures, bits_per_value, tally
 from distpc.training.guard import Guard
 from distpc.training.monitor import Monitor, peak_memory_bytes
 from distpc.training.optimizer import CircuitOptimizer
@@ -143,7 +143,7 @@ class Trainer:
             kept = torch.where(usable, likelihoods, torch.zeros_like(likelihoods))
             parts.engine.backward(-kept.sum(), global_count=batch.global_size)
             if is_real:
-                totals[:-1] += tally(likelihoods.detach(), x)
+                totals[:-1] += tally(likelihoods.detach(), x, self.spec.kind)
         late = time.monotonic() - self._saved_at >= self.config.checkpoint_every_seconds
         totals[-1] = float(parts.mesh.is_main and late)
         totals = sum_across(totals, parts.mesh)
@@ -216,7 +216,7 @@ class Trainer:
         for name, value in (("nats", figures.nats), ("values", figures.values)):
             facts.sums[name] = facts.sums.get(name, 0.0) + value
         if self._due(before, 1.0) or facts.samples >= self.total:
-            facts.train_bits = -facts.sums["nats"] / facts.sums["values"] / math.log(2)
+            facts.train_bits = bits_per_value(facts.sums["nats"], facts.sums["values"])
             facts.sums = {}
 
     def _due(self, before: int, every_epochs: float) -> bool:
@@ -242,8 +242,7 @@ class Trainer:
         """Evaluate, keep the model if it is the best, and always leave a checkpoint."""
         parts, facts = self.parts, self.facts
         figures = parts.validation.evaluate(self._forward)
-        if facts.best is not None:
-            self.guard.check_validation(facts.step, figures.bits, facts.best["bits"])
+        self.guard.check_validation(facts.step, figures, facts.best)
         facts.valid = {
             "step": facts.step,
             "epoch": facts.samples / self.num_samples,

@@ -61,7 +61,7 @@ class Validation:
             x = torch.from_numpy(values)
             x = (x if x.is_floating_point() else x.long()).to(self.mesh.device)
             if len(x):
-                totals += tally(log_likelihood(x), x)
+                totals += tally(log_likelihood(x), x, self.spec.kind)
             else:
                 missing = float("nan") if x.is_floating_point() else MISSING
                 log_likelihood(x.new_full((1, x.shape[1]), missing))

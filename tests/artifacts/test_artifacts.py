@@ -1,6 +1,7 @@
 """Artifacts are complete or absent, and a run folder has one owner."""
 
 import errno
+import os
 import pickle
 import subprocess
 import sys
@@ -30,9 +31,19 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_full_disk_is_a_resource_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_is_a_resource_error(tmp_path: Path, number: int) -> None:
     with pytest.raises(ResourceError, match="no space left"), atomic_path(tmp_path / "x"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, "No space left on device")
+
+
+def test_writers_with_equal_process_ids_use_different_names(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "x") as one, atomic_path(tmp_path / "x") as other:
+        assert one != other
+        assert f".{os.getpid()}-" in one.name
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "x").read_text() == "one"
 
 
 def test_partials_of_dead_writers_are_removed(tmp_path: Path) -> None:

@@ -48,6 +48,16 @@ def test_real_variables_keep_their_centres(tmp_path: Path) -> None:
     assert torch.equal(load_model(tmp_path)(x), circuit(x))
 
 
+def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("no model")
+    with pytest.raises(ModelFileError, match="not a model folder") as caught:
+        load_model(tmp_path / "file.txt")
+    assert "file.txt" in str(caught.value)
+    (tmp_path / "circuit.json").mkdir()
+    with pytest.raises(ModelFileError, match="not a model folder"):
+        load_model(tmp_path)
+
+
 def edit(folder: Path, **changes: object) -> None:
     description = json.loads((folder / "circuit.json").read_text())
     (folder / "circuit.json").write_text(json.dumps({**description, **changes}))

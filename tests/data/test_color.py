@@ -56,3 +56,17 @@ def test_from_rgb_names() -> None:
     assert np.array_equal(color.from_rgb(rgb, "as_is"), rgb)
     with pytest.raises(ValueError, match="colour space"):
         color.from_rgb(rgb, "hsv")
+
+
+@pytest.mark.parametrize(("space", "off"), [("as_is", 0), ("ycocg_r", 0), ("ycocg_lossy", 6)])
+def test_pixels_come_back_from_every_colour_space(space: str, off: int) -> None:
+    rgb = random_rgb()
+    pixels = color.to_rgb(color.from_rgb(rgb, space), space)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - rgb).max() <= off
+
+
+def test_values_of_no_colour_are_clipped() -> None:
+    assert color.to_rgb(np.array([255, 511, 511]), "ycocg_r").tolist() == [255, 255, 1]
+    with pytest.raises(ValueError, match="unknown colour space"):
+        color.to_rgb(np.zeros(3), "cmyk")

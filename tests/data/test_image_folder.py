@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tarfile
 import zlib
@@ -159,3 +160,36 @@ def test_budget_of_bad_samples(tmp_path: Path, build: Build) -> None:
     ctx = run_shards(tmp_path, data)
     assert {bad["name"] for bad in ctx.metadata["bad_samples"]} == {"03.png", "07.png"}
     assert sum(ctx.metadata["num_samples"].values()) == 28
+
+
+def test_a_picture_painted_over_changes_the_identity(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    fill(folder, 3)
+    first = opened(folder).identity()
+    assert opened(folder).identity() == first
+    path = folder / "01.png"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert opened(folder).identity() != first
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_an_archive_packed_anew_changes_the_identity(tmp_path: Path, suffix: str) -> None:
+    folder, path = tmp_path / "set", tmp_path / f"set{suffix}"
+    fill(folder, 3)
+
+    def identity() -> object:
+        source = opened(path)
+        source.close()
+        return source.identity()
+
+    with tarfile.open(path, "w:gz" if suffix.endswith("gz") else "w") as archive:
+        archive.add(folder, "set")
+    first = identity()
+    assert identity() == first
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert identity() != first

@@ -152,6 +152,8 @@ def test_shards_that_change_later_are_noticed(folder: Path) -> None:
     entry.path.write_bytes(content)
     with pytest.raises(DataError, match="changed since it was indexed"):
         read_shard(entry, index.spec)
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        list(iterate_split(index, index.spec, "train", 4))
     entry.path.write_bytes(content[:-512])
     with pytest.raises(DataError, match="changed since it was indexed"):
         list(iterate_split(index, index.spec, "train", 4))

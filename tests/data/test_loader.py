@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,10 +14,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from distpc.artifacts.files import file_digest
+from distpc.data.codec import SampleCodec
 from distpc.data.index import ShardIndex
 from distpc.data.loader import Loader, SampleCache
 from distpc.data.plan import LoaderState
-from distpc.data.reader import iterate_split, read_shard
+from distpc.data.reader import iterate_split, read_rows, read_shard
 from distpc.errors import DataError
 
 from .conftest import Build
@@ -172,6 +176,50 @@ def test_reading_ahead_gives_the_same_and_ends_its_thread(rows_index: RowsIndex)
     next(stream)
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "distpc-loader"]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**30])
+def test_a_value_changed_in_place_is_noticed(rows_index: RowsIndex, cache_bytes: int) -> None:
+    index = rows_index([10, 10])
+    (entry, other) = index.shards("train")
+    offset = int(entry.samples().offsets[3] + entry.samples().sizes[3]) - 2
+    content = bytearray(entry.path.read_bytes())
+    assert content[offset] == 3
+    content[offset] = 7
+    entry.path.write_bytes(content)
+    loader = Loader(
+        index,
+        index.spec,
+        "train",
+        global_batch=20,
+        seed=0,
+        cache_bytes=cache_bytes,
+        prefetch=0,
+    )
+    with pytest.raises(DataError, match="changed since it was indexed") as caught:
+        next(loader.batches(20))
+    assert caught.value.where == str(entry.path)
+    assert file_digest(entry.path) in (caught.value.found or "")
+    assert entry.sha256 in (caught.value.expected or "")
+    assert "remove the shards and index" in (caught.value.fix or "")
+    assert read_rows(other, SampleCodec(index.spec), np.array([3])).tolist() == [[13]]
+
+
+def test_shards_are_digested_once(rows_index: RowsIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = rows_index([10, 10])
+    digested = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda *given: digested.append(given) or real(*given)
+    )
+    for _ in range(3):
+        assert len(list(iterate_split(index, index.spec, "train", 3))) == 7
+    assert len(digested) == 2
+    (entry, _) = index.shards("train")
+    status = entry.path.stat()
+    os.utime(entry.path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    list(iterate_split(index, index.spec, "train", 3))
+    assert len(digested) == 3
 
 
 def test_errors_of_the_reading_thread_reach_the_taker(rows_index: RowsIndex) -> None:

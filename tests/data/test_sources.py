@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,11 @@ def test_published_test_rows_share_columns_and_categories(tmp_path: Path) -> Non
     [
         ("", "empty"),
         ("a,b\n", "no rows"),
-        ("1,2\n3,4\n", "header"),
         ("a,b\n1\n", "number of cells"),
-        ("a,b\n1,red\n", "no number"),
+        ("a,b\n1,red\n", "no finite number"),
         ("a,b\n1,-2\n", "no categories"),
         ("a,b\n1,99999\n", "no categories"),
-        ("a,b\n1,inf\n", "infinite"),
+        ("a,b\n1,inf\n", "no finite number"),
         ("a,b\n1,\n2,\n", "no value at all"),
     ],
 )
@@ -205,3 +205,45 @@ def test_text_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("grüße".encode("latin1"))
     with pytest.raises(DataError, match="byte 2"):
         text(tmp_path)
+
+
+def test_the_identity_of_a_table_follows_all_that_is_read(tmp_path: Path) -> None:
+    path, test = tmp_path / "t.csv", tmp_path / "test" / "t.csv"
+    test.parent.mkdir()
+    contents = ["a,b\n0,1\n1,0\n", "a,b\n1,1\n1,0\n", "a,c\n0,1\n1,0\n", "a,b\n0,1.0\n1,0\n"]
+    identities = []
+    for content in contents:
+        path.write_text(content)
+        identities.append(arrays(path, tmp_path).identity())
+    path.write_text(contents[0])
+    for rows in ("0,1\n", "1,1\n"):
+        test.write_text("a,b\n" + rows)
+        identities.append(arrays(path, tmp_path, test_path=str(test)).identity())
+    path.write_text(contents[1])
+    identities.append(arrays(path, tmp_path, test_path=str(test)).identity())
+    assert len({json.dumps(identity) for identity in identities}) == 7
+    path.write_text(contents[1])
+    assert arrays(path, tmp_path).identity() == identities[1]
+    assert json.loads(json.dumps(identities)) == identities
+
+
+def test_the_identity_of_idx_files_follows_their_content(tmp_path: Path) -> None:
+    paths = [tmp_path / "train" / "images", tmp_path / "test" / "images"]
+    identities = []
+    for train, test, shape in ((0, 1, (4, 6)), (2, 1, (4, 6)), (0, 3, (4, 6)), (0, 1, (6, 4))):
+        for path, seed in zip(paths, (train, test), strict=True):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(idx_bytes(images(3, seed).reshape(3, *shape)))
+        config = IdxSource(kind="idx", train_images=str(paths[0]), test_images=str(paths[1]))
+        identities.append(open_source(config, tmp_path).identity())
+    assert len({json.dumps(identity) for identity in identities}) == 4
+    assert json.loads(json.dumps(identities)) == identities
+
+
+def test_the_identity_of_text_follows_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("one two")
+    first = text(path).identity()
+    path.write_text("one tow")
+    assert text(path).identity() != first
+    assert json.loads(json.dumps(first)) == first

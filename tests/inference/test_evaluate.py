@@ -16,7 +16,7 @@ from distpc.circuits.exact import log_prob_exact
 from distpc.circuits.io import load_model
 from distpc.data.spec import DatasetSpec
 from distpc.inference import evaluate
-from distpc.inference.likelihood import bits_per_value
+from distpc.inference.likelihood import bits_and_error
 from distpc.inference.pictures import tile_size, to_pictures
 
 from .conftest import config_of, context, load_split, make_run
@@ -132,7 +132,7 @@ def test_missing_values_are_not_counted(tmp_path):
 
 
 def test_text_has_bits_per_character_and_samples_as_lines(tmp_path):
-    text = "the cat sat on the mat and the dog sat on the log. "
+    text = "the cat sat on the mat à côté and the dog sat on the log. "
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(text[number:] + text * 4)
     config = config_of({"kind": "text", "path": str(tmp_path), "chunk_length_bytes": 8})
@@ -140,6 +140,14 @@ def test_text_has_bits_per_character_and_samples_as_lines(tmp_path):
     ctx = context(run, config, "evaluate", "shards", "index", "finetune")
     evaluate.run(ctx)
     bpc = ctx.metadata["test_bpc"]
+    x = load_split(run, "test")
+    nats = exact_nats(load_model(run / "finetune" / "model"), x)
+    characters = sum(len(bytes(row[row >= 0].tolist()).decode(errors="ignore")) for row in x)
+    starts = int(((x >= 0) & ((x & 0xC0) != 0x80)).sum())
+    # A chunk's end may cut a character: it counts where it starts.
+    assert characters <= starts < int((x >= 0).sum())
+    assert ctx.metadata["splits"]["test"]["num_values"] == starts
+    assert bpc == pytest.approx(-nats.sum() / math.log(2) / starts, abs=1e-4)
     assert 0 < bpc < 8
     assert ctx.metadata["perplexity"] == pytest.approx(2**bpc)
     assert "test_bpd" not in ctx.metadata
@@ -196,7 +204,7 @@ def test_the_standard_error_is_that_of_a_ratio():
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 10, (2000, 50))
     nats = -counts * 1.3 + rng.normal(0, 1, counts.shape) * np.sqrt(counts)
-    figures = [bits_per_value(nats[i], counts[i]) for i in range(len(nats))]
+    figures = [bits_and_error(nats[i], counts[i]) for i in range(len(nats))]
     spread = np.std([figure for figure, _ in figures])
     errors = np.mean([error for _, error in figures])
     assert errors == pytest.approx(spread, rel=0.05)

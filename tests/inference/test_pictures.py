@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from distpc.data import color
+from distpc.data.pictures import from_display
 from distpc.data.spec import DatasetSpec
 from distpc.errors import EvidenceError
 from distpc.inference import pictures
@@ -24,14 +25,14 @@ def test_seventeen_values_span_black_to_white_and_come_back():
     shown = pictures.to_pictures(values, GREY)
     assert shown.shape == (17, 8, 8, 1)
     assert (shown.min(), shown.max()) == (0, 255)
-    assert np.array_equal(pictures.from_pictures(shown, GREY), values)
+    assert np.array_equal(from_display(shown, GREY), values)
 
 
 @pytest.mark.parametrize(("space", "off"), [("as_is", 0), ("ycocg_r", 0), ("ycocg_lossy", 6)])
 def test_colour_spaces_are_inverted(space, off):
     rgb = np.random.default_rng(0).integers(0, 256, (5, 8, 6, 3)).astype(np.uint8)
     spec = rgb_spec(space)
-    values = pictures.from_pictures(rgb, spec)
+    values = from_display(rgb, spec)
     counts = np.array(spec.num_categories)
     assert (values >= 0).all()
     assert (values < counts).all()

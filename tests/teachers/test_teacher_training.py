@@ -182,6 +182,7 @@ def test_learning_rate_rises_and_falls() -> None:
 
 
 def test_pictures_show_what_was_hidden() -> None:
+    from distpc.data.pictures import three_channels, to_display
     from distpc.data.spec import DatasetSpec
     from distpc.teachers.mae import MaskedAutoencoder
     from distpc.teachers.pictures import reconstruction_grid
@@ -192,8 +193,10 @@ def test_pictures_show_what_was_hidden() -> None:
         teacher = MaskedAutoencoder(spec, 2, feature_width=3, neighbourhood=1, **sizes)
         x = torch.full((2, 48), 255)
         grid = reconstruction_grid(teacher, x, torch.tensor([[0, 1], [2, 3]]))
-        original, masked = grid[:48], grid[50:98]
-        assert grid.shape == (3 * 48 + 2 * 2, 2 * 48 + 2, 3)
-        assert (masked[:24, :48] == original[:24, :48]).all()
-        assert (masked[24:, :48] == 128).all()
-        assert (masked[:24, 50:] == 128).all()
+        assert grid.shape == (2 + 3 * 58, 2 + 2 * 58, 3)
+        original, masked = grid[2:58, 2:], grid[60:116, 2:]
+        shown = three_channels(to_display(x.numpy(), spec)).repeat(14, axis=1).repeat(14, axis=2)
+        assert (original[:, :56] == shown[0]).all()
+        assert (masked[:28, :56] == original[:28, :56]).all()
+        assert (masked[28:, :56] == 128).all()
+        assert (masked[:28, 58:] == 128).all()

@@ -46,6 +46,16 @@ def test_keeps_newest_and_best(tmp_path: Path) -> None:
     assert names == ["step-00000002", "step-00000005", "step-00000006"]
 
 
+def test_keeps_what_an_older_checkpoint_counts_as_the_best(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, IDENTITY, keep=2)
+    for step in range(4):
+        save(checkpoints, step, best=0 if step < 3 else 3)
+    (tmp_path / "step-00000003" / "statistics.safetensors").write_bytes(b"")
+    found = checkpoints.newest()
+    assert found is not None and found.facts.step == 2 and found.facts.best is not None
+    assert checkpoints.at(int(found.facts.best["step"])).facts.step == 0
+
+
 def test_a_cut_checkpoint_does_not_count(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, IDENTITY)
     save(checkpoints, 1)

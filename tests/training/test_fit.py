@@ -83,8 +83,28 @@ def test_refuses_data_that_do_not_fit() -> None:
     with pytest.raises(DataError) as caught:
         as_samples(tree(), x, "data")
     assert (
-        caught.value.where == "data, row 2, column 1" and caught.value.expected == f"0 .. {C - 1}"
+        caught.value.where == "data, row 2, column 1"
+        and caught.value.expected == f"0 .. {C - 1}, or -1 where missing"
     )
+
+
+def test_missing_is_a_value_of_every_column_and_other_negatives_are_not() -> None:
+    graph = hidden_tree(3, 2)
+    circuit = Circuit(graph, [1, 20, None])
+    x = np.array([[0, 3, -7.5], [-1, -1, -1]])
+    found = as_samples(circuit, x, "data")
+    assert torch.isnan(found).tolist() == [[False] * 3, [True, True, False]]
+    integers = as_samples(circuit, x.astype(np.int64), "data")
+    torch.testing.assert_close(integers[1], found[1], equal_nan=True)
+    whole = Circuit(graph, [1, 20, 20])
+    assert as_samples(whole, np.full((2, 3), -1), "data").tolist() == [[-1] * 3] * 2
+    x = np.zeros((4, 3), dtype=np.int64)
+    x[3, 1] = -7
+    for values in (x, x.astype(np.float32)):
+        with pytest.raises(DataError) as caught:
+            as_samples(whole, values, "data")
+        assert caught.value.where == "data, row 3, column 1"
+        assert float(caught.value.found or 0) == -7
 
 
 def test_stops_at_poisoned_statistics() -> None:
@@ -93,6 +113,27 @@ def test_stops_at_poisoned_statistics() -> None:
         next(circuit.parameters()).view(-1)[0] = math.nan
     with pytest.raises(TrainingError, match="not finite"):
         fit(circuit, samples(50), epochs=2, progress=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fits_on_the_device_of_the_circuit() -> None:
+    circuit, x = tree().to("cuda"), samples(200)
+    history = fit(circuit, x, epochs=3, batch_size=50, valid=x[:40], progress=False)
+    assert history[-1]["valid_bits"] < history[0]["valid_bits"]
+    assert next(circuit.parameters()).is_cuda
+
+
+def test_refuses_a_validation_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Circuit.forward
+
+    def broken(self: Circuit, x: torch.Tensor) -> torch.Tensor:
+        # Only validation runs without gradients.
+        return forward(self, x) if torch.is_grad_enabled() else torch.full((len(x),), math.nan)
+
+    monkeypatch.setattr(Circuit, "forward", broken)
+    with pytest.raises(TrainingError, match="validation split") as caught:
+        fit(tree(), samples(50), epochs=2, valid=samples(20), progress=False)
+    assert caught.value.where == "validation of epoch 1"
 
 
 def test_fits_real_values_of_any_scale() -> None:

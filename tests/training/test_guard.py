@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distpc.errors import TrainingError
+from distpc.training.figures import Figures
 from distpc.training.guard import Guard, locate_nonfinite
 
 
@@ -34,8 +35,26 @@ def test_stops_where_no_sample_is_possible() -> None:
 
 @pytest.mark.parametrize("bits", [3.6, math.inf, math.nan])
 def test_stops_at_divergence(bits: float) -> None:
-    guard = Guard(max_divergence_bits=0.5)
-    guard.check_validation(9, 3.4, 3.0)
+    guard, best = Guard(max_divergence_bits=0.5), {"bits": 3.0, "impossible": 1}
+    guard.check_validation(9, validated(3.4), best)
     with pytest.raises(TrainingError, match="diverges") as caught:
-        guard.check_validation(9, bits, 3.0)
+        guard.check_validation(9, validated(bits), best)
     assert caught.value.where == "step 9"
+
+
+def test_does_not_compare_models_that_rule_out_other_samples() -> None:
+    guard, best = Guard(max_divergence_bits=0.5), {"bits": 3.0, "impossible": 5}
+    guard.check_validation(9, validated(9.0, impossible=0), best)
+    guard.check_validation(9, validated(9.0, impossible=7), best)
+    guard.check_validation(9, validated(9.0), None)
+
+
+def test_refuses_a_validation_that_is_no_number() -> None:
+    with pytest.raises(TrainingError, match="validation split are not finite") as caught:
+        Guard(0.5).check_validation(9, validated(3.0, not_a_number=2), None)
+    assert caught.value.where == "validation after step 9"
+    assert caught.value.found == "2 of 10 samples are NaN or +infinity"
+
+
+def validated(bits: float, impossible: int = 1, not_a_number: int = 0) -> Figures:
+    return Figures(-bits * math.log(2) * 8, 8.0, 10, impossible, not_a_number)

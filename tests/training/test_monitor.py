@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from runs import hidden_tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distpc.circuits.circuit import Circuit
 from distpc.data.spec import DatasetSpec
-from distpc.training.monitor import Monitor, latent_usage
+from distpc.training.monitor import Monitor, completion_grid, latent_usage
 
 SPEC = DatasetSpec("toy", "image", 8, (5,) * 8, (4, 2, 1))
 
@@ -29,6 +30,24 @@ def test_writes_scalars_health_and_pictures(tmp_path: Path) -> None:
     assert "latents/usage_entropy_bits" in events.Tags()["scalars"]
     assert any(tag.startswith("sum_weight_entropy_bits/") for tag in events.Tags()["scalars"])
     assert sorted(events.Tags()["images"]) == ["completions", "samples"]
+
+
+def test_examples_that_the_circuit_rules_out_are_not_completed(tmp_path: Path) -> None:
+    circuit = Circuit(hidden_tree(8, 3), SPEC.num_categories, seed=0)
+    circuit.set_smoothing(0.0, 0.0, 1)
+    with torch.no_grad():
+        for index, region in enumerate(circuit.graph.regions):
+            if region.variable is not None:
+                circuit.statistics_of(index)[:, 4] = 0.0
+    impossible, possible = np.full((3, 8), 4), np.zeros((1, 8), dtype=np.int64)
+    assert completion_grid(circuit, impossible, SPEC) is None
+    mixed = completion_grid(circuit, np.concatenate([impossible, possible]), SPEC)
+    assert mixed is not None
+    alone = completion_grid(circuit, possible, SPEC)
+    np.testing.assert_array_equal(mixed, alone)
+    with Monitor(tmp_path, SPEC, enabled=True) as monitor:
+        monitor.pictures(1, circuit, impossible)
+    assert read(tmp_path).Tags()["images"] == ["samples"]
 
 
 def test_resuming_drops_the_steps_that_are_done_again(tmp_path: Path) -> None:

@@ -60,10 +60,13 @@ class Idx(Source):
         return self._parts[1][position - first].reshape(-1)
 
     def identity(self) -> dict[str, Any]:
-        """Checksum and size of every file's content."""
+        """Shape and checksum of every file's content."""
+        # A list: train/images and test/images have the same name.
         return {
-            path.name: [part.size, zlib.crc32(part.data)]
-            for path, part in zip(self._paths, self._parts, strict=True)
+            "files": [
+                {"name": path.name, "shape": list(part.shape), "crc32": zlib.crc32(part.data)}
+                for path, part in zip(self._paths, self._parts, strict=True)
+            ]
         }
 
 

@@ -35,11 +35,13 @@ class ImageFile:
     Attributes:
         name: path inside the folder or archive.
         size: in bytes.
+        modified: when, in nanoseconds since 1970; in an archive, of its member.
         offset: into the archive; None for a file of its own.
     """
 
     name: str
     size: int
+    modified: int
     offset: int | None = None
 
 
@@ -96,11 +98,16 @@ class ImageFolder(Source):
         return pixels.reshape(-1)
 
     def identity(self) -> dict[str, Any]:
-        """Digest over the names and sizes of all images."""
+        """Digest over names, sizes and times of change of all images, and of their archive."""
+        # Not over their content: a run asks at each start, and the images may fill a disk.
         digest = hashlib.sha256()
+        if self._archive is not None:
+            status = self._root.stat()
+            digest.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
         for file in self._files:
-            digest.update(f"{file.name}\0{file.size}\0".encode(errors="surrogateescape"))
-        return {"num_images": len(self._files), "names_and_sizes": digest.hexdigest()}
+            facts = f"{file.name}\0{file.size}\0{file.modified}\0"
+            digest.update(facts.encode(errors="surrogateescape"))
+        return {"num_images": len(self._files), "names_sizes_and_times": digest.hexdigest()}
 
     def facts(self) -> dict[str, Any]:
         """How many files are no images by their name."""
@@ -122,7 +129,9 @@ class ImageFolder(Source):
                     self._ignored += 1
                     continue
                 seen.add(real)
-                files.append(ImageFile(str(path.relative_to(self._root)), path.stat().st_size))
+                status = path.stat()
+                name = str(path.relative_to(self._root))
+                files.append(ImageFile(name, status.st_size, status.st_mtime_ns))
         return files
 
     def _list_archive(self, archive: IO[bytes]) -> list[ImageFile]:
@@ -137,7 +146,8 @@ class ImageFolder(Source):
                     where=f"{self._root}, member {member.name!r}",
                     fix="pack the files anew",
                 )
-            files[member.name] = ImageFile(member.name, member.size, member.offset_data)
+            modified = int(member.mtime * 1_000_000_000)
+            files[member.name] = ImageFile(member.name, member.size, modified, member.offset_data)
         return list(files.values())
 
     def _bytes_of(self, file: ImageFile) -> IO[bytes]:

@@ -83,7 +83,7 @@ class Text(Source):
     def identity(self) -> dict[str, Any]:
         """Size and checksum of every document."""
         names = [self._name(file) for file in self._documents]
-        return dict(zip(names, self._checksums, strict=True))
+        return {name: list(facts) for name, facts in zip(names, self._checksums, strict=True)}
 
     def facts(self) -> dict[str, Any]:
         """How many documents and bytes, and which files were empty."""
