@@ -139,6 +139,16 @@ def run(ctx: StageContext) -> None:
     splits = sorted({entry.split for entry in index.entries})
     ctx.metadata["num_samples"] = {split: index.num_samples(split) for split in splits}
     ctx.metadata["num_shards"] = {split: len(index.shards(split)) for split in splits}
+    written = ctx.input("shards").metadata.get("num_samples", ctx.metadata["num_samples"])
+    if ctx.metadata["num_samples"] != written:
+        # A tar that was cut and padded ends early without being broken.
+        raise DataError(
+            "the shards hold other samples than were written",
+            where=ctx.input("shards").path,
+            found=ctx.metadata["num_samples"],
+            expected=written,
+            fix="remove the shards stage's folder and run the same command again",
+        )
 
 
 def build_index(shards: Path, out: Path) -> ShardIndex:

@@ -150,16 +150,19 @@ def feature_shards(features: Artifact) -> list[str]:
     return names
 
 
-def load_latents(folder: Path, shard_name: str) -> tuple[list[str], np.ndarray]:
+def load_latents(
+    folder: Path, shard_name: str, fingerprint: str | None = None
+) -> tuple[list[str], np.ndarray]:
     """Keys and (N, Z) int32 latents of one shard, from the folder of the assign stage.
 
     Args:
         shard_name: as in the data index, for example `train-000000`.
+        fingerprint: of the assign stage that must have written it, if known.
 
     Raises:
-        LatentError: missing or cut, or a value outside the clusters.
+        LatentError: missing, cut or of another stage, or a value outside the clusters.
     """
-    shard = read_shard(shard_path(folder, shard_name), "latents")
+    shard = read_shard(shard_path(folder, shard_name), "latents", fingerprint=fingerprint)
     latents = shard.rows.numpy().copy()
     num_clusters = int(shard.metadata.get("num_clusters", 0))
     if latents.size and not 0 <= latents.min() <= latents.max() < num_clusters:

@@ -25,19 +25,22 @@ class LatentSource:
         folder: of the latent shards.
         num_patches: Z, latents that every sample must have.
         num_clusters: K; latents are 0 .. K - 1.
+        fingerprint: of the assign stage that must have written the latents.
     """
 
     index: ShardIndex
     folder: Path
     num_patches: int
     num_clusters: int
+    fingerprint: str | None = None
 
     @classmethod
     def of(cls, ctx: StageContext, num_patches: int) -> LatentSource:
         """The source that a stage's inputs describe."""
         index = ShardIndex.load(ctx.input("index").path)
         clusters = ctx.config.latents.num_clusters
-        return cls(index, ctx.input("assign").path, num_patches, clusters)
+        assign = ctx.input("assign")
+        return cls(index, assign.path, num_patches, clusters, assign.fingerprint)
 
     def shards(self) -> list[ShardEntry]:
         """Training shards with latents, in order.
@@ -61,7 +64,7 @@ class LatentSource:
         Raises:
             LatentError: they are of other samples, of another grid, or of more clusters.
         """
-        keys, latents = load_latents(self.folder, entry.name)
+        keys, latents = load_latents(self.folder, entry.name, self.fingerprint)
         expected = entry.samples().keys
         if list(keys) != list(expected):
             raise self._strange(entry, _first_difference(keys, expected))

@@ -216,3 +216,14 @@ def test_real_rows_keep_their_missing_values(tmp_path: Path, build: Build) -> No
         expected = values[[int(key) for key in shard.keys]]
         assert shard.x.dtype == np.float32
         assert np.array_equal(shard.x, expected, equal_nan=True)
+
+
+def test_a_cut_and_padded_tar_is_noticed(tmp_path: Path) -> None:
+    ctx = run_shards(tmp_path, {"source": {"kind": "digits"}, "samples_per_shard": 200})
+    path = ctx.out / "train-000001.tar"
+    data = path.read_bytes()
+    kept = len(data) // 1024 // 2 * 1024
+    path.write_bytes(data[:kept] + bytes(len(data) - kept))
+    with pytest.raises(DataError) as caught:
+        run_index(ctx)
+    assert "'train': 1437" in str(caught.value) or "train-000001" in str(caught.value)
