@@ -92,6 +92,7 @@ def test_two_ranks_train_the_same_teacher_as_one(make_context: ContextMaker) -> 
     assert two.metadata["variance"] == pytest.approx(0.073, abs=0.004)
     assert two.metadata["num_steps"] == 23
     assert sorted(path.name for path in two.out.iterdir()) == [
+        "logs",
         "teacher.json",
         "teacher.safetensors",
     ]
