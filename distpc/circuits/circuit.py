@@ -107,14 +107,15 @@ class Circuit(nn.Module):
         """Log-likelihoods (B,) in nats, float32; exactly -inf for impossible evidence.
 
         Args:
-            x: (B, V) integers with -1, or floats with NaN, where missing.
+            x: (B, V) integers with -1, or floats with NaN, where missing; or evidence read before.
             latents: (B, Z) integers, -1 where unobserved: evidence on latent variables.
             observed: bool (V,) or (B, V); False sums the variable out.
 
         Raises:
             EvidenceError: values, mask or latents do not fit the circuit.
         """
-        evidence = self.reader.read(x, latents, observed, self.device)
+        read = isinstance(x, Evidence)
+        evidence = x if read else self.reader.read(x, latents, observed, self.device)
         log_prob = self.evaluate(evidence).log_prob
         self.last_impossible = (~log_prob.detach().isfinite()).sum()
         return log_prob

@@ -13,7 +13,7 @@ cost a zero-filled copy of the whole message in backward.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from distpc.circuits.packing import pack_tables
 from distpc.circuits.routing import Order, concat_requests, deal, gather, product_terms
@@ -76,7 +76,8 @@ class _Compiler:
         for index, region in enumerate(self.regions):
             if region.kind != "input" and not self.is_bag[index]:
                 self.members[self.levels[index]].append(index)
-        self.sums_of_tie = Counter(str(r.tie) for r in self.regions if r.kind == "sum" and r.tie)
+        sums = (index for index, region in enumerate(self.regions) if region.kind == "sum")
+        self.sums_of = Counter(map(self._table, sums))
         self.order = Order(len(self.regions))
         self.banks: list[BankPlan] = []
 
@@ -151,6 +152,11 @@ class _Compiler:
         assert region.variable is not None
         return self.num_categories[region.variable] or GAUSSIAN_MOMENTS
 
+    def _table(self, index: int) -> Hashable:
+        """What names a region's parameters: its tie, or else its number (never equal to one)."""
+        tie = self.regions[index].tie
+        return index if tie is None else tie
+
     def _latent(self, index: int) -> int:
         """The latent that masks a region's units, -1 for none.
 
@@ -199,13 +205,13 @@ class _Compiler:
         """Split sums of one level and shape into folds of one bank each."""
         child_key = {index: self._key(self.regions[index].children[0])[:1] for index in members}
         key = {index: (*child_key[index], *self.order.key(index)) for index in members}
-        tables: dict[object, list[int]] = defaultdict(list)
+        tables: dict[Hashable, list[int]] = defaultdict(list)
         for index in sorted(members, key=lambda index: key[index]):
-            tables[self.regions[index].tie or index].append(index)
+            tables[self._table(index)].append(index)
         by_rows: dict[tuple[int, object], list[list[int]]] = defaultdict(list)
-        for tie, rows in tables.items():
+        for table, rows in tables.items():
             # A tie that also occurs on other levels keeps a bank of its own.
-            shared = tie if self.sums_of_tie[str(tie)] > len(rows) else None
+            shared = table if self.sums_of[table] > len(rows) else None
             by_rows[len(rows), shared].append(rows)
         at_once = max(1, self.max_fold_bytes // self._table_bytes(members[0]))
         folds = []
@@ -223,7 +229,7 @@ class _Compiler:
             owners = tuple(
                 index
                 for index, region in enumerate(self.regions)
-                if region.kind == "sum" and region.tie == shared
+                if region.kind == "sum" and self._table(index) == shared
             )
             for number, bank in enumerate(self.banks):
                 if bank.kind == "sum" and bank.owners == (owners,):
@@ -243,13 +249,13 @@ class _Compiler:
         rows = [index for index, is_input in enumerate(self.is_input) if is_input]
         rows.sort(key=self.order.key)
         bags = [self.regions[row].children if self.is_bag[row] else (row,) for row in rows]
-        owners: dict[object, list[int]] = defaultdict(list)
+        owners: dict[Hashable, list[int]] = defaultdict(list)
         for index, region in enumerate(self.regions):
             if region.kind == "input":
-                owners[region.tie or index].append(index)
+                owners[self._table(index)].append(index)
         first_bank = len(self.banks)
         bank_of_row, tables_of_bank = pack_tables(
-            [[self.regions[child].tie or child for child in bag] for bag in bags],
+            [[self._table(child) for child in bag] for bag in bags],
             key_of=lambda table: self._input_key(owners[table][0]),
             bytes_of=lambda table: self._table_bytes(owners[table][0]),
             max_bytes=self.max_fold_bytes,

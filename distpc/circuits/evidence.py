@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distpc.circuits.inputs import MISSING
+from distpc.data.spec import MISSING
 from distpc.errors import EvidenceError
 
 
@@ -67,8 +68,31 @@ class EvidenceReader:
         self.limits = torch.tensor([c or 0 for c in num_categories])
         self.latent_limits = torch.tensor(num_values, dtype=torch.int64)
 
+    def batches(
+        self, x: Any, latents: Any, observed: Any, batch_size: int, device: Any = None
+    ) -> Iterator[tuple[int, Evidence]]:
+        """As `read`, batch after batch, each with the number of its first row.
+
+        Raises:
+            EvidenceError: a shape that does not fit as a whole, or what `read` refuses.
+        """
+        x = self._samples(x, None)
+        observed = None if observed is None else self._observed(observed, x).t()
+        latents = None if latents is None else self._latents(latents, len(x), None)
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
+            of_latents = None if latents is None else latents[rows]
+            mask = None if observed is None else observed[rows]
+            yield start, self.read(x[rows], of_latents, mask, device, first=start)
+
     def read(
-        self, x: Any, latents: Any = None, observed: Any = None, device: Any = None
+        self,
+        x: Any,
+        latents: Any = None,
+        observed: Any = None,
+        device: Any = None,
+        *,
+        first: int = 0,
     ) -> Evidence:
         """Evidence from arrays.
 
@@ -77,24 +101,30 @@ class EvidenceReader:
             latents: (B, Z) integers, -1 where unobserved.
             observed: bool (V,) or (B, V); False sums the variable out.
             device: where the circuit's parameters are.
+            first: number of the first row, for messages.
 
         Raises:
             EvidenceError: a shape, type or value that does not fit.
         """
+        x = self._samples(x, device)
+        observed = None if observed is None else self._observed(observed, x)
+        codes, reals = self._values(x.t(), observed, first)
+        self._check(codes, self.limits, "variable", "num_categories of the circuit", first)
+        if latents is not None:
+            latents = self._latents(latents, len(x), device).t().long().contiguous()
+            self._check(latents, self.latent_limits, "latent", "values of the latent", first)
+        return Evidence(codes, reals, latents)
+
+    def _samples(self, x: Any, device: Any) -> Tensor:
         x = _tensor(x, device)
         num_variables = len(self.num_categories)
-        if x.dim() != 2 or x.shape[1] != num_variables:
+        if x.dim() != 2 or x.shape[1] != num_variables or x.is_complex():
             raise EvidenceError(
-                "x has another shape than the circuit's data",
-                found=tuple(x.shape),
-                expected=f"(batch, {num_variables})",
+                "x has another shape or type than the circuit's data",
+                found=f"{x.dtype} of shape {tuple(x.shape)}",
+                expected=f"real numbers of shape (batch, {num_variables})",
             )
-        observed = None if observed is None else self._observed(observed, x)
-        codes, reals = self._values(x.t(), observed)
-        self._check(codes, self.limits, "variable", "num_categories of the circuit")
-        if latents is not None:
-            latents = self._latents(_tensor(latents, device), len(x))
-        return Evidence(codes, reals, latents)
+        return x
 
     def missing(self, batch: int, device: Any = None) -> Evidence:
         """Evidence of nothing."""
@@ -116,7 +146,9 @@ class EvidenceReader:
             )
         return observed.expand(x.shape).t()
 
-    def _values(self, x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _values(
+        self, x: Tensor, observed: Tensor | None, first: int
+    ) -> tuple[Tensor, Tensor | None]:
         is_real = self.is_real.to(x.device).unsqueeze(1)
         any_real = bool(self.is_real.any())
         if not x.is_floating_point():
@@ -129,37 +161,36 @@ class EvidenceReader:
         if observed is not None:
             x = torch.where(observed, x, torch.nan)
         if x.isinf().any():
-            self._refuse(x.isinf(), x, "variable", "finite values, NaN where missing")
+            self._refuse(x.isinf(), x, "variable", "finite values, NaN where missing", first)
         codes = torch.where(x.isnan() | is_real, MISSING, x).long()
         fractions = ~is_real & ~x.isnan() & (codes != x)
         if fractions.any():
-            self._refuse(fractions, x, "variable", "whole numbers, NaN where missing")
+            self._refuse(fractions, x, "variable", "whole numbers, NaN where missing", first)
         return codes, torch.where(is_real, x, torch.nan) if any_real else None
 
-    def _latents(self, latents: Tensor, batch: int) -> Tensor:
+    def _latents(self, latents: Any, batch: int, device: Any) -> Tensor:
+        latents = _tensor(latents, device)
         if tuple(latents.shape) != (batch, len(self.num_values)) or latents.is_floating_point():
             raise EvidenceError(
                 "latents do not fit x and the circuit",
                 found=f"{latents.dtype} of shape {tuple(latents.shape)}",
                 expected=f"integers of shape ({batch}, {len(self.num_values)})",
             )
-        latents = latents.t().long().contiguous()
-        self._check(latents, self.latent_limits, "latent", "values of the latent")
         return latents
 
-    def _check(self, codes: Tensor, limits: Tensor, what: str, source: str) -> None:
+    def _check(self, codes: Tensor, limits: Tensor, what: str, source: str, first: int) -> None:
         limits = limits.to(codes.device)
         wrong = (codes < MISSING) | ((codes >= limits.unsqueeze(1)) & (codes != MISSING))
         if wrong.any():
             row = int(wrong.any(1).nonzero()[0, 0])
             expected = f"0 .. {int(limits[row]) - 1}, or -1 where missing ({source})"
-            self._refuse(wrong, codes, what, expected)
+            self._refuse(wrong, codes, what, expected, first)
 
-    def _refuse(self, wrong: Tensor, values: Tensor, what: str, expected: str) -> None:
+    def _refuse(self, wrong: Tensor, values: Tensor, what: str, expected: str, first: int) -> None:
         row, sample = (int(i) for i in wrong.nonzero()[0])
         raise EvidenceError(
             f"a value does not fit its {what}",
-            where=f"{what} {row}, sample {sample} of the batch",
+            where=f"{what} {row}, row {sample + first} of x",
             found=values[row, sample].item(),
             expected=expected,
         )
@@ -168,4 +199,11 @@ class EvidenceReader:
 def _tensor(value: Any, device: Any) -> Tensor:
     if isinstance(value, np.ndarray) and value.dtype in (np.uint16, np.uint32, np.uint64):
         value = value.astype(np.int64)
-    return torch.as_tensor(value, device=device)
+    if isinstance(value, np.ndarray) and (min(value.strides, default=0) < 0):
+        value = value.copy()
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EvidenceError(
+            "evidence is no array of numbers", found=f"{type(value).__name__}: {error}"
+        ) from error

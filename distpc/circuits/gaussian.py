@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distpc.circuits.lost import new_scale, underflow
+
 VARIANCE_FLOOR = 1e-4
 """Least variance of a Gaussian unit, in units of the variable's squared spread."""
 
@@ -98,15 +100,16 @@ class GaussianFunction(torch.autograd.Function):
 
 
 class ScaleLogsFunction(torch.autograd.Function):
-    """Logs -> values with maximum 1 and log-scale (E, B); the flow stays what it is."""
+    """Logs -> values with maximum 1 and scale (E, B, 2); the flow stays what it is."""
 
     @staticmethod
     def forward(ctx: Any, logs: Tensor) -> tuple[Tensor, Tensor]:
         top = logs.amax(-1)
         top = torch.where(top.isneginf(), 0.0, top)
-        log_scale = top.double()
-        ctx.mark_non_differentiable(log_scale)
-        return (logs - top.unsqueeze(-1)).exp_(), log_scale
+        values = (logs - top.unsqueeze(-1)).exp_()
+        scale = new_scale(top, underflow(values))
+        ctx.mark_non_differentiable(scale)
+        return values, scale
 
     @staticmethod
     @once_differentiable

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distpc.circuits.lost import new_scale, underflow
 from distpc.circuits.statistics import random_statistics, read_out
-
-MISSING = -1
 
 
 class CategoricalBank(nn.Module):
@@ -55,7 +54,7 @@ class CategoricalBank(nn.Module):
             in_logs: return logs (float64) instead of scaled values.
 
         Returns:
-            Message (E, B, K) and log-scale (E, B), None with logs.
+            Message (E, B, K) and scale (E, B, 2), see `lost`; None with logs.
         """
         if in_logs:
             return CategoricalFunction.apply(self.statistics, self, index, mask, True), None
@@ -119,8 +118,8 @@ class CategoricalFunction(torch.autograd.Function):
             top = table.amax(-1, keepdim=True)
             table.div_(torch.where(top > 0, top, 1.0))
             values = nn.functional.embedding(index.view(-1), table).view(shape)
-            log_scale = torch.where(top > 0, top, 1.0).log_().double().view(-1)
-            log_scale = log_scale[index.view(-1)].view(shape[:2])
+            log_top = torch.where(top > 0, top, 1.0).log_().squeeze(-1)
+            scale = new_scale(log_top, underflow(table))[index.squeeze(-1)]
         else:
             bags = index.view(-1, width)
             logs = nn.functional.embedding_bag(bags, table.log_(), mode="sum").view(shape)
@@ -131,9 +130,9 @@ class CategoricalFunction(torch.autograd.Function):
             top = logs.amax(-1)
             top = torch.where(top.isneginf(), 0.0, top)
             values = logs.sub_(top.unsqueeze(-1)).exp_()
-            log_scale = top.double()
-        ctx.mark_non_differentiable(log_scale)
-        return values, log_scale
+            scale = new_scale(top, underflow(values, mask))
+        ctx.mark_non_differentiable(scale)
+        return values, scale
 
     @staticmethod
     @once_differentiable

@@ -1,8 +1,9 @@
 """Products and concatenations of scaled messages, with flows as their gradients.
 
 A message has shape (E, B, K) (E regions folded, B batch, K units), entries in [0, 1], and a
-log-scale (E, B) kept outside autograd: the likelihood of unit k is values[e, b, k] *
-exp(log_scale[e, b]). What autograd calls the gradient of a message is here its *flow*
+scale (E, B, 2) kept outside autograd: a log-scale and a bound on what underflow took (see `lost`).
+The likelihood of unit k is values[e, b, k] * exp(scale[e, b, 0]). What autograd calls the gradient
+of a message is here its *flow*
 
     F = u * d log p / d u      (times the upstream factor, to which everything is linear)
 
@@ -20,18 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distpc.circuits.lost import FLOAT_FLOOR, concat_lost, divide_, new_scale, underflow
 from distpc.circuits.routing import uses_each_row_once
 from distpc.circuits.rows import Rows
 from distpc.circuits.schedule import ProductPlan
 
 WEAK = 1e-30
 """A product whose largest unit is below this may have lost units that matter later."""
-
-FLOAT_FLOOR = 1.2e-38
-"""Smallest normal float32: an entry below it may stand for anything smaller."""
-
-LOST_NATS = 16.0
-"""exp(-16) relative to the maximum is below float32 precision."""
 
 
 def rescale_(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,39 +93,40 @@ class ProductLayer(nn.Module):
         self.rest = [f for term, f in pairs if not term.first and not term.in_logs]
 
     def multiply(self, pieces: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
-        """Product, log of its maximum (E, B) and weak samples (B,)."""
+        """Product, log of its maximum (E, B), its own loss (E, B) and weak samples (B,)."""
         out = pieces[0].new_empty(self.num_rows, *pieces[0].shape[1:])
         for factor in self.first:
             factor.targets.put_(out, factor.rows.take(pieces[factor.piece]))
         for factor in self.rest:
             factor.targets.multiply_(out, factor.rows.take(pieces[factor.piece]))
+        log_rows = slice(0, self.num_log_rows)
+        if self.num_log_rows:
+            logs, bound = self._add_logs(pieces, None if mask is None else mask[log_rows])
+            top = torch.where(logs.amax(-1).isneginf(), 0.0, logs.amax(-1))
+            out[log_rows] = (logs - top.unsqueeze(-1)).exp_()
+        lost = underflow(out, mask)
         if mask is not None:
             out = torch.where(mask, out, 0.0)
-        if not self.num_log_rows:
-            return (out, *rescale_(out))
-        log_rows = slice(0, self.num_log_rows)
-        logs, lost = self._add_logs(pieces, None if mask is None else mask[log_rows])
-        top = torch.where(logs.amax(-1).isneginf(), 0.0, logs.amax(-1))
-        out[log_rows] = (logs - top.unsqueeze(-1)).exp_()
         log_top, is_weak = rescale_(out)
-        log_top[log_rows] += top
-        return out, log_top, is_weak | lost
+        lost *= (-log_top).exp()
+        if self.num_log_rows:
+            log_top[log_rows] += top
+            lost[log_rows] += (bound - top).double().exp_()
+        return out, log_top, lost, is_weak
 
     def _add_logs(self, pieces: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logs of the products, and of what one with an underflowed factor could be (E, B)."""
         logs = pieces[0].new_zeros(self.num_log_rows, *pieces[0].shape[1:])
         zeros = torch.zeros(logs.shape, dtype=torch.int32, device=logs.device)
         for factor in self.in_logs:
             values = factor.rows.take(pieces[factor.piece])
             factor.targets.add_(logs, values.clamp_min(FLOAT_FLOOR).log_())
             factor.targets.add_(zeros, (values < FLOAT_FLOOR).int())
-        # With zeros at the floor, `logs` bounds what a unit with an underflowed factor could be.
         has_zero = zeros > 0
         if mask is not None:
             logs = torch.where(mask, logs, -torch.inf)
         bound = torch.where(has_zero, logs, -torch.inf).amax(-1)
-        logs = torch.where(has_zero, -torch.inf, logs)
-        lost = (bound > logs.amax(-1) - LOST_NATS) & ~bound.isneginf()
-        return logs, lost.any(0)
+        return torch.where(has_zero, -torch.inf, logs), bound
 
     def add(self, pieces: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         """The product of messages that are logs, by ordinary autograd."""
@@ -160,7 +157,7 @@ class ProductLayer(nn.Module):
 
 
 class ProductFunction(torch.autograd.Function):
-    """Pieces -> (values, log of their maximum, weak samples); flows pass unchanged."""
+    """Pieces -> what `ProductLayer.multiply` gives; flows pass unchanged."""
 
     @staticmethod
     def forward(
@@ -168,9 +165,9 @@ class ProductFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.layer = layer
         ctx.sizes = [len(piece) for piece in pieces]
-        out, log_top, is_weak = layer.multiply(pieces, mask)
-        ctx.mark_non_differentiable(log_top, is_weak)
-        return out, log_top, is_weak
+        out, *more = layer.multiply(pieces, mask)
+        ctx.mark_non_differentiable(*more)
+        return out, *more
 
     @staticmethod
     @once_differentiable
@@ -179,27 +176,30 @@ class ProductFunction(torch.autograd.Function):
 
 
 class ConcatFunction(torch.autograd.Function):
-    """Groups (E, B, K_j) with scales (E, B) each -> one message with one common scale."""
+    """Groups (E, B, K_j) with scales (E, B, 2) each -> one message with one common scale."""
 
     @staticmethod
     def forward(
         ctx: Any, mask: Tensor | None, scales: Sequence[Tensor], *groups: Tensor
     ) -> tuple[Tensor, ...]:
-        tops = [s + g.amax(-1).log() for s, g in zip(scales, groups, strict=True)]
+        tops = [s[..., 0] + g.amax(-1).log() for s, g in zip(scales, groups, strict=True)]
         common = torch.stack(tops).amax(0)
         common = torch.where(common.isneginf(), 0.0, common)
+        shifts = [(scale[..., 0] - common).clamp_max(80.0).exp() for scale in scales]
         out = torch.cat(
             [
-                group * (scale - common).clamp_max(80.0).exp().to(group.dtype).unsqueeze(-1)
-                for group, scale in zip(groups, scales, strict=True)
+                group * shift.to(group.dtype).unsqueeze(-1)
+                for group, shift in zip(groups, shifts, strict=True)
             ],
             dim=-1,
         )
+        lost = underflow(out, mask)
+        lost += torch.stack([concat_lost(scale, common) for scale in scales]).amax(0)
         if mask is not None:
             out = torch.where(mask, out, 0.0)
         log_top, is_weak = rescale_(out)
         ctx.sizes = [group.shape[-1] for group in groups]
-        scale = common + log_top
+        scale = divide_(new_scale(common + log_top, lost), log_top)
         ctx.mark_non_differentiable(scale, is_weak)
         return out, scale, is_weak
 
@@ -213,8 +213,8 @@ class RootFunction(torch.autograd.Function):
     """The root's likelihood -> log-likelihood (B,); impossible or broken samples get no flow."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, log_scale: Tensor | None) -> Tensor:
-        logs = values if log_scale is None else values.log().double() + log_scale
+    def forward(ctx: Any, values: Tensor, scale: Tensor | None) -> Tensor:
+        logs = values if scale is None else values.log().double() + scale[..., 0]
         ctx.save_for_backward(logs.isfinite())
         ctx.dtype = values.dtype
         return logs.float()

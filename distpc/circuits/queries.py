@@ -28,10 +28,8 @@ def log_prob(
 ) -> Tensor:
     """Log-likelihoods (B,) in nats, float32, computed in batches without gradients."""
     parts = []
-    for start in range(0, len(x), batch_size):
-        rows = slice(start, start + batch_size)
-        mask = observed if observed is None or _dim(observed) == 1 else observed[rows]
-        parts.append(circuit(x[rows], None if latents is None else latents[rows], mask))
+    for _, evidence in circuit.reader.batches(x, latents, observed, batch_size, circuit.device):
+        parts.append(circuit(evidence))
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
@@ -161,16 +159,8 @@ def posterior(circuit: Circuit, x: Any, observed: Any = None, batch_size: int = 
 def _batches(
     circuit: Circuit, x: Any, observed: Any, batch_size: int
 ) -> list[tuple[Evidence, int]]:
-    batches = []
-    for start in range(0, len(x), batch_size):
-        rows = slice(start, start + batch_size)
-        mask = observed if observed is None or _dim(observed) == 1 else observed[rows]
-        batches.append((circuit.reader.read(x[rows], None, mask, circuit.device), start))
-    return batches
-
-
-def _dim(observed: Any) -> int:
-    return int(torch.as_tensor(observed).dim())
+    batches = circuit.reader.batches(x, None, observed, batch_size, circuit.device)
+    return [(evidence, start) for start, evidence in batches]
 
 
 def _num_categories(circuit: Circuit, variable: int) -> int:

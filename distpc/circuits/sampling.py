@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,8 +37,10 @@ def sample(circuit: Circuit, n: int, seed: int, x: Any = None, observed: Any = N
         (n, V), or (B, n, V) given x; integers, or float32 where a variable is real.
 
     Raises:
-        EvidenceError: evidence of probability 0, or a mask without values.
+        EvidenceError: evidence of probability 0, n below 1, or a mask without values.
     """
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+        raise EvidenceError("no such number of samples", where="n", found=n, expected="1, 2, ...")
     generator = torch.Generator().manual_seed(seed)
     if x is None:
         if observed is not None:
@@ -45,7 +48,7 @@ def sample(circuit: Circuit, n: int, seed: int, x: Any = None, observed: Any = N
         return _TopDown(circuit, circuit.reader.missing(1, circuit.device), n, generator).draw()
     evidence = circuit.reader.read(x, None, observed, circuit.device)
     samples = _TopDown(circuit, evidence, n, generator).draw()
-    return samples.view(evidence.codes.shape[1], n, -1)
+    return samples.view(evidence.codes.shape[1], n, len(evidence.codes))
 
 
 class _TopDown:

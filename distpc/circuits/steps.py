@@ -24,6 +24,7 @@ from distpc.circuits.layers import (
     RescaleFunction,
     RootFunction,
 )
+from distpc.circuits.lost import divide_, is_untrustworthy, mix, new_scale
 from distpc.circuits.rows import Rows
 from distpc.circuits.schedule import (
     BankPlan,
@@ -41,13 +42,13 @@ Bank = SumBank | CategoricalBank | GaussianBank
 
 
 class Message(NamedTuple):
-    """Values (E, B, K) with log-scale (E, B); or logs with None.
+    """Values (E, B, K) with scale (E, B, 2), see `lost`; or logs with None.
 
     `is_weak` (B,) marks samples that the scaled domain may have lost, None for none.
     """
 
     values: Tensor
-    log_scale: Tensor | None
+    scale: Tensor | None
     is_weak: Tensor | None = None
 
 
@@ -85,30 +86,28 @@ class Step(nn.Module):
         if len(pieces) == 1 and isinstance(self.orders[request], nn.Identity):
             return pieces[0]
         values = torch.cat([piece.values for piece in pieces])
-        scales = [piece.log_scale for piece in pieces if piece.log_scale is not None]
-        log_scale = torch.cat(scales) if scales else None
+        scales = [piece.scale for piece in pieces if piece.scale is not None]
+        scale = torch.cat(scales) if scales else None
         order = self.orders[request]
         if isinstance(order, Rows):
             values = order.take(values)
-            log_scale = None if log_scale is None else order.take(log_scale)
-        return Message(values, log_scale)
+            scale = None if scale is None else order.take(scale)
+        return Message(values, scale)
 
     def deal(self, message: Message) -> list[Message]:
         """The parts of this step's message, one for each consumer."""
-        values, log_scale = message.values, message.log_scale
+        values, scale = message.values, message.scale
         if self.deal_order is not None:
             values = self.deal_order.take(values)
-            log_scale = None if log_scale is None else self.deal_order.take(log_scale)
+            scale = None if scale is None else self.deal_order.take(scale)
         if len(self.deal_sizes) <= 1:
-            return [Message(values, log_scale)] * len(self.deal_sizes)
+            return [Message(values, scale)] * len(self.deal_sizes)
         # One split: its backward is one concatenation, where slices would each fill a whole
         # message with zeros.
         parts = values.split(self.deal_sizes)
-        if log_scale is None:
+        if scale is None:
             return [Message(part, None) for part in parts]
-        return [
-            Message(*part) for part in zip(parts, log_scale.split(self.deal_sizes), strict=True)
-        ]
+        return [Message(*part) for part in zip(parts, scale.split(self.deal_sizes), strict=True)]
 
 
 def _order(request: Request) -> nn.Module:
@@ -205,12 +204,16 @@ class SumStep(Step):
         in_logs: bool,
     ) -> Message:
         assert isinstance(bank, SumBank)
-        values, log_scale, _ = self.gather(requests[0], 0)
-        values = bank(values, in_logs)
-        if log_scale is None or not self.rescale:
-            return Message(values, log_scale)
+        values, scale, _ = self.gather(requests[0], 0)
+        values, smallest = bank(values, in_logs)
+        if scale is None:
+            return Message(values, None)
+        scale = mix(scale, smallest, values.detach())
+        if not self.rescale:
+            return Message(values, scale)
         values, log_top, is_weak = RescaleFunction.apply(values)
-        return Message(values, log_scale + log_top, is_weak)
+        scale[..., 0] += log_top
+        return Message(values, divide_(scale, log_top), is_weak)
 
 
 class ProductStep(Step):
@@ -232,12 +235,14 @@ class ProductStep(Step):
         mask = evidence.mask(self.latents, num_units)
         if in_logs:
             return Message(self.layer.add(values, mask), None)
-        out, log_top, is_weak = ProductFunction.apply(self.layer, mask, *values)
+        out, log_top, lost, is_weak = ProductFunction.apply(self.layer, mask, *values)
+        scale = new_scale(log_top, torch.zeros_like(lost))
         for factor in self.layer.factors:
-            scale = requests[0][factor.piece].log_scale
-            assert scale is not None
-            factor.targets.add_(log_top, factor.rows.take(scale))
-        return Message(out, log_top, is_weak)
+            of_factor = requests[0][factor.piece].scale
+            assert of_factor is not None
+            factor.targets.add_(scale, factor.rows.take(of_factor))
+        divide_(scale, log_top)[..., 1] += lost
+        return Message(out, scale, is_weak)
 
 
 class ConcatStep(Step):
@@ -257,7 +262,7 @@ class ConcatStep(Step):
         if in_logs:
             logs = torch.cat(values, dim=-1)
             return Message(logs if mask is None else torch.where(mask, logs, -torch.inf), None)
-        scales = [group.log_scale for group in groups]
+        scales = [group.scale for group in groups]
         return Message(*ConcatFunction.apply(mask, scales, *values))
 
 
@@ -328,7 +333,8 @@ def run_steps(
     assert root is not None
     row = schedule.root[1]
     values = root.values[row, :, 0]
-    if root.log_scale is None:
+    if root.scale is None:
         return Pass(RootFunction.apply(values, None), is_weak, outputs)
-    is_weak |= ~(values.detach() >= WEAK)
-    return Pass(RootFunction.apply(values, root.log_scale[row]), is_weak, outputs)
+    scale = root.scale[row]
+    is_weak |= ~(values.detach() >= WEAK) | is_untrustworthy(scale, values.detach())
+    return Pass(RootFunction.apply(values, scale), is_weak, outputs)

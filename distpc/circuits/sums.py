@@ -11,29 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distpc.circuits.lost import TINY
 from distpc.circuits.statistics import random_statistics, read_out
-
-TINY = 1e-34
-"""Units below this (of a message with maximum about 1) carry no flow worth keeping."""
 
 
 class SumFunction(torch.autograd.Function):
-    """u, S -> u @ theta(S)^T. Saves S, not theta: under ZeRO-3 a saved theta would keep the whole
-    circuit on every rank."""
+    """u, S -> u @ theta(S)^T, and the least weight (T,) of each theta.
+
+    Saves S, not theta: under ZeRO-3 a saved theta would keep the whole circuit on every rank.
+    """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, statistics: Tensor, smoothing: float) -> Tensor:
+    def forward(ctx: Any, u: Tensor, statistics: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         num_tables, num_units, fan_in = statistics.shape
         theta = read_out(statistics, smoothing)
         grouped = u.reshape(num_tables, -1, fan_in)
         out = torch.matmul(grouped, theta.mT).view(*u.shape[:2], num_units)
         ctx.save_for_backward(u, statistics, out)
         ctx.smoothing = smoothing
-        return out
+        smallest = theta.amin((1, 2))
+        ctx.mark_non_differentiable(smallest)
+        return out, smallest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, flow: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, flow: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
         u, statistics, out = ctx.saved_tensors
         num_tables, num_units, fan_in = statistics.shape
         theta = read_out(statistics, ctx.smoothing)
@@ -59,10 +61,14 @@ class SumBank(nn.Module):
         self.statistics = nn.Parameter(torch.empty(num_tables, num_units, fan_in))
         self.smoothing = 0.0
 
-    def forward(self, u: Tensor, in_logs: bool = False) -> Tensor:
-        """(E, B, K) -> (E, B, K'); consecutive rows share a matrix where E > T."""
-        function = LogSumFunction if in_logs else SumFunction
-        return function.apply(u, self.statistics, self.smoothing)
+    def forward(self, u: Tensor, in_logs: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(E, B, K) -> (E, B, K'); consecutive rows share a matrix where E > T.
+
+        Also the least weight of each matrix (T,), None in logs.
+        """
+        if in_logs:
+            return LogSumFunction.apply(u, self.statistics, self.smoothing), None
+        return SumFunction.apply(u, self.statistics, self.smoothing)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """theta, shape (T, K', K)."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-MISSING = -1
+from distpc.data.spec import MISSING
 
 Binning = Literal["frequency", "range"]
 

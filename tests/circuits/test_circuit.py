@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,6 +129,28 @@ def test_a_long_chain() -> None:
     torch.testing.assert_close(log_prob.double(), log_prob_exact(circuit, x), rtol=2e-6, atol=0)
     log_prob.sum().backward()
     assert flows_of(circuit, circuit.graph.root).sum().item() == pytest.approx(5.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("low", "x"), [(1e-25, [1, 1, 1, 0, 0]), (1e-20, [1] * 4 + [0] * 3), (1e-15, [1] * 5 + [0] * 4)]
+)
+def test_a_unit_that_underflows_may_dominate_higher_up(low: float, x: list[int]) -> None:
+    circuit = Circuit(chain(len(x)), [2] * len(x))
+    for index, region in enumerate(circuit.graph.regions):
+        if region.kind == "sum" and region.num_units == 2:
+            circuit.statistics_of(index)[:] = torch.eye(2)
+        elif region.kind == "input":
+            circuit.statistics_of(index)[:] = torch.tensor([[1.0, low], [low, 1.0]])
+    batch = torch.tensor([x, [0] * len(x)])
+    evaluation = circuit.evaluate(circuit.reader.read(batch))
+    assert evaluation.again.tolist() == [0]
+    exact = log_prob_exact(circuit, batch)
+    torch.testing.assert_close(evaluation.log_prob.double(), exact, rtol=1e-6, atol=1e-5)
+    circuit.set_smoothing(0.1, 0.0, 1000)
+    smoothed = circuit.evaluate(circuit.reader.read(batch))
+    exact = log_prob_exact(circuit, batch)
+    torch.testing.assert_close(smoothed.log_prob.double(), exact, rtol=1e-6, atol=1e-5)
+    assert not len(smoothed.again)
 
 
 def test_nothing_and_everything_observed_and_batch_of_one() -> None:
@@ -296,3 +319,19 @@ def test_evidence_that_does_not_fit_is_refused(x, more, says) -> None:
     with pytest.raises(EvidenceError) as caught:
         circuit(torch.tensor(x), **more)
     assert all(text in str(caught.value) for text in says), str(caught.value)
+
+
+def test_batches_are_refused_by_their_row_and_as_a_whole() -> None:
+    circuit = small_circuit("tied-patches")
+    x = np.zeros((5, 6))
+    x[3, 1] = 0.5
+    with pytest.raises(EvidenceError, match=r"variable 1, row 3 of x"):
+        circuit.log_prob(x, batch_size=2)
+    x = np.zeros((5, 6), int)[::-1]
+    assert circuit.log_prob(x).shape == (5,) and circuit.log_prob(x[:0]).shape == (0,)
+    for more in ({"latents": np.zeros((9, 3), int)}, {"observed": np.ones((4, 6), bool)}):
+        with pytest.raises(EvidenceError, match="5, "):
+            circuit.log_prob(x, batch_size=2, **more)
+    for wrong in (3, "abc", x.astype(complex), x[0], [[1], [1, 2]], None):
+        with pytest.raises(EvidenceError):
+            circuit.log_prob(wrong)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -101,3 +103,16 @@ def test_broken_ties_and_loose_regions_are_refused() -> None:
     loose = RegionGraph([leaves[0], Region("input", 1, variable=0)], 1)
     with pytest.raises(StructureError, match="not below the root"):
         compile_graph(loose, [2])
+
+
+@pytest.mark.parametrize("tie", ["5", ""])
+def test_a_tie_is_no_number_of_a_region(tie: str) -> None:
+    regions = list(chain(4).regions)
+    sums = [i for i, r in enumerate(regions) if r.kind == "sum" and r.num_units == 2]
+    assert 5 in sums
+    for index in sums[::2]:
+        regions[index] = replace(regions[index], tie=tie)
+    circuit = Circuit(RegionGraph(regions, 4), [2] * 4)
+    worlds = torch.cartesian_prod(*[torch.arange(2)] * 4)
+    assert circuit(worlds).exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert circuit.bank_of(sums[0]) == circuit.bank_of(sums[2]) != circuit.bank_of(5)

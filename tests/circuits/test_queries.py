@@ -172,3 +172,13 @@ def test_queries_leave_no_gradients() -> None:
     circuit.sample(2, x=x)
     circuit.log_prob(x)
     assert all(parameter.grad is None for parameter in circuit.parameters())
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, True, None])
+def test_no_number_of_samples_is_refused(n: object) -> None:
+    with pytest.raises(EvidenceError, match="number of samples"):
+        small_circuit("tied-patches").sample(n)
+
+
+def test_no_rows_of_evidence_give_no_samples() -> None:
+    assert small_circuit("tied-patches").sample(2, x=np.zeros((0, 6))).shape == (0, 2, 6)
