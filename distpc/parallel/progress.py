@@ -55,6 +55,13 @@ class Progress:
         elif self._speaks and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._print_line()
 
+    def say(self, line: str) -> None:
+        """Print a line of its own above the bar, or into the log."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        elif self._speaks:
+            print(line, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """End the bar, or write the last line. Idempotent."""
         if self._closed:

@@ -1,7 +1,6 @@
 """Checkpoints that are complete or absent, of any ZeRO stage, resumable on any number of ranks.
 
     checkpoints/step-00000120/statistics.safetensors   whole parameters by name
-                              moments-0-of-2.safetensors   Adam's shards, where parameters use Adam
                               state.json                written last: facts, sizes, digests
 
 A folder is written under a temporary name and renamed when all of it is on the disk.
@@ -12,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,18 +64,6 @@ class Checkpoint:
         """All parameters by name, on the CPU."""
         return _read_tensors(self.path / STATISTICS)
 
-    def moments(self, rank: int, num_ranks: int) -> list[dict[str, Tensor]]:
-        """Adam's shards of one rank; empty if there are none for this number of ranks."""
-        file = self.path / _moments_name(rank, num_ranks)
-        if not file.is_file():
-            return []
-        flat = _read_tensors(file)
-        count = 1 + max((int(name.split(".")[0]) for name in flat), default=-1)
-        return [
-            {name: flat[f"{i}.{name}"] for name in ("steps", "first", "second")}
-            for i in range(count)
-        ]
-
 
 class Checkpoints:
     """The checkpoints of one training, in one folder.
@@ -125,33 +112,18 @@ class Checkpoints:
             )
         return checkpoint
 
-    def draft(self, step: int) -> Path:
-        """Folder in which the files of a checkpoint are gathered before it is sealed."""
-        return self.folder / f".{_step_name(step)}"
-
-    def open_draft(self, step: int) -> None:
-        """Make an empty draft."""
-        draft = self.draft(step)
-        if draft.exists():
-            shutil.rmtree(draft)
-        draft.mkdir(parents=True)
-
-    def write_moments(
-        self, step: int, rank: int, num_ranks: int, moments: Sequence[Mapping[str, Tensor]]
-    ) -> None:
-        """Add one rank's Adam shards to the draft; called by every rank."""
-        flat = {f"{i}.{name}": v for i, values in enumerate(moments) for name, v in values.items()}
-        with self._cleaning_up(step):
-            _write_tensors(self.draft(step) / _moments_name(rank, num_ranks), flat)
-
-    def seal(self, facts: TrainingFacts, statistics: Mapping[str, Tensor]) -> Path:
-        """Complete the draft of `facts.step`, give it its name, and remove older checkpoints.
+    def save(self, facts: TrainingFacts, statistics: Mapping[str, Tensor]) -> Path:
+        """Write the checkpoint of `facts.step`, and remove older ones; for one process alone.
 
         Raises:
             ResourceError: the disk is full; the checkpoints that were there stay.
         """
-        draft, path = self.draft(facts.step), self.folder / _step_name(facts.step)
-        with self._cleaning_up(facts.step):
+        name = _step_name(facts.step)
+        draft, path = self.folder / f".{name}", self.folder / name
+        if draft.exists():
+            shutil.rmtree(draft)
+        draft.mkdir(parents=True)
+        with _removed_on_error(draft):
             _write_tensors(draft / STATISTICS, statistics)
             files = {
                 file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
@@ -215,15 +187,6 @@ class Checkpoints:
                 fix="remove the stage's folder, or choose another --out",
             )
 
-    @contextmanager
-    def _cleaning_up(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            # A draft of hundreds of megabytes on a full disk would keep it full.
-            shutil.rmtree(self.draft(step), ignore_errors=True)
-            raise
-
 
 def check_shapes(where: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse parameters of other names or shapes than a circuit's.
@@ -256,8 +219,14 @@ def _step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _moments_name(rank: int, num_ranks: int) -> str:
-    return f"moments-{rank}-of-{num_ranks}.safetensors"
+@contextmanager
+def _removed_on_error(draft: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        # A draft of hundreds of megabytes on a full disk would keep it full.
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from distpc.artifacts.files import fingerprint, read_json, write_json
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
-from distpc.circuits.io import load_model, save_model
+from distpc.circuits.io import DESCRIPTION, load_model, save_model
 from distpc.data.index import ShardIndex
 from distpc.data.loader import Loader
 from distpc.data.plan import LoaderState
-from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
 from distpc.parallel.collectives import barrier
 from distpc.parallel.engine import Engine
@@ -23,31 +20,45 @@ from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh
 from distpc.structures.region_graph import RegionGraph
 from distpc.training.checkpoint import Checkpoint, Checkpoints, TrainingFacts, check_shapes
+from distpc.training.last_good import LAST_GOOD
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.samples import take_rows
 from distpc.training.start import MARGINAL_SAMPLES, start_near_data_
 from distpc.training.trainer import Parts, Trainer
 from distpc.training.validation import Validation
 
 RESULTS = "training.json"
-UNRELATED_FIELDS = {"micro_batch_size", "checkpoint_every_seconds", "keep_checkpoints"}
-"""Fields of the finetune section that a resumed training may change."""
+MODEL = "model"
+CHECKPOINTS = "checkpoints"
 
 
 def run(ctx: StageContext) -> None:
-    """Fine-tune on all ranks, then write the best model on the validation split to `model/`."""
+    """Fine-tune on all ranks, then write the best model on the validation split to `model/`.
+
+    The checkpoints, of which that model is one, are removed after it.
+
+    Raises:
+        TrainingError: log-likelihoods or statistics are no longer finite, training diverges, or a
+            rank is lost.
+        ArtifactError: checkpoints of another training lie in the stage's folder.
+        ResourceError: the disk is full.
+    """
     parallel = ctx.config.parallel
-    run_ranks(
-        "distpc.training.finetune:train_rank",
-        ctx.to_json(),
-        num_ranks=parallel.num_ranks,
-        threads_per_rank=parallel.threads_per_rank,
-        log_folder=ctx.out / "logs",
-    )
+    if not _has_model(ctx):
+        run_ranks(
+            "distpc.training.finetune:train_rank",
+            ctx.to_json(),
+            num_ranks=parallel.num_ranks,
+            threads_per_rank=parallel.threads_per_rank,
+            log_folder=ctx.out / "logs",
+        )
     results = read_json(ctx.out / RESULTS)
     ctx.metadata.update(results)
     if Mesh.from_environment().is_main:
-        _save_best(ctx, results)
+        if not _has_model(ctx):
+            _save_best(ctx, results)
+        shutil.rmtree(ctx.out / CHECKPOINTS, ignore_errors=True)
 
 
 def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
@@ -56,7 +67,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     spec = DatasetSpec.load(ctx.input("shards").path)
     index = ShardIndex.load(ctx.input("index").path)
     checkpoints = Checkpoints(
-        ctx.out / "checkpoints", identity_of(ctx), ctx.config.finetune.keep_checkpoints
+        ctx.out / CHECKPOINTS, identity_of(ctx), ctx.config.finetune.keep_checkpoints
     )
     if mesh.is_main:
         checkpoints.clean()
@@ -69,8 +80,6 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     if found is not None:
         _load(circuit, found)
     parts = _assemble(ctx, spec, index, mesh, circuit, checkpoints, facts)
-    if found is not None:
-        parts.optimizer.restore_moments(found.moments(mesh.rank, mesh.world_size))
     trainer = Trainer(ctx.config.finetune, spec, index.num_samples("train"), parts, facts)
     with parts.monitor:
         trainer.run()
@@ -83,6 +92,8 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
             "deepspeed": parts.engine.config_json,
         }
         write_json(ctx.out / RESULTS, {**results, **extra})
+    # Where every rank was started from outside, all of them read the results.
+    barrier(mesh)
 
 
 def starting_circuit(
@@ -106,21 +117,14 @@ def starting_circuit(
             graph, spec.num_categories, seed=ctx.config.seed, init_noise=config.init_noise
         )
         if random_rows:
-            start_near_data_(circuit, _first_samples(index, spec))
+            start_near_data_(circuit, take_rows(index, "train", MARGINAL_SAMPLES))
     circuit.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
     return circuit
 
 
 def identity_of(ctx: StageContext) -> dict[str, Any]:
     """What a checkpoint must share with this training to continue it."""
-    fields = ctx.config.finetune.model_dump(mode="json", exclude=UNRELATED_FIELDS)
-    inputs = {f"input.{name}": artifact.fingerprint for name, artifact in ctx.inputs.items()}
-    return {
-        "graph": fingerprint(read_json(_graph_path(ctx))),
-        "seed": ctx.config.seed,
-        **{f"finetune.{name}": value for name, value in fields.items()},
-        **inputs,
-    }
+    return {"fingerprint": ctx.fingerprint, "graph": fingerprint(read_json(_graph_path(ctx)))}
 
 
 def _assemble(
@@ -138,9 +142,7 @@ def _assemble(
         whole = Circuit(circuit.graph, circuit.num_categories)
         whole.load_state_dict(circuit.state_dict())
         whole.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
-    optimizer = CircuitOptimizer(
-        circuit.parameter_groups(), step_size=config.step_size, learning_rate=config.learning_rate
-    )
+    optimizer = CircuitOptimizer(circuit.parameter_groups(), step_size=config.step_size)
     loader = Loader(
         index,
         spec,
@@ -171,6 +173,7 @@ def _assemble(
             ctx.tensorboard / "finetune", spec, enabled=mesh.is_main, first_step=facts.step + 1
         ),
         mesh=mesh,
+        last_good=ctx.out.parent / LAST_GOOD,
     )
 
 
@@ -180,10 +183,15 @@ def _load(circuit: Circuit, checkpoint: Checkpoint) -> None:
     circuit.load_state_dict(state)
 
 
+def _has_model(ctx: StageContext) -> bool:
+    """Whether an earlier attempt got as far as the model; its checkpoints may be gone already."""
+    return (ctx.out / RESULTS).is_file() and (ctx.out / MODEL / DESCRIPTION).is_file()
+
+
 def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
     spec = DatasetSpec.load(ctx.input("shards").path)
     index = ShardIndex.load(ctx.input("index").path)
-    best = Checkpoints(ctx.out / "checkpoints", identity_of(ctx)).at(results["best_step"])
+    best = Checkpoints(ctx.out / CHECKPOINTS, identity_of(ctx)).at(results["best_step"])
     circuit = starting_circuit(ctx, spec, index, random_rows=False)
     _load(circuit, best)
     training = {
@@ -193,17 +201,7 @@ def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
         "seed": ctx.config.seed,
         "finetune": ctx.config.finetune.model_dump(mode="json"),
     }
-    save_model(circuit, ctx.out / "model", dataset=spec.to_json(), training=training)
-
-
-def _first_samples(index: ShardIndex, spec: DatasetSpec) -> Iterator[np.ndarray]:
-    """Batches of the first training samples, enough for marginals."""
-    seen = 0
-    for batch in iterate_split(index, spec, "train", 1024):
-        if seen >= MARGINAL_SAMPLES:
-            return
-        seen += len(batch)
-        yield batch
+    save_model(circuit, ctx.out / MODEL, dataset=spec.to_json(), training=training)
 
 
 def _graph_path(ctx: StageContext) -> Path:

@@ -41,7 +41,8 @@ def fit(
     """Train a circuit in place by online EM, from the parameters that it has.
 
     Args:
-        circuit: trained in place, on the device that it is on; with `valid`, it ends with the parameters of the best epoch.
+        circuit: trained in place, on the device that it is on; with `valid`, it ends with the
+            parameters of the best epoch.
         data: (N, V) integers with -1 for missing values, or floats with NaN.
         epochs: passes over the data.
         batch_size: samples per update (all of the data, if there are fewer).

@@ -20,9 +20,14 @@ from distpc.structures.patches import group_graph
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.samples import LatentSource
 from distpc.training.schedule import LinearSchedule
+from distpc.training.start import start_near_data_
 
 _FINAL_STEP_SIZE = 0.02
+_INIT_NOISE = 1.0
+"""Spread of the random parameters that a leaf starts from: entries of a row differ up to e^2-fold.
+Its own, because fine-tuning's is no part of what a distilled circuit depends on."""
 _MAX_POOL_BYTES = 2**30
+_MARGINAL_BATCH = 65_536
 
 
 def train_group(
@@ -42,7 +47,7 @@ def train_group(
         group_graph(layout.leaf, group, len(clusters)),
         [spec.num_categories[variable] for variable in layout.variables[0].tolist()],
         seed=ctx.config.seed + group,
-        init_noise=ctx.config.finetune.init_noise,
+        init_noise=_INIT_NOISE,
     )
     if ctx.config.parallel.gpus_per_worker > 0:
         circuit.to("cuda")
@@ -70,7 +75,7 @@ def fit_leaf(
     Returns:
         for every epoch the mean nats of the batches just before they were learnt from.
     """
-    _start_near_data_(circuit, patches)
+    start_near_data_(circuit, patches.split(_MARGINAL_BATCH))
     circuit.set_smoothing(settings.pseudocount, settings.pseudocount, len(patches))
     optimizer = CircuitOptimizer(circuit.parameter_groups(), step_size=settings.leaf_step_size)
     last = min(_FINAL_STEP_SIZE, settings.leaf_step_size)
@@ -91,18 +96,6 @@ def fit_leaf(
             nats += float(log_prob.detach().double().sum())
         curve.append(nats / len(patches))
     return curve
-
-
-@torch.no_grad()
-def _start_near_data_(circuit: Circuit, patches: Tensor) -> None:
-    """Multiply every random input row by its variable's histogram: no state starts off the data."""
-    for index, region in enumerate(circuit.graph.regions):
-        if region.variable is not None:
-            rows = circuit.statistics_of(index)
-            values = patches[:, region.variable].long()
-            counts = torch.bincount(values[values >= 0], minlength=rows.shape[1])
-            rows.mul_((counts + 1.0 / len(counts)).to(rows))
-    circuit.rescale_to_uses_()
 
 
 def _pool(

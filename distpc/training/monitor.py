@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ COMPLETIONS_PER_IMAGE = 4
 
 
 class Monitor:
-    """Writes to TensorBoard, and a line per evaluation to stderr; silent where not enabled.
+    """Writes to TensorBoard; silent where not enabled.
 
     Args:
         folder: of the event files; of one training alone, because resuming purges in it.
@@ -82,11 +81,6 @@ class Monitor:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
-    def say(self, line: str) -> None:
-        """One line for the terminal or the log."""
-        if self._writer is not None:
-            print(line, file=sys.stderr, flush=True)
-
     def health(self, step: int, circuit: Circuit) -> dict[str, float]:
         """Write latent usage, dead states and weight entropies; return them.
 
@@ -133,9 +127,7 @@ class Monitor:
             self._writer.add_image(name, grid, step, dataformats="HWC")
 
 
-def completion_grid(
-    circuit: Circuit, examples: np.ndarray, spec: DatasetSpec
-) -> np.ndarray | None:
+def completion_grid(circuit: Circuit, examples: np.ndarray, spec: DatasetSpec) -> np.ndarray | None:
     """Rows of: original, lower half hidden, completions drawn by the circuit.
 
     Args:

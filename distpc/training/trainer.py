@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from distpc.circuits.circuit import Circuit
 from distpc.config.schema import FinetuneConfig
 from distpc.data.loader import Loader
 from distpc.data.spec import MISSING, DatasetSpec
-from distpc.parallel.collectives import barrier, gather_objects, sum_across
+from distpc.errors import TrainingError
+from distpc.parallel.collectives import broadcast_object, gather_objects, sum_across
 from distpc.parallel.engine import Engine
 from distpc.parallel.mesh import Mesh
 from distpc.parallel.progress import Progress
 from distpc.training.checkpoint import Checkpoints, TrainingFacts
 from distpc.training.figures import Figures, bits_per_value, tally
 from distpc.training.guard import Guard
+from distpc.training.last_good import with_last_good
 from distpc.training.monitor import Monitor, peak_memory_bytes
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.schedule import LinearSchedule
@@ -36,6 +39,7 @@ class Parts:
         circuit: the module inside the engine.
         whole: a circuit that holds whole parameters on rank 0: the same object, except under
             ZeRO-3, where it is a copy that `full_state` is loaded into.
+        last_good: folder for the best model so far, should training have to stop.
     """
 
     circuit: Circuit
@@ -47,6 +51,7 @@ class Parts:
     checkpoints: Checkpoints
     monitor: Monitor
     mesh: Mesh
+    last_good: Path
 
 
 class Trainer:
@@ -81,12 +86,25 @@ class Trainer:
         self._started_samples = facts.samples
 
     def run(self) -> None:
-        """Train from where `facts` stand to the end; the last step is always validated."""
+        """Train from where `facts` stand to the end; the last step is always validated.
+
+        Raises:
+            TrainingError: the same on every rank, naming where the best model so far was left.
+        """
+        parts = self.parts
+        with Progress("finetune", self.total, "samples") as progress:
+            try:
+                self._run(progress)
+            except TrainingError as error:
+                raise with_last_good(
+                    error, parts.checkpoints, parts.whole, self.spec, parts.last_good, parts.mesh
+                ) from error
+
+    def _run(self, progress: Progress) -> None:
         parts, facts = self.parts, self.facts
-        if facts.best is None:
-            self._validate()
-        progress = Progress("finetune", self.total, "samples")
         progress.advance(min(facts.samples, self.total))
+        if facts.best is None:
+            self._validate(progress)
         for batch in parts.loader.batches(self.total):
             figures, wants_checkpoint = self._update(batch)
             facts.step += 1
@@ -98,10 +116,9 @@ class Trainer:
             self._report_step(bits)
             ended = facts.samples >= self.total
             if ended or self._due(before, self.config.evaluate_every_epochs):
-                self._validate(last=ended)
+                self._validate(progress, last=ended)
             elif wants_checkpoint:
                 self._save()
-        progress.close()
 
     def results(self) -> dict[str, Any]:
         """Figures for the report (JSON values); a collective of all ranks."""
@@ -150,7 +167,7 @@ class Trainer:
         figures = Figures.of(totals[:-1])
         if figures.not_a_number:
             # Where the statistics are the cause, they name the layer and the row.
-            self._check_statistics(facts.step)
+            self._check_statistics(facts.step, parts.engine.full_state())
         self.guard.check_batch(
             step,
             not_a_number=figures.not_a_number,
@@ -159,7 +176,7 @@ class Trainer:
         )
         parts.engine.step()
         if watched and self._found_by_any_rank():
-            self._check_statistics(step)
+            self._check_statistics(step, parts.engine.full_state())
         return figures, bool(totals[-1] > 0)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -205,10 +222,16 @@ class Trainer:
         found = torch.tensor(float(self.parts.optimizer.end_watch()), device=mesh.device)
         return bool(sum_across(found, mesh) > 0)
 
-    def _check_statistics(self, step: int) -> None:
-        # Rank 0 alone has the whole state, and its error is the one that says most: wait for it.
-        self.guard.check_statistics(step, self.parts.engine.full_state())
-        barrier(self.parts.mesh)
+    def _check_statistics(self, step: int, state: dict[str, Tensor]) -> None:
+        """Every rank raises what rank 0 finds, which alone has the whole state; a collective."""
+        found: TrainingError | None = None
+        try:
+            self.guard.check_statistics(step, state)
+        except TrainingError as error:
+            found = error
+        found = broadcast_object(found, self.parts.mesh)
+        if found is not None:
+            raise found
 
     def _account(self, figures: Figures, before: int) -> None:
         facts = self.facts
@@ -238,7 +261,7 @@ class Trainer:
                 },
             )
 
-    def _validate(self, *, last: bool = False) -> None:
+    def _validate(self, progress: Progress, *, last: bool = False) -> None:
         """Evaluate, keep the model if it is the best, and always leave a checkpoint."""
         parts, facts = self.parts, self.facts
         figures = parts.validation.evaluate(self._forward)
@@ -254,9 +277,9 @@ class Trainer:
         if facts.best is None or rank < (facts.best["impossible"], facts.best["bits"]):
             facts.best = facts.valid
         self._save()
-        self._report_validation(last)
+        self._report_validation(progress, last)
 
-    def _report_validation(self, last: bool) -> None:
+    def _report_validation(self, progress: Progress, last: bool) -> None:
         parts, facts, unit = self.parts, self.facts, self.spec.unit
         assert facts.valid is not None and facts.best is not None
         if not parts.monitor.enabled:
@@ -266,7 +289,7 @@ class Trainer:
         examples = parts.validation.examples()
         parts.monitor.pictures(facts.step, parts.whole, examples, force=last)
         train = "" if facts.train_bits is None else f"train {facts.train_bits:.4f}  "
-        parts.monitor.say(
+        progress.say(
             f"finetune: step {facts.step}  epoch {facts.valid['epoch']:.2f}  {train}"
             f"valid {facts.valid['bits']:.4f} {unit}  best {facts.best['bits']:.4f} "
             f"(step {int(facts.best['step'])})  "
@@ -278,16 +301,9 @@ class Trainer:
         """Leave a checkpoint of the present state, unless the state is not finite."""
         parts, facts, mesh = self.parts, self.facts, self.parts.mesh
         state = parts.engine.full_state()
-        self.guard.check_statistics(facts.step, state)
-        moments = parts.optimizer.moments()
+        self._check_statistics(facts.step, state)
         if mesh.is_main:
-            parts.checkpoints.open_draft(facts.step)
-        barrier(mesh)
-        if moments:
-            parts.checkpoints.write_moments(facts.step, mesh.rank, mesh.world_size, moments)
-            barrier(mesh)
-        if mesh.is_main:
-            parts.checkpoints.seal(facts, state)
+            parts.checkpoints.save(facts, state)
             if parts.whole is not parts.circuit:
                 parts.whole.load_state_dict(state)
         self._saved_at = time.monotonic()

@@ -15,6 +15,8 @@ from distpc.structures.region_graph import Region, RegionGraph
 from distpc.training import finetune
 from distpc.training.optimizer import CircuitOptimizer
 
+POISONED_STEP = 10
+
 
 def hidden_tree(num_variables: int, num_states: int) -> RegionGraph:
     """A hidden binary tree, variable v below (v - 1) // 2, with emissions tied in threes."""
@@ -70,13 +72,15 @@ def variant(ctx: StageContext, name: str, **parallel: Any) -> StageContext:
 
 
 def train_each(payload: dict[str, Any], mesh: Mesh) -> None:
-    """Rank target: one fine-tuning after the other in the same processes."""
+    """Rank target: one fine-tuning after the other in the same processes, a poisoned one last."""
     for context in payload["contexts"]:
         finetune.train_rank(context, mesh)
+    if "poisoned" in payload:
+        train_poisoned(payload["poisoned"], mesh)
 
 
 def train_poisoned(payload: dict[str, Any], mesh: Mesh) -> None:
-    """Rank target: one entry of the statistics turns into NaN at step 20, as bad memory may do."""
+    """One entry of the statistics turns into NaN at a step, as bad memory may do."""
     step = CircuitOptimizer.step
     steps_done = 0
 
@@ -84,7 +88,7 @@ def train_poisoned(payload: dict[str, Any], mesh: Mesh) -> None:
         nonlocal steps_done
         steps_done += 1
         step(self, closure)
-        if steps_done == 20:
+        if steps_done == POISONED_STEP:
             self.param_groups[0]["params"][0].data.view(-1)[-1] = float("nan")
 
     CircuitOptimizer.step = poisonous  # type: ignore[method-assign]

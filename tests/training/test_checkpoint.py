@@ -22,8 +22,7 @@ def save(checkpoints: Checkpoints, step: int, best: int | None = None) -> Path:
     facts = TrainingFacts(step=step, samples=step * 10)
     if best is not None:
         facts.best = {"step": best, "epoch": 0.0, "bits": 2.0, "impossible": 0}
-    checkpoints.open_draft(step)
-    return checkpoints.seal(facts, statistics(step))
+    return checkpoints.save(facts, statistics(step))
 
 
 def test_newest_comes_back_whole(tmp_path: Path) -> None:
@@ -80,21 +79,6 @@ def test_refuses_another_circuit_and_says_where(tmp_path: Path) -> None:
     assert caught.value.found == "shape (2, 3)" and caught.value.expected == "shape (2, 4)"
 
 
-def test_moments_come_back_for_the_same_ranks_alone(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, IDENTITY)
-    checkpoints.open_draft(1)
-    for rank in range(2):
-        moments = [
-            {name: torch.tensor([float(rank)]) for name in ("steps", "first", "second")}
-            for _ in range(2)
-        ]
-        checkpoints.write_moments(1, rank, 2, moments)
-    checkpoints.seal(TrainingFacts(step=1), statistics(1))
-    found = checkpoints.at(1)
-    assert [values["first"].item() for values in found.moments(1, 2)] == [1.0, 1.0]
-    assert found.moments(0, 3) == []
-
-
 def run_script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
     script = f"""
     import os, resource, signal
@@ -124,8 +108,7 @@ def test_killed_while_saving_leaves_the_previous(tmp_path: Path) -> None:
         tmp_path,
         """
         checkpoint.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        checkpoints.open_draft(2)
-        checkpoints.seal(TrainingFacts(step=2), large)
+        checkpoints.save(TrainingFacts(step=2), large)
         """,
     )
     assert ended.returncode == -signal.SIGKILL
@@ -145,9 +128,8 @@ def test_a_full_disk_is_a_typed_error_and_leaves_the_previous(tmp_path: Path) ->
         # A file size limit stops a write in its middle, as a full disk or quota does.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        checkpoints.open_draft(2)
         try:
-            checkpoints.seal(TrainingFacts(step=2), large)
+            checkpoints.save(TrainingFacts(step=2), large)
         except Exception as error:
             print(type(error).__name__, error)
         """,

@@ -19,6 +19,7 @@ from distpc.structures import PatchLayout
 from distpc.training import distill
 from distpc.training.assembly import mix_rows
 from distpc.training.distill import collect
+from distpc.training.leaf import train_group
 from distpc.training.pieces import load_graph, plan_pieces
 from distpc.training.samples import LatentSource
 
@@ -152,6 +153,18 @@ def test_hclt_leaves_in_two_groups(groups, product):
             uses[emission][clusters.start : clusters.stop] for emission in layout.emissions
         )
         torch.testing.assert_close(heads, expected.float(), rtol=0.3, atol=0.05)
+
+
+def test_leaves_do_not_depend_on_how_fine_tuning_starts(groups):
+    ctx = StageContext.from_json(groups.to_json())
+    other = ctx.config.finetune.model_copy(update={"init_noise": 1e-3})
+    ctx.config = ctx.config.model_copy(update={"finetune": other})
+    layout = PatchLayout.of(load_graph(ctx))
+    found, _ = train_group(ctx, layout, LatentSource.of(ctx, layout.num_patches), 0)
+    first = next(p for p in plan_pieces(ctx, layout, LatentSource.of(ctx, 16)) if p.group == 0)
+    kept, _ = first.load(ctx)
+    for tie, tensor in kept.items():
+        torch.testing.assert_close(found[tie], tensor, rtol=1e-2, atol=1e-3)
 
 
 def test_a_second_attempt_keeps_pieces_and_gives_the_same(runs, product):

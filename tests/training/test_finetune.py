@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import prepare, variant
+from runs import POISONED_STEP, prepare, variant
 
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.io import load_model
@@ -17,15 +17,18 @@ from distpc.errors import ArtifactError, TrainingError
 from distpc.parallel.launch import run_ranks
 from distpc.training import finetune
 from distpc.training.checkpoint import Checkpoint, Checkpoints
+from distpc.training.last_good import LAST_GOOD
 
 HERE = Path(__file__).parent
+NUM_STEPS = 29
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> StageContext:
     return prepare(
         tmp_path_factory.mktemp("run"),
-        num_epochs=3,
+        num_epochs=2,
+        evaluate_every_epochs=0.5,
         batch_size=101,
         micro_batch_size=30,
         checkpoint_every_seconds=0.0,
@@ -46,70 +49,66 @@ def assert_same(first: Checkpoint, second: Checkpoint, **tolerance: float) -> No
 
 
 @pytest.fixture(scope="module")
-def stages(base: StageContext) -> dict[str, StageContext]:
-    """Fine-tuned by one process, and by two ranks under every ZeRO stage."""
+def stages(base: StageContext) -> dict[str, Any]:
+    """Fine-tuned by one process, and by two ranks under every ZeRO stage; and a poisoned one."""
     alone = variant(base, "alone", num_ranks=1)
     shared = {f"zero{stage}": variant(base, f"zero{stage}", zero_stage=stage) for stage in range(4)}
-    payload = {"contexts": [ctx.to_json() for ctx in shared.values()]}
+    poisoned = variant(base, "poisoned", zero_stage=3)
+    payload = {
+        "contexts": [ctx.to_json() for ctx in shared.values()],
+        "poisoned": poisoned.to_json(),
+    }
     options: dict[str, Any] = {"threads_per_rank": 1, "log_folder": base.out.parent / "logs"}
     run_ranks("runs:train_each", {"contexts": [alone.to_json()]}, num_ranks=1, **options)
-    run_ranks("runs:train_each", payload, num_ranks=2, **options)
-    return {"alone": alone, **shared}
+    with pytest.raises(TrainingError) as caught:
+        run_ranks("runs:train_each", payload, num_ranks=2, **options)
+    return {"alone": alone, **shared, "poisoned": poisoned, "error": caught.value}
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_every_zero_stage_gives_the_statistics_of_one_process(
-    stages: dict[str, StageContext], stage: int
+    stages: dict[str, Any], stage: int
 ) -> None:
     alone, shared = newest(stages["alone"]), newest(stages[f"zero{stage}"])
-    assert alone.facts.step == shared.facts.step == 43
+    assert alone.facts.step == shared.facts.step == NUM_STEPS
     assert_same(shared, alone, rtol=1e-4, atol=1e-5)
     for figure in ("bits", "impossible"):
         assert alone.facts.best is not None and shared.facts.best is not None
         assert shared.facts.best[figure] == pytest.approx(alone.facts.best[figure], abs=1e-5)
 
 
-def test_learns_and_says_so(stages: dict[str, StageContext]) -> None:
+def test_learns_and_says_so(stages: dict[str, Any]) -> None:
     results = json.loads((stages["zero0"].out / finetune.RESULTS).read_text())
     assert results["valid_bpd"] < 2.75 and results["train_bpd"] < 2.75
-    assert results["num_ranks"] == 2 and results["steps"] == 43
+    assert results["num_ranks"] == 2 and results["steps"] == NUM_STEPS
     assert results["train_impossible_samples"] == 0
     assert results["deepspeed"]["zero_optimization"]["stage"] == 0
     assert list((stages["zero0"].tensorboard / "finetune").glob("events.*"))
 
 
-def test_another_training_is_refused(stages: dict[str, StageContext]) -> None:
+def test_another_training_is_refused(stages: dict[str, Any]) -> None:
     ctx = stages["alone"]
-    other = StageContext(
-        ctx.config.model_copy(update={"seed": 5}), ctx.out, ctx.inputs, "x", ctx.tensorboard
-    )
-    with pytest.raises(ArtifactError, match="seed differ"):
-        run_ranks(
-            "distpc.training.finetune:train_rank",
-            other.to_json(),
-            num_ranks=1,
-            threads_per_rank=1,
-            log_folder=ctx.out / "logs",
-        )
+    other = StageContext(ctx.config, ctx.out, ctx.inputs, "x", ctx.tensorboard)
+    with pytest.raises(ArtifactError, match="fingerprint differ") as caught:
+        newest(other)
+    assert caught.value.expected == "{'fingerprint': 'x'}"
 
 
-def test_stops_at_poisoned_statistics_and_keeps_the_last_good_model(base: StageContext) -> None:
-    ctx = variant(base, "poisoned", zero_stage=1)
-    with pytest.raises(TrainingError, match="statistics are not finite") as caught:
-        run_ranks(
-            "runs:train_poisoned",
-            ctx.to_json(),
-            num_ranks=2,
-            threads_per_rank=1,
-            log_folder=ctx.out / "logs",
-        )
-    assert "step 20, parameter" in str(caught.value.where) and "row [" in str(caught.value.where)
-    facts = newest(ctx).facts
-    assert facts.best is not None
+def test_stops_at_poisoned_statistics_and_keeps_the_last_good_model(stages: dict[str, Any]) -> None:
+    ctx, error = stages["poisoned"], stages["error"]
+    assert error.what == "a circuit's statistics are not finite"
+    assert f"step {POISONED_STEP}, parameter" in error.where and "row [" in error.where
+    folder = ctx.out.parent / LAST_GOOD
+    assert f"is kept in {folder}" in error.fix
+    model, facts = load_model(folder), newest(ctx).facts
+    assert facts.best is not None and 0 < facts.best["step"] < POISONED_STEP
+    assert model.training_facts["valid_bpd"] == facts.best["bits"]
     best = Checkpoints(ctx.out / "checkpoints", finetune.identity_of(ctx)).at(
         int(facts.best["step"])
     )
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in best.statistics().values())
+    for name, tensor in best.statistics().items():
+        assert bool(torch.isfinite(tensor).all())
+        assert torch.equal(model.state_dict()[name], tensor)
 
 
 def start(ctx: StageContext, folder: Path) -> subprocess.Popen[bytes]:
@@ -147,17 +146,17 @@ def is_gone(process: int) -> bool:
 
 
 def test_killed_runs_resume_bit_equal(
-    base: StageContext, stages: dict[str, StageContext], tmp_path: Path
+    base: StageContext, stages: dict[str, Any], tmp_path: Path
 ) -> None:
     ctx = variant(base, "killed")
     driver = start(ctx, tmp_path)
-    wait_for_step(ctx, driver, 8)
+    wait_for_step(ctx, driver, 5)
     os.kill(children(driver.pid)[1], signal.SIGKILL)
     assert driver.wait(timeout=60) == 1
     assert "was ended by signal 9" in (tmp_path / "driver.log").read_text()
 
     driver = start(ctx, tmp_path)
-    wait_for_step(ctx, driver, 25)
+    wait_for_step(ctx, driver, 12)
     ranks = children(driver.pid)
     driver.kill()
     driver.wait()
@@ -165,14 +164,24 @@ def test_killed_runs_resume_bit_equal(
     while not all(map(is_gone, ranks)):
         assert time.monotonic() < deadline, "ranks outlive their driver"
         time.sleep(0.1)
-    assert newest(ctx).facts.step < 43
+    assert newest(ctx).facts.step < NUM_STEPS
 
     assert start(ctx, tmp_path).wait(timeout=120) == 0
     undisturbed = newest(stages["zero0"])
-    assert_same(newest(ctx), undisturbed)
-    assert newest(ctx).facts == undisturbed.facts
-
     model = load_model(ctx.out / "model")
     best = undisturbed.facts.best
-    assert best is not None and model.training_facts["valid_bpd"] == best["bits"]
+    # The best being the last, the model is where the whole training ended.
+    assert best is not None and best["step"] == NUM_STEPS
+    for name, tensor in undisturbed.statistics().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert model.training_facts["valid_bpd"] == best["bits"]
     assert model.dataset["name"] == "digits"
+    results = json.loads((ctx.out / finetune.RESULTS).read_text())
+    assert results["resumed_at_step"] >= 12
+    expected = json.loads((stages["zero0"].out / finetune.RESULTS).read_text())
+    for figure in ("train_bpd", "valid_bpd", "best_step", "steps", "train_impossible_samples"):
+        assert results[figure] == expected[figure]
+    # A finished stage holds its model once, and is not trained again for having no checkpoints.
+    assert not (ctx.out / "checkpoints").exists()
+    finetune.run(ctx)
+    assert ctx.metadata == results

@@ -107,12 +107,14 @@ def test_missing_is_a_value_of_every_column_and_other_negatives_are_not() -> Non
         assert float(caught.value.found or 0) == -7
 
 
-def test_stops_at_poisoned_statistics() -> None:
+def test_stops_at_poisoned_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     circuit = tree()
     with torch.no_grad():
         next(circuit.parameters()).view(-1)[0] = math.nan
     with pytest.raises(TrainingError, match="not finite"):
-        fit(circuit, samples(50), epochs=2, progress=False)
+        fit(circuit, samples(50), epochs=2)
+    # The bar ends with the training.
+    assert capsys.readouterr().err.startswith("fit: 0/100 samples")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,79 @@
+"""What is left of a training that has to stop: the best model so far, out of the stage's way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distpc.circuits.circuit import Circuit
+from distpc.circuits.io import save_model
+from distpc.data.spec import DatasetSpec
+from distpc.errors import DistpcError, TrainingError
+from distpc.parallel.collectives import broadcast_object
+from distpc.parallel.mesh import Mesh
+from distpc.training.checkpoint import Checkpoints, check_shapes
+
+LAST_GOOD = "last_good_model"
+"""Folder beside the stage's own, which is emptied as soon as a setting changes."""
+
+
+def with_last_good(
+    error: TrainingError,
+    checkpoints: Checkpoints,
+    circuit: Circuit,
+    spec: DatasetSpec,
+    folder: Path,
+    mesh: Mesh,
+) -> TrainingError:
+    """Save the best model so far, and say so in the error; a collective of all ranks.
+
+    Args:
+        error: why training stops; every rank has it.
+        checkpoints: of the training.
+        circuit: whole on rank 0; it gets the parameters of the best model.
+        spec: of the data.
+        folder: of the model; an older one is replaced.
+        mesh: this process among the ranks.
+
+    Returns:
+        the same error whose `fix` names the folder, or why nothing could be saved.
+    """
+    kept: str | None = None
+    if mesh.is_main:
+        try:
+            kept = _save(error, checkpoints, circuit, spec, folder)
+        except (DistpcError, OSError) as reason:
+            # Why training stopped matters more than why its model cannot be saved.
+            kept = f"the best model so far could not be saved: {reason}"
+    # Ranks that raised before rank 0 is done would have it ended in the middle of its files.
+    kept = broadcast_object(kept, mesh)
+    fix = "; ".join(text for text in (error.fix, kept) if text)
+    return TrainingError(
+        error.what, where=error.where, found=error.found, expected=error.expected, fix=fix or None
+    )
+
+
+def _save(
+    error: TrainingError,
+    checkpoints: Checkpoints,
+    circuit: Circuit,
+    spec: DatasetSpec,
+    folder: Path,
+) -> str | None:
+    # The newest complete checkpoint, because the trainer's own facts may count as the best a step
+    # that could not be saved.
+    newest = checkpoints.newest()
+    if newest is None or newest.facts.best is None:
+        return None
+    best = newest.facts.best
+    state = checkpoints.at(int(best["step"])).statistics()
+    check_shapes(checkpoints.folder, state, circuit.state_dict())
+    circuit.load_state_dict(state)
+    training = {
+        "stage": "finetune",
+        "step": int(best["step"]),
+        "epoch": best["epoch"],
+        f"valid_{spec.unit}": best["bits"],
+        "stopped_by": error.what,
+    }
+    save_model(circuit, folder, dataset=spec.to_json(), training=training)
+    return f"the best model so far, of step {int(best['step'])}, is kept in {folder}"
