@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -212,10 +213,18 @@ def damaged(ctx: StageContext, folder: Path, change) -> StageContext:
     rows, keys = change(shard.rows.clone(), list(shard.keys))
     write_shard(path, "latents", rows, keys, shard.metadata)
     (folder / "manifest.json").unlink()
-    artifact = Artifact.seal(folder, "assign", "assign", 0.0, {})
+    artifact = Artifact.seal(folder, "assign", source.fingerprint, 0.0, {})
     return StageContext(
         ctx.config, ctx.out, {**ctx.inputs, "assign": artifact}, "damaged", ctx.tensorboard
     )
+
+
+def test_latents_of_another_assignment_are_refused(product):
+    source = LatentSource.of(product, 16)
+    entry = source.shards()[0]
+    assert len(source.latents(entry))
+    with pytest.raises(LatentError, match="fingerprint|another"):
+        dataclasses.replace(source, fingerprint="0" * 16).latents(entry)
 
 
 @pytest.mark.parametrize(
