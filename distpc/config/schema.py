@@ -182,8 +182,6 @@ class FinetuneConfig(Section):
     """Samples' worth of smoothing an input row, spread over its categories."""
     init_noise: float = Field(default=1.0, gt=0)
     """Spread of random parameters: weights are proportional to exp(-init_noise * 2u), u uniform."""
-    learning_rate: float = Field(default=0.01, gt=0)
-    """Adam's learning rate for parameters that are trained by gradient."""
     evaluate_every_epochs: float = Field(default=1.0, gt=0)
     """How often the validation split is evaluated and a checkpoint may become the best one."""
     checkpoint_every_seconds: float = Field(default=60.0, ge=0)

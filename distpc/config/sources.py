@@ -54,7 +54,7 @@ class TextSource(Section):
 
 
 class ArraysSource(Section):
-    """Rows of a table: .npy, or .csv with a header line; NaN or an empty cell is missing."""
+    """Rows of a table: .npy, or .csv with or without a header line; empty, NA or NaN is missing."""
 
     kind: Literal["arrays"]
     path: str

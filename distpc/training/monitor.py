@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from distpc.circuits.circuit import Circuit
+from distpc.data.pictures import to_display, to_grid
 from distpc.data.spec import DatasetSpec
-from distpc.training.pictures import lower_half_hidden, to_display, to_grid
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -189,3 +189,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def _as_array(values: Any) -> np.ndarray:
     return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def lower_half_hidden(spec: DatasetSpec) -> np.ndarray:
+    """(V,) bool: which variables are observed when the lower half of the image is not."""
+    if spec.image_shape is None:
+        raise ValueError("only images have a lower half")
+    observed = np.ones(spec.image_shape, dtype=bool)
+    observed[spec.image_shape[0] // 2 :] = False
+    return observed.reshape(-1)

@@ -223,7 +223,7 @@ def test_latents_of_another_assignment_are_refused(product):
     source = LatentSource.of(product, 16)
     entry = source.shards()[0]
     assert len(source.latents(entry))
-    with pytest.raises(LatentError, match="fingerprint|another"):
+    with pytest.raises(LatentError, match=r"fingerprint|another"):
         dataclasses.replace(source, fingerprint="0" * 16).latents(entry)
 
 

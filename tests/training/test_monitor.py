@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distpc.circuits.circuit import Circuit
 from distpc.data.spec import DatasetSpec
-from distpc.training.monitor import Monitor, completion_grid, latent_usage
+from distpc.training.monitor import Monitor, completion_grid, latent_usage, lower_half_hidden
 
 SPEC = DatasetSpec("toy", "image", 8, (5,) * 8, (4, 2, 1))
 
@@ -70,3 +70,9 @@ def test_usage_is_a_share_of_every_latent() -> None:
     usage = latent_usage(Circuit(hidden_tree(8, 3), [5] * 8, seed=0))
     assert usage is not None and usage.shape == (8, 3)
     assert abs(float(usage.sum(-1).mean()) - 1.0) < 1e-6
+
+
+def test_lower_half_of_all_channels_is_hidden() -> None:
+    spec = DatasetSpec("toy", "image", 24, (17,) * 24, (4, 2, 3))
+    observed = lower_half_hidden(spec).reshape(4, 2, 3)
+    assert observed[:2].all() and not observed[2:].any()
