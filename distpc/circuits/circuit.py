@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from distpc.circuits.inputs import CategoricalBank
 from distpc.circuits.schedule import BankPlan
 from distpc.circuits.steps import Bank, Pass, build_step, run_steps
 from distpc.circuits.sums import SumBank
+from distpc.errors import StructureError
 from distpc.structures.region_graph import RegionGraph
 
 
@@ -65,10 +67,8 @@ class Circuit(nn.Module):
         max_fold_bytes: int = MAX_FOLD_BYTES,
     ) -> None:
         super().__init__()
-        if len(num_categories) != graph.num_variables:
-            raise ValueError(f"{graph.num_variables} variables, {len(num_categories)} categories")
         self.graph = graph
-        self.num_categories = tuple(num_categories)
+        self.num_categories = _categories(num_categories, graph.num_variables)
         self.max_fold_bytes = max_fold_bytes
         self.schedule = compile_graph(graph, self.num_categories, max_fold_bytes)
         self.banks = nn.ModuleDict(
@@ -311,6 +311,27 @@ class Circuit(nn.Module):
         for bank in self.bank_list:
             bank.init(noise, generator)
         self.rescale_to_uses_()
+
+
+def _categories(given: Any, num_variables: int) -> tuple[int | None, ...]:
+    """`num_categories` as a checked tuple."""
+    counts = tuple(given) if isinstance(given, Iterable) else ()
+    if len(counts) != num_variables:
+        raise StructureError(
+            "the circuit's variables and their categories differ in number",
+            where="num_categories",
+            found=f"{len(counts)} entries" if counts else repr(given),
+            expected=f"a list of {num_variables}: categories of each variable, None for a real one",
+        )
+    for variable, count in enumerate(counts):
+        if count is not None and not (isinstance(count, Integral) and int(count) >= 1):
+            raise StructureError(
+                "a variable's number of categories is wrong",
+                where=f"num_categories[{variable}]",
+                found=repr(count),
+                expected="a whole number above 0, or None for a real variable",
+            )
+    return tuple(None if count is None else int(count) for count in counts)
 
 
 def _build_bank(plan: BankPlan) -> Bank:

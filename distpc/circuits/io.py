@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
+RESTORE = "copy the model folder again, or run the finetune stage again"
 DESCRIPTION = "circuit.json"
 
 
@@ -89,7 +90,10 @@ def load_model(folder: Path | str) -> Circuit:
         layout = description["layout"]
     except (KeyError, TypeError, ValueError, DistpcError) as error:
         raise ModelFileError(
-            "a model's description is damaged", where=folder / DESCRIPTION, found=repr(error)
+            "a model's description is damaged",
+            where=folder / DESCRIPTION,
+            found=repr(error),
+            fix=RESTORE,
         ) from error
     if layout != _layout(circuit):
         raise ModelFileError(
@@ -130,10 +134,11 @@ def _read_description(path: Path) -> dict[str, Any]:
             where=path,
             found="no such file" if isinstance(error, FileNotFoundError) else error,
             expected=f"a folder with {DESCRIPTION} and {TENSORS}",
+            fix="name a model folder, such as runs/digits/model",
         ) from error
     except ValueError as error:
         raise ModelFileError(
-            "a model's description is not valid JSON", where=path, found=str(error)
+            "a model's description is not valid JSON", where=path, found=str(error), fix=RESTORE
         ) from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
@@ -150,9 +155,21 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _check_tensors(path: Path, description: dict[str, Any]) -> None:
     expected = description.get("tensors")
     if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
-        raise ModelFileError("a model's description is damaged", where=path.parent / DESCRIPTION)
+        raise ModelFileError(
+            "a model's description is damaged",
+            where=path.parent / DESCRIPTION,
+            found=f"tensors: {expected!r}",
+            expected="bytes and sha256 of the tensors",
+            fix=RESTORE,
+        )
     if not path.is_file():
-        raise ModelFileError("a model's tensors are missing", where=path)
+        raise ModelFileError(
+            "a model's tensors are missing",
+            where=path,
+            found="no such file",
+            expected=f"{expected['bytes']} bytes",
+            fix=RESTORE,
+        )
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise ModelFileError(
@@ -160,6 +177,7 @@ def _check_tensors(path: Path, description: dict[str, Any]) -> None:
             where=path,
             found=f"{size} bytes",
             expected=f"{expected['bytes']} bytes",
+            fix=RESTORE,
         )
     digest = file_digest(path)
     if digest != expected["sha256"]:
@@ -168,4 +186,5 @@ def _check_tensors(path: Path, description: dict[str, Any]) -> None:
             where=path,
             found=f"sha256 {digest[:16]}...",
             expected=f"sha256 {expected['sha256'][:16]}...",
+            fix=RESTORE,
         )

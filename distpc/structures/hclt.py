@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from distpc.errors import DataError
 from distpc.structures.builder import GraphBuilder
 from distpc.structures.chow_liu import chow_liu_tree
 from distpc.structures.discretize import MISSING, discretize
@@ -53,8 +54,14 @@ def hclt(
         pseudocount: added to every cell of the pairwise tables.
         seed: of that choice.
     """
+    data = np.asarray(data)
     if data.ndim != 2 or not data.size:
-        raise ValueError(f"data of shape {data.shape}, expected (N, V) with N, V >= 1")
+        raise DataError(
+            "a structure is learnt from a table of samples",
+            where="data",
+            found=f"shape {data.shape}",
+            expected="(samples, variables), at least one of each",
+        )
     if num_categories is None:
         if np.issubdtype(data.dtype, np.floating):
             num_categories = [None] * data.shape[1]

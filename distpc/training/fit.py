@@ -13,7 +13,7 @@ from torch import Tensor
 from distpc.circuits.circuit import Circuit
 from distpc.data.plan import SamplePlan, num_steps
 from distpc.data.spec import MISSING
-from distpc.errors import DataError
+from distpc.errors import ConfigError, DataError, TrainingError
 from distpc.parallel.progress import Progress
 from distpc.training.figures import Figures, tally
 from distpc.training.guard import Guard
@@ -59,9 +59,12 @@ def fit(
         `step_size`, and `valid_bits`, `valid_impossible` where there are validation samples.
 
     Raises:
+        ConfigError: a setting out of its range.
         DataError: the array does not fit the circuit.
-        TrainingError: log-likelihoods or statistics are no longer finite.
+        TrainingError: log-likelihoods or statistics are no longer finite; the circuit then has the
+            parameters of the best epoch, or those that it came with.
     """
+    _check_settings(epochs, batch_size, (step_size, final_step_size), pseudocount, leaf_pseudocount)
     x = as_samples(circuit, data, "data")
     valid_x = None if valid is None else as_samples(circuit, valid, "valid")
     batch_size, total = min(batch_size, len(x)), epochs * len(x)
@@ -72,35 +75,63 @@ def fit(
     plan, guard = SamplePlan([len(x)], seed), Guard(math.inf)
     history: list[dict[str, float]] = []
     best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
+    before = {name: value.clone() for name, value in circuit.state_dict().items()}
     device = next(circuit.parameters()).device
     sums = torch.zeros(len(Figures.NAMES), dtype=torch.float64, device=device)
-    with Progress("fit", total, "samples") if progress else nullcontext() as bar:
-        for step in range(num_steps(total, batch_size)):
-            first = step * batch_size
-            rows = torch.from_numpy(plan.take(first, first + batch_size)[1])
-            optimizer.set_step_size(schedule(first))
-            figures = _update(circuit, optimizer, x[rows].to(device), sums)
-            if figures.not_a_number:
-                guard.check_statistics(step, dict(circuit.named_parameters()))
-            guard.check_batch(
-                step + 1,
-                not_a_number=figures.not_a_number,
-                impossible=figures.impossible,
-                size=batch_size,
-            )
-            optimizer.step()
-            if bar is not None:
-                bar.advance(min(batch_size, total - first), bits=figures.bits)
-            epoch = min(first + batch_size, total) // len(x)
-            if epoch > first // len(x):
-                guard.check_statistics(step + 1, dict(circuit.named_parameters()))
-                history.append(_row(epoch, schedule(first), Figures.of(sums)))
-                sums.zero_()
-                if valid_x is not None:
-                    best = _validate(circuit, guard, valid_x, batch_size, history[-1], best)
+    try:
+        with Progress("fit", total, "samples") if progress else nullcontext() as bar:
+            for step in range(num_steps(total, batch_size)):
+                first = step * batch_size
+                rows = torch.from_numpy(plan.take(first, first + batch_size)[1])
+                optimizer.set_step_size(schedule(first))
+                figures = _update(circuit, optimizer, x[rows].to(device), sums)
+                if figures.not_a_number:
+                    guard.check_statistics(step, dict(circuit.named_parameters()))
+                guard.check_batch(
+                    step + 1,
+                    not_a_number=figures.not_a_number,
+                    impossible=figures.impossible,
+                    size=batch_size,
+                )
+                optimizer.step()
+                if bar is not None:
+                    bar.advance(min(batch_size, total - first), bits=figures.bits)
+                epoch = min(first + batch_size, total) // len(x)
+                if epoch > first // len(x):
+                    guard.check_statistics(step + 1, dict(circuit.named_parameters()))
+                    history.append(_row(epoch, schedule(first), Figures.of(sums)))
+                    sums.zero_()
+                    if valid_x is not None:
+                        best = _validate(circuit, guard, valid_x, batch_size, history[-1], best)
+    except TrainingError:
+        circuit.load_state_dict(before if best is None else best[1])
+        raise
     if best is not None:
         circuit.load_state_dict(best[1])
     return history
+
+
+def _check_settings(
+    epochs: int,
+    batch_size: int,
+    step_sizes: tuple[float, float],
+    pseudocount: float,
+    leaf_pseudocount: float,
+) -> None:
+    first, last = step_sizes
+    rules = [
+        ("epochs", epochs, epochs >= 0, "0 or more"),
+        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
+        ("step_size", first, 0 < first <= 1, "above 0, at most 1"),
+        ("final_step_size", last, 0 < last <= 1, "above 0, at most 1"),
+        ("pseudocount", pseudocount, 0 <= pseudocount < math.inf, "0 or more"),
+        ("leaf_pseudocount", leaf_pseudocount, 0 <= leaf_pseudocount < math.inf, "0 or more"),
+    ]
+    for name, value, is_right, expected in rules:
+        if not is_right:
+            raise ConfigError(
+                "a setting of fit is out of its range", where=name, found=value, expected=expected
+            )
 
 
 def as_samples(circuit: Circuit, data: Array, name: str) -> Tensor:

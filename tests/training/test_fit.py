@@ -9,7 +9,8 @@ import torch
 from runs import hidden_tree
 
 from distpc.circuits.circuit import Circuit
-from distpc.errors import DataError, TrainingError
+from distpc.errors import ConfigError, DataError, TrainingError
+from distpc.structures import hclt
 from distpc.training.fit import as_samples, fit
 
 V, C = 6, 5
@@ -164,3 +165,33 @@ def test_needs_neither_deepspeed_nor_ray() -> None:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"epochs": -1},
+        {"batch_size": 0},
+        {"step_size": 5.0},
+        {"final_step_size": 0.0},
+        {"pseudocount": -1.0},
+        {"leaf_pseudocount": float("nan")},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_out_of_range_are_named(setting: dict[str, float]) -> None:
+    data = np.zeros((4, 2), dtype=np.int64)
+    circuit = Circuit(hclt(data, num_states=2), [2, 2])
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        fit(circuit, data, **setting)  # type: ignore[arg-type]
+
+
+def test_a_failed_training_leaves_the_circuit_as_it_was() -> None:
+    data = np.zeros((4, 2), dtype=np.int64)
+    circuit = Circuit(hclt(data, num_states=2), [2, 2])
+    before = {name: value.clone() for name, value in circuit.state_dict().items()}
+    next(circuit.parameters()).register_hook(lambda flow: flow * float("nan"))
+    with pytest.raises(TrainingError):
+        fit(circuit, data, epochs=2, progress=False)
+    for name, value in circuit.state_dict().items():
+        assert torch.equal(value, before[name])
