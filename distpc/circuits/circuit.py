@@ -103,6 +103,13 @@ class Circuit(nn.Module):
         self.training_facts: dict[str, Any] = {}
         self._init(seed, init_noise)
 
+    def __repr__(self) -> str:
+        # torch's tree of modules shows the schedule, hundreds of lines that say little.
+        return (
+            f"Circuit({self.num_variables} variables, {self.num_latents} latents, "
+            f"{len(self.graph.regions)} regions, {self.num_parameters:,} parameters)"
+        )
+
     def forward(self, x: Any, latents: Any = None, observed: Any = None) -> Tensor:
         """Log-likelihoods (B,) in nats, float32; exactly -inf for impossible evidence.
 

@@ -25,3 +25,8 @@ def test_numpy_categories() -> None:
 def test_a_structure_needs_a_table(data: np.ndarray) -> None:
     with pytest.raises(DataError, match="table"):
         hclt(data, num_states=2)
+
+
+def test_a_circuit_shows_itself_in_one_line() -> None:
+    shown = repr(Circuit(hclt(DATA, num_states=2), num_categories=[2, 2]))
+    assert shown.startswith("Circuit(2 variables, 2 latents") and "\n" not in shown
