@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from distpc.parallel.event_files import open_writer
+
 _LOGGED_POINTS = 400
 
 
@@ -19,9 +21,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, first_step: int, total_steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._writer = open_writer(folder, first_step + 1)
         self._every = max(1, total_steps // _LOGGED_POINTS)
         self._errors: list[float] = []
 

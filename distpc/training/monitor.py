@@ -16,6 +16,7 @@ import torch
 from distpc.circuits.circuit import Circuit
 from distpc.data.pictures import to_display, to_grid
 from distpc.data.spec import DatasetSpec
+from distpc.parallel.event_files import open_writer
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -52,11 +53,7 @@ class Monitor:
         self._last_pictures = -math.inf
         self._writer: SummaryWriter | None = None
         if enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(
-                str(folder), purge_step=first_step if first_step > 0 else None
-            )
+            self._writer = open_writer(folder, first_step)
 
     def __enter__(self) -> Monitor:
         return self
