@@ -177,7 +177,7 @@ def test_nothing_is_left_of_a_killed_driver(tmp_path: Path) -> None:
     driver.kill()
     driver.communicate(timeout=30)
     wait_until(lambda: not alive(processes), 15, "the cluster to be gone")
-    assert not ports & listening()
+    wait_until(lambda: not ports & listening(), 5, "the ports to be free")
     assert not cluster_folder.exists()
 
 

@@ -95,7 +95,7 @@ def test_ranks_and_ports_die_with_a_killed_driver(tmp_path: Path) -> None:
     driver.kill()
     driver.communicate(timeout=30)
     wait_until(lambda: not alive(processes), 10, "the ranks to be gone")
-    assert not ports & listening()
+    wait_until(lambda: not ports & listening(), 5, "the ports to be free")
 
 
 def test_a_process_that_is_a_rank_calls_the_target_itself(tmp_path: Path) -> None:
