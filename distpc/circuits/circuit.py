@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distpc.circuits import queries, sampling
+from distpc.circuits import families, queries, sampling
+from distpc.circuits.bank import Bank
 from distpc.circuits.compiled import MAX_FOLD_BYTES, compile_graph
 from distpc.circuits.evidence import Evidence, EvidenceReader
 from distpc.circuits.gaussian import GaussianBank
-from distpc.circuits.inputs import CategoricalBank
 from distpc.circuits.schedule import BankPlan
-from distpc.circuits.steps import Bank, Pass, build_step, run_steps
+from distpc.circuits.steps import Pass, build_step, run_steps
 from distpc.circuits.sums import SumBank
 from distpc.errors import StructureError
 from distpc.structures.region_graph import RegionGraph
@@ -163,8 +163,12 @@ class Circuit(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """ "em": statistics, for the rule S <- (1 - step) * S - step * S.grad; "gradient": none."""
-        return {"em": list(self.parameters()), "gradient": []}
+        """ "em": statistics, for the rule S <- (1 - step) * S - step * S.grad; "gradient": others,
+        whose `.grad` is the loss's gradient."""
+        groups: dict[str, list[nn.Parameter]] = {"em": [], "gradient": []}
+        for bank in self.bank_list:
+            groups[bank.learns_by].append(bank.statistics)
+        return groups
 
     def set_smoothing(self, pseudocount: float, leaf_pseudocount: float, num_samples: int) -> None:
         """Smooth the read-out of weights.
@@ -192,10 +196,7 @@ class Circuit(nn.Module):
             ValueError: a product or concat region.
         """
         bank, table = self.bank_of(region)
-        statistics = bank.statistics.detach()
-        if isinstance(bank, CategoricalBank):
-            return statistics[bank.table(table)].T
-        return statistics[table] if isinstance(bank, SumBank) else statistics[table].T
+        return bank.statistics_of(table)
 
     def weights_of(self, region: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Normalised weights of a region, shaped as `statistics_of`.
@@ -203,15 +204,7 @@ class Circuit(nn.Module):
         Of a Gaussian input: mean and variance, (K, 2), in the variable's units.
         """
         bank, table = self.bank_of(region)
-        if isinstance(bank, SumBank):
-            return bank.weights(dtype)[table]
-        if isinstance(bank, CategoricalBank):
-            return bank.weights(dtype)[bank.table(table)].T
-        mean, variance = bank.moments(bank.statistics.detach().to(dtype))
-        spread = bank.spread[table]
-        return torch.stack(
-            [mean[table] * spread + bank.centre[table], variance[table] * spread**2], dim=-1
-        ).to(dtype)
+        return bank.weights_of(table, dtype)
 
     def bank_of(self, region: int) -> tuple[Bank, int]:
         """The parameter module of a region, and the number of its table there."""
@@ -236,16 +229,7 @@ class Circuit(nn.Module):
             of_tables = [
                 torch.stack([uses[owner] for owner in owners]).sum(0) for owners in plan.owners
             ]
-            if isinstance(bank, SumBank):
-                weights = bank.weights()
-                bank.statistics.copy_(weights * torch.stack(of_tables).unsqueeze(-1))
-            elif isinstance(bank, CategoricalBank):
-                weights = bank.weights()
-                for table, of_table in enumerate(of_tables):
-                    bank.statistics[bank.table(table)] = weights[bank.table(table)] * of_table
-            else:
-                moments = bank.statistics / bank.statistics[:, :1].clamp_min(1e-30)
-                bank.statistics.copy_(moments * torch.stack(of_tables).unsqueeze(1))
+            bank.rescale_(of_tables)
 
     def standardise(self, centre: Tensor, spread: Tensor) -> None:
         """Set about which values the statistics of real variables are kept; call before training.
@@ -343,7 +327,5 @@ def _categories(given: Any, num_variables: int) -> tuple[int | None, ...]:
 
 def _build_bank(plan: BankPlan) -> Bank:
     if plan.kind == "sum":
-        return SumBank(len(plan.owners), plan.num_units, plan.sizes[0])
-    if plan.kind == "categorical":
-        return CategoricalBank(plan.sizes, plan.num_units)
-    return GaussianBank(len(plan.owners), plan.num_units)
+        return SumBank(len(plan.owners), plan.num_units, plan.sizes[0], plan.blocks, plan.strided)
+    return families.build_bank(plan)

@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
+from distpc.circuits.families import BAGGED, family_of
 from distpc.circuits.packing import pack_tables
 from distpc.circuits.routing import Order, concat_requests, deal, gather, product_terms
 from distpc.circuits.schedule import (
     BankPlan,
     ConcatPlan,
     InputPlan,
+    KroneckerPlan,
     ProductPlan,
     Schedule,
     StepPlan,
@@ -31,8 +33,6 @@ from distpc.structures.region_graph import RegionGraph
 
 MAX_FOLD_BYTES = 64 * 2**20
 """ZeRO-3 gathers a fold as a whole, so a fold's parameters are bounded."""
-
-GAUSSIAN_MOMENTS = 3
 
 
 def compile_graph(
@@ -117,7 +117,8 @@ class _Compiler:
                 )
             if region.tie is None or region.kind not in ("input", "sum"):
                 continue
-            units = region.num_units if region.kind == "sum" else self._input_key(index)
+            layout = (region.num_units, region.blocks, region.strided)
+            units = layout if region.kind == "sum" else self._input_key(index)
             shape = (units, self._size(index))
             if shapes.setdefault((region.kind, region.tie), shape) != shape:
                 raise StructureError(
@@ -136,8 +137,7 @@ class _Compiler:
     def _is_bag(self, index: int) -> bool:
         region = self.regions[index]
         return region.kind == "product" and all(
-            self.regions[child].kind == "input"
-            and self.num_categories[self.regions[child].variable or 0] is not None
+            self.regions[child].kind == "input" and self._input_key(child)[0] == BAGGED
             for child in region.children
         )
 
@@ -148,9 +148,9 @@ class _Compiler:
         """Fan-in of a sum, categories of an input."""
         region = self.regions[index]
         if region.kind == "sum":
-            return self.regions[region.children[0]].num_units
+            return self.regions[region.children[0]].num_units // region.blocks
         assert region.variable is not None
-        return self.num_categories[region.variable] or GAUSSIAN_MOMENTS
+        return self.num_categories[region.variable] or 0
 
     def _table(self, index: int) -> Hashable:
         """What names a region's parameters: its tie, or else its number (never equal to one)."""
@@ -188,7 +188,8 @@ class _Compiler:
         for index in members:
             region = self.regions[index]
             units = tuple(self.regions[child].num_units for child in region.children)
-            shape = region.num_units if region.kind == "product" else (region.num_units, units)
+            own = (region.num_units, region.blocks, region.strided)
+            shape = own if region.kind == "product" else (own, units)
             groups[region.kind, shape].append(index)
         folds: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
         for (kind, _), group in groups.items():
@@ -241,6 +242,8 @@ class _Compiler:
                 owners=tuple(map(tuple, tables)),
                 num_units=self.regions[first].num_units,
                 sizes=(self._size(first),) * len(tables),
+                blocks=self.regions[first].blocks,
+                strided=self.regions[first].strided,
             )
         )
         return len(self.banks) - 1
@@ -288,11 +291,10 @@ class _Compiler:
     def _input_key(self, index: int) -> tuple[str, int]:
         region = self.regions[index]
         assert region.variable is not None
-        is_real = self.num_categories[region.variable] is None
-        return ("gaussian" if is_real else "categorical", region.num_units)
+        return family_of(region, self.num_categories[region.variable]), region.num_units
 
     def _table_bytes(self, index: int) -> int:
-        return 4 * self.regions[index].num_units * self._size(index)
+        return 4 * self.regions[index].num_units * max(1, self._size(index))
 
     def _plan(
         self,
@@ -316,4 +318,6 @@ class _Compiler:
             )
             return ProductPlan(rows, terms, num_log_rows, self._latents(rows), (request,))
         requests = concat_requests([self.regions[row].children for row in rows], places)
+        if kind == "kronecker":
+            return KroneckerPlan(rows, self._latents(rows), requests)
         return ConcatPlan(rows, self._latents(rows), requests)

@@ -49,10 +49,13 @@ def log_prob_exact(
             else:
                 log = _categorical(weights[index], evidence.codes[region.variable])
         elif region.kind == "sum":
-            terms = weights[index].log() + logs[region.children[0]].unsqueeze(1)
-            log = terms.logsumexp(-1)
+            mixed = torch.from_numpy(circuit.graph.mixed_units(index))
+            log = log_sum_exp(weights[index].log() + logs[region.children[0]][:, mixed])
         elif region.kind == "product":
             log = torch.stack([logs[child] for child in region.children]).sum(0)
+        elif region.kind == "kronecker":
+            left, right = (logs[child] for child in region.children)
+            log = (left.unsqueeze(2) + right.unsqueeze(1)).flatten(1)
         else:
             log = torch.cat([logs[child] for child in region.children], dim=-1)
         if region.latent is not None and evidence.latents is not None:
@@ -61,6 +64,15 @@ def log_prob_exact(
             log = torch.where(allowed, log, -torch.inf)
         logs.append(log)
     return logs[-1][:, 0]
+
+
+def log_sum_exp(terms: Tensor) -> Tensor:
+    """Over the last axis; -inf with gradient 0, not NaN, where all terms are -inf."""
+    top = terms.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isneginf(), 0.0, top)
+    total = (terms - top).exp().sum(-1)
+    is_zero = total == 0
+    return torch.where(is_zero, -torch.inf, torch.where(is_zero, 1.0, total).log() + top[..., 0])
 
 
 def _categorical(weights: Tensor, codes: Tensor) -> Tensor:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distpc.circuits.bank import Bank
 from distpc.circuits.lost import new_scale, underflow
 
 VARIANCE_FLOOR = 1e-4
 """Least variance of a Gaussian unit, in units of the variable's squared spread."""
 
 
-class GaussianBank(nn.Module):
+class GaussianBank(Bank):
     """Tables of Gaussian units as running moments.
 
     Values are standardised first, z = (x - centre) / spread, because raw float32 moments lose
@@ -54,6 +56,29 @@ class GaussianBank(nn.Module):
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         """A pseudocount in samples a unit."""
         self.pseudocount = pseudocount / num_samples
+
+    def statistics_of(self, table: int) -> Tensor:
+        """Uses, sum of z and sum of z^2, (K, 3)."""
+        return self.statistics.detach()[table].T
+
+    def weights_of(self, table: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Mean and variance in the variable's units, (K, 2)."""
+        mean, variance = self.moments(self.statistics.detach().to(dtype))
+        spread = self.spread[table]
+        return torch.stack(
+            [mean[table] * spread + self.centre[table], variance[table] * spread**2], dim=-1
+        ).to(dtype)
+
+    def totals(self, values: Tensor) -> Tensor:
+        return values[:, :1]
+
+    def pseudo_samples(self, pseudocount: float) -> Tensor:
+        # Observations with mean 0 and variance 1.
+        return pseudocount * torch.tensor([1.0, 0.0, 1.0], device=self.statistics.device)[:, None]
+
+    def rescale_(self, uses: Sequence[Tensor]) -> None:
+        moments = self.statistics / self.statistics[:, :1].clamp_min(1e-30)
+        self.statistics.copy_(moments * torch.stack(list(uses)).unsqueeze(1))
 
     def init(self, noise: float, generator: torch.Generator) -> None:
         """Means spread by `noise` standard deviations, variance 1."""

@@ -15,29 +15,28 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distpc.circuits.bank import Bank
 from distpc.circuits.lost import new_scale, underflow
 from distpc.circuits.statistics import random_statistics, read_out
 
 
-class CategoricalBank(nn.Module):
-    """Tables of categorical units.
+class TableBank(Bank):
+    """Units over categories, whatever their family: tables that values are looked up in.
 
     Args:
         sizes: number of categories of each table, tables of one size side by side.
         num_units: K.
 
     Attributes:
-        statistics: S, shape (sum of sizes, K): the tables one below the other.
-        offsets: first row of each table.
-        pseudocount: leaf pseudocount / number of samples; eps of a table is this / categories.
+        offsets: first row of each table, where the tables lie one below the other.
+        blocks: (first row, tables, size) of the tables of each size.
     """
 
     def __init__(self, sizes: Sequence[int], num_units: int) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
         self.offsets = tuple(sum(sizes[:table]) for table in range(len(sizes)))
-        self.statistics = nn.Parameter(torch.empty(sum(sizes), num_units))
-        self.pseudocount = 0.0
+        self.num_units = num_units
         self.blocks: list[tuple[int, int, int]] = []
         for size, group in groupby(range(len(sizes)), key=lambda table: sizes[table]):
             tables = list(group)
@@ -49,29 +48,76 @@ class CategoricalBank(nn.Module):
         """Messages of an input step.
 
         Args:
-            index: (E, B, width) rows of `statistics`; `num_rows` for a missing value.
+            index: (E, B, width) rows of the tables; `num_rows` for a missing value.
             mask: (E, B, K) units allowed by latent evidence, or None.
             in_logs: return logs (float64) instead of scaled values.
 
         Returns:
             Message (E, B, K) and scale (E, B, 2), see `lost`; None with logs.
         """
-        if in_logs:
-            return CategoricalFunction.apply(self.statistics, self, index, mask, True), None
-        return CategoricalFunction.apply(self.statistics, self, index, mask, False)
+        raise NotImplementedError
 
     @property
     def num_rows(self) -> int:
-        """Rows of the statistics."""
+        """Rows of all tables."""
         return sum(self.sizes)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """theta, shape (sum of sizes, K): each table's columns sum to one."""
-        return self._table(self.statistics.detach().to(dtype))[:-1]
+        """Probabilities, shape (sum of sizes, K): each table's columns sum to one."""
+        raise NotImplementedError
+
+    def weights_of(self, table: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Probabilities (K, C)."""
+        return self.weights(dtype)[self.table(table)].T
 
     def table(self, index: int) -> slice:
         """Rows of one table."""
         return slice(self.offsets[index], self.offsets[index] + self.sizes[index])
+
+
+class CategoricalBank(TableBank):
+    """Tables of categorical units.
+
+    Attributes:
+        statistics: S, shape (sum of sizes, K): the tables one below the other.
+        pseudocount: leaf pseudocount / number of samples; eps of a table is this / categories.
+    """
+
+    def __init__(self, sizes: Sequence[int], num_units: int) -> None:
+        super().__init__(sizes, num_units)
+        self.statistics = nn.Parameter(torch.empty(sum(sizes), num_units))
+        self.pseudocount = 0.0
+
+    def forward(
+        self, index: Tensor, mask: Tensor | None, in_logs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        if in_logs:
+            return CategoricalFunction.apply(self.statistics, self, index, mask, True), None
+        return CategoricalFunction.apply(self.statistics, self, index, mask, False)
+
+    def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._table(self.statistics.detach().to(dtype))[:-1]
+
+    def statistics_of(self, table: int) -> Tensor:
+        """S (K, C)."""
+        return self.statistics.detach()[self.table(table)].T
+
+    def totals(self, values: Tensor) -> Tensor:
+        total = torch.empty_like(values)
+        for start, count, size in self.blocks:
+            rows = slice(start, start + count * size)
+            shape = (count, size, values.shape[1])
+            total[rows].view(shape)[:] = values[rows].view(shape).sum(1, keepdim=True)
+        return total
+
+    def pseudo_samples(self, pseudocount: float) -> Tensor:
+        sizes = torch.tensor(self.sizes, device=self.statistics.device)
+        return (pseudocount / sizes).repeat_interleave(sizes).unsqueeze(1)
+
+    def rescale_(self, uses: Sequence[Tensor]) -> None:
+        weights = self.weights()
+        for table, of_table in enumerate(uses):
+            self.statistics[self.table(table)] = weights[self.table(table)] * of_table
 
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         """A pseudocount in samples a table column, spread over its categories."""

@@ -175,6 +175,29 @@ class ProductFunction(torch.autograd.Function):
         return (None, None, *ctx.layer.pass_flow(flow, ctx.sizes))
 
 
+class KroneckerFunction(torch.autograd.Function):
+    """(E, B, K1), (E, B, K2) -> (E, B, K1 * K2) of all products; a flow goes to both factors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mask: Tensor | None, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.units = left.shape[-1], right.shape[-1]
+        out = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
+        lost = underflow(out, mask)
+        if mask is not None:
+            out = torch.where(mask, out, 0.0)
+        log_top, is_weak = rescale_(out)
+        ctx.mark_non_differentiable(log_top, lost, is_weak)
+        return out, log_top, lost.mul_((-log_top).exp()), is_weak
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, flow: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        flow = flow.unflatten(-1, ctx.units)
+        return None, flow.sum(-1), flow.sum(-2)
+
+
 class ConcatFunction(torch.autograd.Function):
     """Groups (E, B, K_j) with scales (E, B, 2) each -> one message with one common scale."""
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.evidence import Evidence
-from distpc.circuits.inputs import CategoricalBank
-from distpc.circuits.steps import CategoricalStep
+from distpc.circuits.input_steps import TableStep
+from distpc.circuits.inputs import TableBank
 from distpc.errors import EvidenceError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _conditional(
     weights = {
         number: bank.weights()
         for number, bank in enumerate(circuit.bank_list)
-        if isinstance(bank, CategoricalBank)
+        if isinstance(bank, TableBank)
     }
     batch = evidence.codes.shape[1]
     result = torch.zeros(batch, len(variables), max(sizes, default=0), device=circuit.device)
@@ -122,13 +122,13 @@ def _readers(circuit: Circuit) -> dict[int, list[tuple[int, int, int, slice]]]:
     """For each variable the (step, row, bank, rows of the table) that look it up."""
     readers: dict[int, list[tuple[int, int, int, slice]]] = defaultdict(list)
     for number, step in enumerate(circuit.step_list):
-        if not isinstance(step, CategoricalStep):
+        if not isinstance(step, TableStep):
             continue
         for row, bag in enumerate(step.bags):
             for child in bag:
                 variable = circuit.graph.regions[child].variable
                 bank, table = circuit.bank_of(child)
-                assert variable is not None and isinstance(bank, CategoricalBank)
+                assert variable is not None and isinstance(bank, TableBank)
                 readers[variable].append((number, row, step.bank, bank.table(table)))
     return readers
 

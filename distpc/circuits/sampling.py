@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distpc.circuits import queries
 from distpc.circuits.evidence import Evidence
-from distpc.circuits.inputs import CategoricalBank
-from distpc.circuits.steps import CategoricalStep, GaussianStep
+from distpc.circuits.input_steps import RealStep, TableStep
+from distpc.circuits.inputs import TableBank
 from distpc.circuits.sums import SumBank
 from distpc.errors import EvidenceError
 
@@ -87,9 +87,9 @@ class _TopDown:
         values = None if reals is None else reals[:, self.owner].clone()
         for number in range(len(circuit.schedule.steps) - 1, -1, -1):
             module, plan = circuit.step_list[number], circuit.schedule.steps[number]
-            if isinstance(module, CategoricalStep):
+            if isinstance(module, TableStep):
                 self._draw_codes(number, codes)
-            elif isinstance(module, GaussianStep) and values is not None:
+            elif isinstance(module, RealStep) and values is not None:
                 self._draw_reals(number, values)
             elif circuit.graph.regions[plan.regions[0]].kind == "sum":
                 self._descend_sum(number)
@@ -101,22 +101,28 @@ class _TopDown:
         return torch.where(is_real, values, codes.to(values.dtype)).t().float()
 
     def _descend(self, number: int) -> None:
-        """Products use unit k of every child; a concat uses the one child that unit k is from."""
+        """Products use unit k of every child; a concat the one child that unit k is from; a
+        Kronecker product unit k // K2 of its left child and k % K2 of its right one."""
         regions = self.circuit.graph.regions
-        links: dict[tuple[int, int, int], tuple[list[int], list[int]]] = defaultdict(
+        links: dict[tuple[int, int, int, int], tuple[list[int], list[int]]] = defaultdict(
             lambda: ([], [])
         )
         for row, region in enumerate(self.circuit.schedule.steps[number].regions):
             start = 0
+            stride = regions[region].num_units
             for child in regions[region].children:
                 step, child_row = self._place(child)
                 units = regions[child].num_units
-                rows, child_rows = links[step, start, units]
+                stride = stride // units if regions[region].kind == "kronecker" else 1
+                rows, child_rows = links[step, start, units, stride]
                 rows.append(row)
                 child_rows.append(child_row)
                 start += units if regions[region].kind == "concat" else 0
-        for (step, start, units), (rows, child_rows) in links.items():
-            choice = self.choices[number][rows] - start
+        for (step, start, units, stride), (rows, child_rows) in links.items():
+            choice = self.choices[number][rows]
+            if regions[self.circuit.schedule.steps[number].regions[0]].kind == "kronecker":
+                choice = torch.where(choice < 0, -1, choice // stride % units)
+            choice = choice - start
             inside = (choice >= 0) & (choice < units)
             self._use(step, child_rows, torch.where(inside, choice, -1))
 
@@ -132,21 +138,25 @@ class _TopDown:
             step, child_row = self._place(child)
             log_weights = log_tables[self.circuit.bank_of(region)[1]]
             messages = self.logs[step][child_row]
+            mixed = torch.from_numpy(self.circuit.graph.mixed_units(region)).to(messages.device)
             drawn = []
             size = max(1, CHUNK_ENTRIES // log_weights.shape[1])
             for units, owners in zip(
                 self.choices[number][row].split(size), self.owner.split(size), strict=True
             ):
-                scores = (log_weights[units.clamp_min(0)] + messages[owners]).double()
+                children = mixed[units.clamp_min(0)]
+                logs = messages[owners].gather(1, children)
+                scores = (log_weights[units.clamp_min(0)] + logs).double()
                 picked = self._pick((scores - scores.amax(-1, keepdim=True)).exp())
+                picked = children.gather(1, picked.unsqueeze(1)).squeeze(1)
                 drawn.append(torch.where(units < 0, -1, picked))
             self._use(step, [child_row], torch.cat(drawn).unsqueeze(0))
 
     def _draw_codes(self, number: int, codes: Tensor) -> None:
         step = self.circuit.step_list[number]
-        assert isinstance(step, CategoricalStep)
+        assert isinstance(step, TableStep)
         bank = self.circuit.bank_list[step.bank]
-        assert isinstance(bank, CategoricalBank)
+        assert isinstance(bank, TableBank)
         weights = bank.weights()
         for row, tables in enumerate(step.tables):
             for variable, table in zip(step.variables[row].tolist(), tables, strict=True):
@@ -157,7 +167,7 @@ class _TopDown:
 
     def _draw_reals(self, number: int, values: Tensor) -> None:
         step = self.circuit.step_list[number]
-        assert isinstance(step, GaussianStep)
+        assert isinstance(step, RealStep)
         for row, variable in enumerate(step.variables.tolist()):
             units = self.choices[number][row]
             drawn = ((units >= 0) & values[variable].isnan()).nonzero()[:, 0]

@@ -14,16 +14,19 @@ class BankPlan:
     """One parameter: the tables (matrices or input distributions) of one fold.
 
     Attributes:
-        kind: "sum", "categorical" or "gaussian".
+        kind: "sum", or the family of inputs.
         owners: for each table, the regions that use it (more than one where they are tied).
         num_units: units of those regions (rows of a sum's matrix, columns of an input's table).
-        sizes: for each table, fan-in of a sum or number of categories; 3 moments of a Gaussian.
+        sizes: for each table, fan-in of a sum or number of categories of an input (0 if real).
+        blocks, strided: of sums, see `Region`.
     """
 
     kind: str
     owners: tuple[tuple[int, ...], ...]
     num_units: int
     sizes: tuple[int, ...]
+    blocks: int = 1
+    strided: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,15 @@ class ProductPlan:
 
 
 @dataclass(frozen=True)
+class KroneckerPlan:
+    """Two requests: the left and the right factor of each row."""
+
+    regions: tuple[int, ...]
+    latents: tuple[int, ...]
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
 class ConcatPlan:
     """One request for each group of units that is put side by side."""
 
@@ -108,7 +120,7 @@ class ConcatPlan:
     requests: tuple[Request, ...]
 
 
-StepPlan = InputPlan | SumPlan | ProductPlan | ConcatPlan
+StepPlan = InputPlan | SumPlan | ProductPlan | KroneckerPlan | ConcatPlan
 
 
 @dataclass(frozen=True)

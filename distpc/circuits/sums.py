@@ -5,12 +5,15 @@ Messages and flows are explained in `layers`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distpc.circuits.bank import Bank
+from distpc.circuits.blocks import Blocks
 from distpc.circuits.lost import TINY
 from distpc.circuits.statistics import random_statistics, read_out
 
@@ -22,42 +25,59 @@ class SumFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, statistics: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-        num_tables, num_units, fan_in = statistics.shape
+    def forward(
+        ctx: Any, u: Tensor, statistics: Tensor, smoothing: float, blocks: Blocks
+    ) -> tuple[Tensor, Tensor]:
+        num_tables, num_units, _ = statistics.shape
         theta = read_out(statistics, smoothing)
-        grouped = u.reshape(num_tables, -1, fan_in)
-        out = torch.matmul(grouped, theta.mT).view(*u.shape[:2], num_units)
+        products = torch.matmul(blocks.split_units(u, num_tables), blocks.split_rows(theta).mT)
+        out = blocks.join_units(products, (*u.shape[:2], num_units))
         ctx.save_for_backward(u, statistics, out)
-        ctx.smoothing = smoothing
+        ctx.smoothing, ctx.blocks = smoothing, blocks
         smallest = theta.amin((1, 2))
         ctx.mark_non_differentiable(smallest)
         return out, smallest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, flow: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, flow: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         u, statistics, out = ctx.saved_tensors
-        num_tables, num_units, fan_in = statistics.shape
+        num_tables, blocks = len(statistics), ctx.blocks
         theta = read_out(statistics, ctx.smoothing)
         # A unit at 0 has flow 0, so the clamp makes its ratio 0.
         ratio = out.clamp_min(TINY)
         torch.div(flow, ratio, out=ratio)
-        ratio = ratio.view(num_tables, -1, num_units)
-        flow_u = torch.matmul(ratio, theta).view(u.shape).mul_(u)
-        flow_s = torch.matmul(ratio.mT, u.reshape(num_tables, -1, fan_in)).mul_(theta)
-        return flow_u, flow_s, None
+        ratio = blocks.split_units(ratio, num_tables)
+        flow_u = torch.matmul(ratio, blocks.split_rows(theta))
+        flow_u = blocks.join_units(flow_u, u.shape).mul_(u)
+        flow_s = torch.matmul(ratio.mT, blocks.split_units(u, num_tables))
+        return flow_u, blocks.join_rows(flow_s, num_tables).mul_(theta), None, None
 
 
-class SumBank(nn.Module):
+class SumBank(Bank):
     """The weight matrices of one fold.
 
+    Args:
+        num_tables: T.
+        num_units: K'.
+        fan_in: child units that a unit mixes (K; K / blocks of a block-diagonal sum).
+        blocks, strided: see `Region`.
+
     Attributes:
-        statistics: S, shape (T, K', K): T matrices of K' sum units over K child units.
+        statistics: S, shape (T, K', fan_in).
         smoothing: eps of the read-out.
     """
 
-    def __init__(self, num_tables: int, num_units: int, fan_in: int) -> None:
+    def __init__(
+        self,
+        num_tables: int,
+        num_units: int,
+        fan_in: int,
+        blocks: int = 1,
+        strided: bool = False,
+    ) -> None:
         super().__init__()
+        self.blocks = Blocks(blocks, strided)
         self.statistics = nn.Parameter(torch.empty(num_tables, num_units, fan_in))
         self.smoothing = 0.0
 
@@ -67,12 +87,29 @@ class SumBank(nn.Module):
         Also the least weight of each matrix (T,), None in logs.
         """
         if in_logs:
-            return LogSumFunction.apply(u, self.statistics, self.smoothing), None
-        return SumFunction.apply(u, self.statistics, self.smoothing)
+            return LogSumFunction.apply(u, self.statistics, self.smoothing, self.blocks), None
+        return SumFunction.apply(u, self.statistics, self.smoothing, self.blocks)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """theta, shape (T, K', K)."""
+        """theta, shape (T, K', fan_in)."""
         return read_out(self.statistics.detach().to(dtype), self.smoothing)
+
+    def statistics_of(self, table: int) -> Tensor:
+        """S (K', fan-in)."""
+        return self.statistics.detach()[table]
+
+    def weights_of(self, table: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """theta (K', fan-in)."""
+        return self.weights(dtype)[table]
+
+    def totals(self, values: Tensor) -> Tensor:
+        return values.sum(-1, keepdim=True)
+
+    def pseudo_samples(self, pseudocount: float) -> Tensor:
+        return torch.full((), pseudocount / self.statistics.shape[-1])
+
+    def rescale_(self, uses: Sequence[Tensor]) -> None:
+        self.statistics.copy_(self.weights() * torch.stack(list(uses)).unsqueeze(-1))
 
     def init(self, noise: float, generator: torch.Generator) -> None:
         """Random statistics."""
@@ -90,29 +127,29 @@ class LogSumFunction(torch.autograd.Function):
     CHUNK_ENTRIES = 2**22
 
     @staticmethod
-    def forward(ctx: Any, logs: Tensor, statistics: Tensor, smoothing: float) -> Tensor:
-        num_tables, num_units, fan_in = statistics.shape
-        log_theta = read_out(statistics.to(logs.dtype), smoothing).log()
-        grouped = logs.reshape(num_tables, -1, fan_in)
-        chunks = grouped.split(_chunk_size(statistics), dim=1)
+    def forward(
+        ctx: Any, logs: Tensor, statistics: Tensor, smoothing: float, blocks: Blocks
+    ) -> Tensor:
+        num_tables, num_units, _ = statistics.shape
+        log_theta = blocks.split_rows(read_out(statistics.to(logs.dtype), smoothing).log())
+        chunks = blocks.split_units(logs, num_tables).split(_chunk_size(statistics), dim=1)
         out = torch.cat([_log_terms(chunk, log_theta).logsumexp(-1) for chunk in chunks], dim=1)
-        out = out.view(*logs.shape[:2], num_units)
         ctx.save_for_backward(logs, statistics, out)
-        ctx.smoothing = smoothing
-        return out
+        ctx.smoothing, ctx.blocks = smoothing, blocks
+        return blocks.join_units(out, (*logs.shape[:2], num_units))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, flow: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, flow: Tensor) -> tuple[Tensor | None, ...]:
         logs, statistics, out = ctx.saved_tensors
-        num_tables, num_units, fan_in = statistics.shape
-        log_theta = read_out(statistics.to(logs.dtype), ctx.smoothing).log()
+        num_tables, blocks = len(statistics), ctx.blocks
+        log_theta = blocks.split_rows(read_out(statistics.to(logs.dtype), ctx.smoothing).log())
         size = _chunk_size(statistics)
         flow_logs, flow_s = [], torch.zeros_like(log_theta)
         for chunk, chunk_out, chunk_flow in zip(
-            logs.reshape(num_tables, -1, fan_in).split(size, dim=1),
-            out.view(num_tables, -1, num_units).split(size, dim=1),
-            flow.reshape(num_tables, -1, num_units).split(size, dim=1),
+            blocks.split_units(logs, num_tables).split(size, dim=1),
+            out.split(size, dim=1),
+            blocks.split_units(flow, num_tables).split(size, dim=1),
             strict=True,
         ):
             # exp(-inf - -inf) would be NaN: an impossible unit passes nothing on.
@@ -121,7 +158,8 @@ class LogSumFunction(torch.autograd.Function):
             shares.mul_(chunk_flow.unsqueeze(-1))
             flow_logs.append(shares.sum(2))
             flow_s += shares.sum(1)
-        return torch.cat(flow_logs, dim=1).view(logs.shape), flow_s.to(statistics.dtype), None
+        flow_s = blocks.join_rows(flow_s, num_tables).to(statistics.dtype)
+        return blocks.join_units(torch.cat(flow_logs, dim=1), logs.shape), flow_s, None, None
 
 
 def _chunk_size(statistics: Tensor) -> int:

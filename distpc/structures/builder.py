@@ -14,9 +14,11 @@ class GraphBuilder:
     def __init__(self) -> None:
         self.regions: list[Region] = []
 
-    def input(self, num_units: int, variable: int, tie: str | None = None) -> int:
+    def input(
+        self, num_units: int, variable: int, tie: str | None = None, family: str | None = None
+    ) -> int:
         """Distributions of one variable."""
-        return self._add(Region("input", num_units, variable=variable, tie=tie))
+        return self._add(Region("input", num_units, variable=variable, tie=tie, family=family))
 
     def product(self, children: Sequence[int], latent: int | None = None) -> int:
         """Unit-wise product of regions with equally many units."""
@@ -26,6 +28,42 @@ class GraphBuilder:
     def sum(self, num_units: int, child: int, tie: str | None = None) -> int:
         """Mixtures of all units of one region."""
         return self._add(Region("sum", num_units, (child,), tie=tie))
+
+    def kronecker(self, left: int, right: int) -> int:
+        """All products of a unit of `left` and a unit of `right`."""
+        units = self.regions[left].num_units * self.regions[right].num_units
+        return self._add(Region("kronecker", units, (left, right)))
+
+    def tucker(self, num_units: int, left: int, right: int, tie: str | None = None) -> int:
+        """Mixtures of all products of a unit of `left` and a unit of `right`."""
+        return self.sum(num_units, self.kronecker(left, right), tie)
+
+    def monarch(self, num_units: int, child: int, blocks: int, tie: str | None = None) -> int:
+        """A sum whose matrix is a product of two block-diagonal ones ("Monarch").
+
+        With K child units, K' units and `blocks` = k blocks, the first factor mixes within k
+        blocks of K / k consecutive units, the second across them: K * K' / k + k * K' weights
+        instead of K * K' (2 K^1.5 for K' = K and k = sqrt(K)).
+
+        Args:
+            num_units: K', a multiple of K / blocks.
+            child: the region that is mixed; its units are a multiple of `blocks`.
+            blocks: k.
+            tie: name of shared parameters.
+        """
+        units = self.regions[child].num_units
+        per_block = units // blocks
+        ties = (None, None) if tie is None else (f"{tie}/within", f"{tie}/across")
+        within = self._add(Region("sum", units, (child,), tie=ties[0], blocks=blocks))
+        return self._add(
+            Region("sum", num_units, (within,), tie=ties[1], blocks=per_block, strided=True)
+        )
+
+    def mixing(self, children: Sequence[int], tie: str | None = None) -> int:
+        """Unit k mixes unit k of every child; the children have one scope and equal units."""
+        units = self.regions[children[0]].num_units
+        both = self.concat(children)
+        return self._add(Region("sum", units, (both,), tie=tie, blocks=units, strided=True))
 
     def concat(self, children: Sequence[int]) -> int:
         """The units of several regions side by side."""

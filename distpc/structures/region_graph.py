@@ -5,8 +5,10 @@ A region is a vector of `num_units` units over one scope (set of variables):
 * ``input``    units are distributions of one variable;
 * ``product``  unit k multiplies unit k of every child (children have disjoint scopes and the same
   number of units);
-* ``sum``      every unit mixes all units of its one child: a dense `num_units x child units`
-  matrix of weights;
+* ``kronecker`` unit (i, j), numbered i * K2 + j, multiplies unit i of the first of its two
+  children and unit j of the second (of K2 units): what a Tucker layer sums over;
+* ``sum``      every unit mixes units of its one child: all of them (a dense `num_units x child
+  units` matrix of weights), or those of its block (see `Region.blocks`);
 * ``concat``   the units of several regions over the same scope, side by side. A sum over a concat
   mixes alternatives.
 
@@ -17,14 +19,19 @@ stands for the value k of that latent variable, and observing the latent keeps o
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
 from distpc.errors import StructureError
 
-FORMAT_VERSION = 1
-Kind = Literal["input", "product", "sum", "concat"]
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 had no families, blocks and Kronecker products."""
+
+Kind = Literal["input", "product", "kronecker", "sum", "concat"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,13 @@ class Region:
         variable: the variable of an input region.
         tie: name of shared parameters, or None for parameters of its own.
         latent: index of the latent variable whose values the units are, if any.
+        family: distribution of an input's units; None: categorical, or Gaussian where the variable
+            is real. The known ones are in `distpc.circuits.families`.
+        blocks: a sum's units and its child's units form this many blocks of equal size, and a unit
+            mixes the child's units of its own block only. 1: dense. Two sums in a row with blocks
+            the one way and the other are a Monarch matrix; as many blocks as units over a concat
+            (strided) are a mixing layer.
+        strided: which units are a block: every `blocks`-th one, or (False) consecutive ones.
     """
 
     kind: Kind
@@ -46,6 +60,12 @@ class Region:
     variable: int | None = None
     tie: str | None = None
     latent: int | None = None
+    family: str | None = None
+    blocks: int = 1
+    strided: bool = False
+
+
+DEFAULTS = {field.name: field.default for field in fields(Region) if field.default is not MISSING}
 
 
 class RegionGraph:
@@ -77,6 +97,21 @@ class RegionGraph:
         """Latent variables that regions name; they are numbered 0 .. num_latents - 1."""
         return 1 + max((r.latent for r in self.regions if r.latent is not None), default=-1)
 
+    def mixed_units(self, index: int) -> np.ndarray:
+        """For each unit of sum region `index` the child's units that it mixes, (K', fan-in)."""
+        region = self.regions[index]
+        blocks = region.blocks
+        per_block = np.arange(self.regions[region.children[0]].num_units // blocks)
+        unit = np.arange(region.num_units)
+        if region.strided:
+            return (unit % blocks)[:, None] + per_block * blocks
+        return (unit // (region.num_units // blocks))[:, None] * len(per_block) + per_block
+
+    def fan_in(self, index: int) -> int:
+        """Units that each unit of sum region `index` mixes."""
+        region = self.regions[index]
+        return self.regions[region.children[0]].num_units // region.blocks
+
     @property
     def scopes(self) -> tuple[frozenset[int], ...]:
         """Variables below each region."""
@@ -87,7 +122,7 @@ class RegionGraph:
         """Whether all products with one scope split it in the same way."""
         splits: dict[frozenset[int], frozenset[frozenset[int]]] = {}
         for scope, region in zip(self._scopes, self.regions, strict=True):
-            if region.kind == "product":
+            if region.kind in ("product", "kronecker"):
                 split = frozenset(self._scopes[child] for child in region.children)
                 if splits.setdefault(scope, split) != split:
                     return False
@@ -99,7 +134,7 @@ class RegionGraph:
             "format_version": FORMAT_VERSION,
             "num_variables": self.num_variables,
             "regions": [
-                {key: value for key, value in asdict(region).items() if value not in (None, ())}
+                {k: v for k, v in asdict(region).items() if v != DEFAULTS.get(k, ...)}
                 for region in self.regions
             ],
         }
@@ -111,11 +146,11 @@ class RegionGraph:
         Raises:
             StructureError: another format version, or a broken graph.
         """
-        if value.get("format_version") != FORMAT_VERSION:
+        if value.get("format_version") not in READABLE_VERSIONS:
             raise StructureError(
                 "a region graph has a format version that this code does not read",
                 found=value.get("format_version"),
-                expected=FORMAT_VERSION,
+                expected=" or ".join(map(str, READABLE_VERSIONS)),
             )
         regions = [
             Region(**{**region, "children": tuple(region.get("children", ()))})
@@ -156,10 +191,25 @@ class RegionGraph:
         elif region.kind == "sum":
             if len(region.children) != 1:
                 raise self._broken(index, "a sum has one child", region.children)
-        elif region.kind == "product":
+            if region.blocks < 1 or region.num_units % region.blocks or units[0] % region.blocks:
+                raise self._broken(
+                    index,
+                    "blocks divide a sum's units and its child's",
+                    f"{region.blocks} blocks, {region.num_units} and {units[0]} units",
+                )
+        elif region.kind in ("product", "kronecker"):
             if sum(map(len, scopes)) != len(frozenset().union(*scopes)):
-                raise self._broken(index, "a product's children share no variable", region.children)
-            if set(units) != {region.num_units}:
+                raise self._broken(
+                    index,
+                    f"a {region.kind}'s children share no variable (decomposable)",
+                    region.children,
+                )
+            if region.kind == "kronecker":
+                if len(units) != 2 or units[0] * units[1] != region.num_units:
+                    raise self._broken(
+                        index, f"two children whose units multiply to {region.num_units}", units
+                    )
+            elif set(units) != {region.num_units}:
                 raise self._broken(index, f"children have {region.num_units} units", units)
         elif region.kind == "concat":
             if len(set(scopes)) != 1:
@@ -168,6 +218,12 @@ class RegionGraph:
                 )
             if sum(units) != region.num_units:
                 raise self._broken(index, f"{region.num_units} units in all", units)
+        else:
+            raise self._broken(index, "a kind that regions have", region.kind)
+        if region.kind != "sum" and (region.blocks != 1 or region.strided):
+            raise self._broken(index, "blocks belong to sums", f"{region.blocks} blocks")
+        if region.kind != "input" and region.family is not None:
+            raise self._broken(index, "a family belongs to inputs", region.family)
         own = [] if region.variable is None else [region.variable]
         self._scopes.append(frozenset(own).union(*scopes))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import exact_weights, log_prob_exact
+from distpc.structures.builder import GraphBuilder
 from distpc.structures.region_graph import Region, RegionGraph
 
 
@@ -116,6 +117,40 @@ def chain(length: int, num_units: int = 2, tied: bool = False) -> RegionGraph:
     return RegionGraph(add.regions, length)
 
 
+def tucker_tree(tied: bool = False) -> RegionGraph:
+    """Four variables; Kronecker products of 2 and 3 units, mixed by Tucker sums."""
+    builder = GraphBuilder()
+    tie = "tucker" if tied else None
+    pairs = [
+        builder.tucker(3 - tied, builder.input(2, v), builder.input(3, v + 1), tie) for v in (0, 2)
+    ]
+    return builder.finish(builder.kronecker(*pairs), 4)
+
+
+def two_splits() -> RegionGraph:
+    """Four variables split in two ways and mixed unit by unit."""
+    builder = GraphBuilder()
+    inputs = [builder.input(3, v) for v in range(4)]
+    alternatives = []
+    for left, right in (((0, 1), (2, 3)), ((0, 2), (1, 3))):
+        halves = [
+            builder.sum(3, builder.product([inputs[v] for v in pair])) for pair in (left, right)
+        ]
+        alternatives.append(builder.sum(3, builder.product(halves)))
+    return builder.finish(builder.mixing(alternatives), 4)
+
+
+def monarch_chain(length: int = 4, num_units: int = 6, blocks: int = 3) -> RegionGraph:
+    """A tied hidden Markov model whose transition is a Monarch matrix."""
+    builder = GraphBuilder()
+    state = builder.input(num_units, length - 1, "emission")
+    for t in reversed(range(length - 1)):
+        factors = [builder.input(num_units, t, "emission")]
+        factors.append(builder.monarch(num_units, state, blocks, "transition"))
+        state = builder.product(factors, latent=t)
+    return builder.finish(state, length)
+
+
 SMALL: dict[str, Callable[[], tuple[RegionGraph, list[int]]]] = {
     "hclt": lambda: (hclt(tree_parents(6, 1), 3), [2, 3, 2, 2, 3, 2]),
     "hclt-2": lambda: (hclt(tree_parents(7, 5), 4), [2] * 7),
@@ -126,6 +161,11 @@ SMALL: dict[str, Callable[[], tuple[RegionGraph, list[int]]]] = {
     "hub": lambda: (hub(6), [2] * 7),
     "chain": lambda: (chain(6), [2, 3, 2, 3, 2, 3]),
     "tied-chain": lambda: (chain(6, 3, tied=True), [3] * 6),
+    "tucker": lambda: (tucker_tree(), [2, 3, 2, 3]),
+    "tied-tucker": lambda: (tucker_tree(tied=True), [2, 3, 2, 3]),
+    "two-splits": lambda: (two_splits(), [2, 3, 2, 2]),
+    "monarch": lambda: (monarch_chain(), [3] * 4),
+    "monarch-wide": lambda: (monarch_chain(5, 4, 2), [2] * 5),
     "one-input": lambda: (RegionGraph([Region("input", 1, variable=0)], 1), [4]),
 }
 

@@ -1,0 +1,58 @@
+"""A bank: the parameters of one fold, and what training and queries ask of them.
+
+`statistics` holds running means of sufficient statistics per sample (see the module
+`statistics`), several tables of equal kind in one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class Bank(nn.Module):
+    """Base of the banks.
+
+    Attributes:
+        statistics: the parameter.
+        learns_by: "em": backward leaves flows in its `.grad`; "gradient": a true gradient.
+    """
+
+    statistics: nn.Parameter
+    learns_by: Literal["em", "gradient"] = "em"
+
+    def init(self, noise: float, generator: torch.Generator) -> None:
+        """Random parameters."""
+        raise NotImplementedError
+
+    def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
+        """Smooth the read-out by a pseudocount in samples a row (a unit of an input)."""
+        raise NotImplementedError
+
+    def statistics_of(self, table: int) -> Tensor:
+        """A view of one table's statistics, a row a unit; writing to it writes the parameter."""
+        raise NotImplementedError
+
+    def weights_of(self, table: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What one table means, a row a unit: weights, probabilities, or mean and variance."""
+        raise NotImplementedError
+
+    def totals(self, values: Tensor) -> Tensor:
+        """The uses of each entry's row, for values laid out as the statistics.
+
+        Of flows: how often a unit was used; of statistics: how often a sample is expected to use
+        it. Shape: broadcasts against the statistics.
+        """
+        raise NotImplementedError
+
+    def pseudo_samples(self, pseudocount: float) -> Tensor:
+        """The statistics of `pseudocount` imaginary uses of every row (a prior); broadcasts."""
+        raise NotImplementedError
+
+    def rescale_(self, uses: Sequence[Tensor]) -> None:
+        """Keep what the tables mean, with statistics whose rows are used `uses[table]` (units,)
+        times a sample."""
+        raise NotImplementedError
