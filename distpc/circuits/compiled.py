@@ -17,7 +17,14 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from distpc.circuits.families import BAGGED, family_of
 from distpc.circuits.packing import pack_tables
-from distpc.circuits.routing import Order, concat_requests, deal, gather, product_terms
+from distpc.circuits.routing import (
+    DIRECT_CHILDREN,
+    Order,
+    concat_requests,
+    deal,
+    gather,
+    product_terms,
+)
 from distpc.circuits.schedule import (
     BankPlan,
     ConcatPlan,
@@ -180,8 +187,11 @@ class _Compiler:
         return tuple(sorted(children, key=lambda child: not self.is_input[child]))
 
     def _key(self, index: int) -> tuple[object, ...]:
-        fanin = len(self.regions[index].children) if self.regions[index].kind == "product" else 0
-        return (-fanin, *self.order.key(index))
+        # Products that add logs come first in their step; rows of inputs stay together.
+        region = self.regions[index]
+        in_logs = region.kind == "product" and len(region.children) > DIRECT_CHILDREN
+        kind = 2 if self.is_input[index] else int(not in_logs)
+        return (kind, *self.order.key(index))
 
     def _folds(self, members: list[int]) -> list[tuple[str, tuple[int, ...], tuple[int, int]]]:
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)

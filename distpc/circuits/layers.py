@@ -47,10 +47,10 @@ def rescale_(values: Tensor) -> tuple[Tensor, Tensor | None]:
         is 0.
     """
     top = values.amax(-1)
-    is_weak = top < WEAK
-    if not may_hold(is_weak):
+    if values.device.type == "cpu" and float(top.amin()) >= WEAK:
         values.mul_(top.reciprocal().unsqueeze(-1))
-        return top.log().double(), None
+        return top.double().log_(), None
+    is_weak = ~(top >= WEAK)
     top = torch.where(is_weak, 1.0, top)
     values.mul_(top.reciprocal().unsqueeze(-1)).masked_fill_(is_weak.unsqueeze(-1), 1.0)
     return top.log().double(), is_weak.any(0)
