@@ -18,7 +18,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from distpc.circuits.families import BAGGED, family_of
 from distpc.circuits.packing import pack_tables
 from distpc.circuits.routing import (
-    DIRECT_CHILDREN,
     Order,
     concat_requests,
     deal,
@@ -187,11 +186,10 @@ class _Compiler:
         return tuple(sorted(children, key=lambda child: not self.is_input[child]))
 
     def _key(self, index: int) -> tuple[object, ...]:
-        # Products that add logs come first in their step; rows of inputs stay together.
-        region = self.regions[index]
-        in_logs = region.kind == "product" and len(region.children) > DIRECT_CHILDREN
-        kind = 2 if self.is_input[index] else int(not in_logs)
-        return (kind, *self.order.key(index))
+        # By falling number of factors: those that add logs come first, and second and later
+        # factors belong to the first rows.
+        fanin = len(self.regions[index].children) if self.regions[index].kind == "product" else 0
+        return (-fanin, *self.order.key(index))
 
     def _folds(self, members: list[int]) -> list[tuple[str, tuple[int, ...], tuple[int, int]]]:
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)

@@ -88,6 +88,13 @@ def may_hold(condition: Tensor, reduce: Callable[[Tensor], Tensor] = torch.any) 
     return condition.device.type != "cpu" or bool(reduce(condition))
 
 
+def is_above(values: Tensor, floor: float) -> bool:
+    """Whether no value is below a floor, NaN counting as below; never where looking would stall."""
+    if values.device.type != "cpu":
+        return False
+    return not values.numel() or float(values.amin()) >= floor
+
+
 def underflow(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """What entries of (..., K) with maximum about 1 may lack, (...), float64.
 
@@ -100,7 +107,7 @@ def underflow(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def some_underflow(values: Tensor, mask: Tensor | None = None) -> Tensor | None:
     """As `underflow`, None where nothing is lost."""
-    if values.device.type == "cpu" and float(values.amin()) >= FLOAT_FLOOR:
+    if is_above(values, FLOAT_FLOOR):
         return None
     lost = underflow(values, mask)
     return lost if may_hold(lost) else None
