@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from distpc.circuits.bank import Bank
 from distpc.circuits.gaussian import GaussianBank
+from distpc.circuits.indicator import IndicatorBank
 from distpc.circuits.inputs import CategoricalBank
 from distpc.circuits.schedule import BankPlan
 from distpc.errors import StructureError
@@ -39,6 +40,9 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "categorical": Family(lambda plan: CategoricalBank(plan.sizes, plan.num_units)),
+    "indicator": Family(
+        lambda plan: IndicatorBank(plan.sizes, plan.num_units), units_are_categories=True
+    ),
     "gaussian": Family(lambda plan: GaussianBank(len(plan.owners), plan.num_units), is_real=True),
 }
 
