@@ -18,7 +18,8 @@ class Bank(nn.Module):
 
     Attributes:
         statistics: the parameter; an empty buffer where there is nothing to learn.
-        learns_by: "em": backward leaves flows in its `.grad`; "gradient": a true gradient.
+        learns_by: "em": backward leaves flows in its `.grad`; "gradient": a true gradient. What is
+            said of statistics, uses and smoothing below is about "em" alone.
     """
 
     statistics: Tensor

@@ -37,7 +37,9 @@ def read_out(
     fan_in = statistics.shape[dim]
     total = statistics.sum(dim, keepdim=True) + smoothing * fan_in
     is_empty = total <= 0
-    floor = torch.where(is_empty, 1.0 / fan_in, smoothing)
+    # As tensors: `where` of two Python numbers would round them to float32.
+    uniform, floor = (total.new_full((), value) for value in (1.0 / fan_in, smoothing))
+    floor = torch.where(is_empty, uniform, floor)
     weights = torch.add(statistics, floor, out=out)
     return weights.div_(torch.where(is_empty, 1.0, total))
 
