@@ -146,11 +146,11 @@ class CategoricalBank(TableBank):
         if index is None:
             return self._table(source.to(dtype))
         rows = nn.functional.embedding(index.clamp_max(self.num_rows - 1), source).to(dtype)
-        floors, totals = (part.to(dtype) for part in self._floors_and_totals(source))
+        shift, scale = (part.to(dtype) for part in self._shift_and_scale(source))
         if len(self.sizes) > 1:
             tables = torch.searchsorted(self.starts, index, right=True) - 1
-            floors, totals = floors[tables], totals[tables]
-        rows = rows.add_(floors).div_(totals)
+            shift, scale = (nn.functional.embedding(tables, part) for part in (shift, scale))
+        rows = rows.mul_(scale).add_(shift)
         return rows.masked_fill_((index == self.num_rows).unsqueeze(1), 1.0)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -178,10 +178,10 @@ class CategoricalBank(TableBank):
 
     def rescale_(self, uses: Sequence[Tensor]) -> None:
         # In place: a table of a large vocabulary may be most of the memory.
-        floors, totals = self._floors_and_totals(self.statistics)
+        shift, scale = self._shift_and_scale(self.statistics)
         for table, of_table in enumerate(uses):
             part = self.statistics[self.table(table)]
-            part.add_(floors[table]).mul_(of_table / totals[table])
+            part.mul_(scale[table] * of_table).add_(shift[table] * of_table)
 
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         """A pseudocount in samples a unit, spread over its categories."""
@@ -192,28 +192,33 @@ class CategoricalBank(TableBank):
         shape = tuple(self.statistics.shape)
         self.statistics.data = random_statistics(shape, noise, generator)
 
-    def _floors_and_totals(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to each entry of a unit, and what that is then divided by, (T, K)."""
+    def _shift_and_scale(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, K) each: theta = S * scale + shift."""
         sums = [
             statistics[start : start + count * size].view(count, size, -1).sum(1)
             for start, count, size in self.blocks
         ]
         totals = torch.cat(sums) + self.pseudocount
-        is_empty = totals <= 0
-        sizes = totals.new_tensor(self.sizes).unsqueeze(1)
-        floors = torch.where(is_empty, 1.0, self.pseudocount) / sizes
-        return floors, torch.where(is_empty, 1.0, totals)
+        # Below this the reciprocal overflows.
+        is_empty = totals < torch.finfo(totals.dtype).tiny
+        uniform = totals.new_tensor([1.0 / size for size in self.sizes]).unsqueeze(1)
+        scale = torch.where(is_empty, 0.0, totals.reciprocal())
+        return torch.where(is_empty, uniform, self.pseudocount * uniform * scale), scale
 
     def _table(self, statistics: Tensor) -> Tensor:
         """theta with one row more, of ones: what a missing value looks up."""
-        table = statistics.new_ones(len(statistics) + 1, statistics.shape[1])
+        table = statistics.new_empty(len(statistics) + 1, statistics.shape[1])
+        table[-1] = 1.0
+        shift, scale = self._shift_and_scale(statistics)
+        first = 0
         for start, count, size in self.blocks:
-            rows = slice(start, start + count * size)
+            rows, tables = slice(start, start + count * size), slice(first, first + count)
             shape = (count, size, statistics.shape[1])
-            read_out(
+            torch.addcmul(
+                shift[tables].unsqueeze(1),
                 statistics[rows].view(shape),
-                self.pseudocount / size,
-                dim=1,
+                scale[tables].unsqueeze(1),
                 out=table[rows].view(shape),
             )
+            first += count
         return table
