@@ -46,6 +46,11 @@ class BinomialBank(TableBank):
     def pseudo_samples(self, pseudocount: float) -> Tensor:
         return torch.tensor(pseudocount / 2.0, device=self.statistics.device)
 
+    def start_near_(self, table: int, shares: Tensor) -> None:
+        success = torch.linspace(0.0, 1.0, len(shares)).to(shares) @ shares
+        chances = torch.stack([1.0 - success, success]).to(self.statistics)
+        self.statistics[table] *= chances.unsqueeze(1)
+
     def rescale_(self, uses: Sequence[Tensor]) -> None:
         chances = read_out(self.statistics, self.pseudocount / 2.0, dim=1)
         self.statistics.copy_(chances * torch.stack(list(uses)).unsqueeze(1))

@@ -57,6 +57,9 @@ class IndicatorBank(TableBank):
     def pseudo_samples(self, pseudocount: float) -> Tensor:
         return self.statistics
 
+    def start_near_(self, table: int, shares: Tensor) -> None:
+        pass
+
     def rescale_(self, uses: Sequence[Tensor]) -> None:
         pass
 

@@ -98,6 +98,13 @@ class TableBank(Bank):
         rows = nn.functional.embedding(index.clamp_max(self.num_rows - 1), source)
         return rows.to(dtype).masked_fill_((index == self.num_rows).unsqueeze(1), 0.0)
 
+    def start_near_(self, table: int, shares: Tensor) -> None:
+        """Move a random table's units to where the data are: `shares` (C,) of its categories.
+
+        The scale of statistics is left to `rescale_`.
+        """
+        raise NotImplementedError
+
     @property
     def num_rows(self) -> int:
         """Rows of all tables."""
@@ -175,6 +182,9 @@ class CategoricalBank(TableBank):
     def pseudo_samples(self, pseudocount: float) -> Tensor:
         sizes = torch.tensor(self.sizes, device=self.statistics.device)
         return (pseudocount / sizes).repeat_interleave(sizes).unsqueeze(1)
+
+    def start_near_(self, table: int, shares: Tensor) -> None:
+        self.statistics[self.table(table)] *= shares.to(self.statistics).unsqueeze(1)
 
     def rescale_(self, uses: Sequence[Tensor]) -> None:
         # In place: a table of a large vocabulary may be most of the memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +51,18 @@ class LogisticBank(TableBank):
 
     def pseudo_samples(self, pseudocount: float) -> Tensor:
         raise TypeError("logistic units keep no statistics: they follow the loss's gradient")
+
+    def start_near_(self, table: int, shares: Tensor) -> None:
+        """Means at the quantiles that they had of the range; scales as broad as the data are."""
+        values = torch.linspace(-1.0, 1.0, len(shares)).to(shares)
+        mean, log_scale = self.statistics[table]
+        ends = shares.cumsum(0)
+        quantiles = torch.searchsorted(ends, ((mean + 1.0) / 2.0).to(ends) * ends[-1])
+        mean.copy_(values[quantiles.clamp_max(len(shares) - 1)])
+        deviation = ((values - values @ shares).square() @ shares).sqrt()
+        # Of a constant the width of a bin; of a uniform variable, 1 / sqrt(3), the scale stays.
+        deviation = deviation.clamp_min(1.0 / len(shares))
+        log_scale.add_(torch.log(deviation * math.sqrt(3.0)).to(log_scale))
 
     def rescale_(self, uses: Sequence[Tensor]) -> None:
         pass

@@ -20,6 +20,7 @@ from distpc.errors import StructureError
 from distpc.structures import with_family
 from distpc.structures.builder import GraphBuilder
 from distpc.structures.region_graph import Region, RegionGraph
+from distpc.training.start import start_near_data_
 
 from .graphs import hclt, random_evidence
 
@@ -305,6 +306,22 @@ def test_em_recovers_a_mixture_of_binomials() -> None:
         shares = circuit.statistics_of(variable)[order]
         found = shares[:, 1] / shares.sum(1)
         assert found.tolist() == pytest.approx(chances[:, variable].tolist(), abs=0.015)
+
+
+def test_units_of_every_family_start_near_the_data() -> None:
+    families = ["categorical", "binomial", "logistic", "indicator"]
+    circuit = Circuit(tree(families, 8), [64, 64, 64, 8], init_noise=1.0)
+    generator = np.random.default_rng(2)
+    x = np.stack([generator.binomial(63, 0.1, 4000) for _ in range(3)] + [np.arange(4000) % 8], 1)
+    before = circuit.log_prob(x).mean()
+    start_near_data_(circuit, [x])
+    assert circuit.log_prob(x).mean() > before + 1.0
+    for variable in range(3):
+        weights = circuit.weights_of(input_of(circuit, variable))
+        mean = (weights @ torch.arange(64.0)).mean().item()
+        assert mean == pytest.approx(6.3, abs=4.0)
+    means = circuit.statistics_of(input_of(circuit, 2))[:, 0]
+    assert len(means.unique()) >= 5
 
 
 def test_adam_fits_logistic_units() -> None:
