@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ class Circuit(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.parameters()).device
+        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     @property
     def num_variables(self) -> int:
@@ -167,7 +168,7 @@ class Circuit(nn.Module):
         whose `.grad` is the loss's gradient."""
         groups: dict[str, list[nn.Parameter]] = {"em": [], "gradient": []}
         for bank in self.bank_list:
-            groups[bank.learns_by].append(bank.statistics)
+            groups[bank.learns_by] += bank.parameters()
         return groups
 
     def set_smoothing(self, pseudocount: float, leaf_pseudocount: float, num_samples: int) -> None:

@@ -40,7 +40,9 @@ def read_out(
         # Without empty rows; a product is faster than a quotient.
         return torch.add(statistics, smoothing, out=out).mul_(total.reciprocal_())
     is_empty = total <= 0
-    floor = torch.where(is_empty, 1.0 / fan_in, smoothing)
+    # As tensors: `where` of two Python numbers would round them to float32.
+    uniform, floor = (total.new_full((), value) for value in (1.0 / fan_in, smoothing))
+    floor = torch.where(is_empty, uniform, floor)
     weights = torch.add(statistics, floor, out=out)
     return weights.div_(torch.where(is_empty, 1.0, total))
 

@@ -2,6 +2,7 @@
 
 from distpc.structures.chow_liu import ChowLiuModel, chow_liu_tree
 from distpc.structures.hclt import hclt, hclt_graph
+from distpc.structures.inputs import with_family
 from distpc.structures.patch_layout import PatchLayout
 from distpc.structures.patches import HcltLeaf, patch_graph
 from distpc.structures.region_graph import Region, RegionGraph
@@ -18,4 +19,5 @@ __all__ = [
     "hclt",
     "hclt_graph",
     "patch_graph",
+    "with_family",
 ]

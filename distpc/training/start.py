@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.gaussian import GaussianBank
+from distpc.circuits.inputs import TableBank
 
 MARGINAL_SAMPLES = 20_000
 """Samples from which marginals are counted; a histogram of one variable needs no more."""
@@ -75,8 +76,9 @@ def start_near_data_(circuit: Circuit, batches: Iterable[np.ndarray | Tensor]) -
 
     Every categorical row is multiplied by its variable's marginal, so that rows differ by the
     circuit's own noise alone and no state begins where there is no data: the tuned EM baseline of
-    the measured prototypes. Tied rows take the marginal of all their variables together. Real
-    variables are standardised. Statistics are then scaled to the expected uses of their rows.
+    the measured prototypes. Other families over categories do alike (`start_near_`). Tied rows
+    take the marginal of all their variables together. Real variables are standardised. Statistics
+    are then scaled to the expected uses of their rows.
 
     Args:
         circuit: with random parameters.
@@ -94,9 +96,10 @@ def start_near_data_(circuit: Circuit, batches: Iterable[np.ndarray | Tensor]) -
             owners.setdefault(key, index)
     for key, index in owners.items():
         smoothed = pooled[key] + 1.0 / len(pooled[key])
-        rows = circuit.statistics_of(index)
-        # The scale of a row does not matter before the last line.
-        rows.mul_((smoothed / smoothed.sum()).to(rows))
+        bank, table = circuit.bank_of(index)
+        assert isinstance(bank, TableBank)
+        # The scale of statistics does not matter before the last line.
+        bank.start_near_(table, (smoothed / smoothed.sum()).to(circuit.device))
     circuit.rescale_to_uses_()
 
 
