@@ -7,9 +7,7 @@ from distpc.structures.layers import check_size
 from distpc.structures.region_graph import RegionGraph
 
 
-def factorised(
-    num_variables: int, *, tied: bool = False, family: str | None = None
-) -> RegionGraph:
+def factorised(num_variables: int, *, tied: bool = False, family: str | None = None) -> RegionGraph:
     """One input unit a variable, and their product.
 
     Args:

@@ -135,7 +135,7 @@ class _Circuit(Generic[Node]):
                     fix="split in two, or use layer cp",
                 )
             name = None if tie is None else f"{tie}/{units[0]}x{units[1]}"
-            return self.builder.tucker(self.num_states, *parts, name)
+            return self.builder.tucker(self.num_states, parts[0], parts[1], name)
         return self.builder.product(
             [
                 mix(

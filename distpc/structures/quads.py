@@ -126,6 +126,7 @@ def _halves(block: Rectangle) -> list[tuple[Rectangle, ...]]:
 
 def _quarters(block: Rectangle) -> list[tuple[Rectangle, ...]]:
     cut = _cut(block)
+    rows: tuple[Rectangle, ...]
     rows = block.cut_rows(cut) if cut and block.height > cut else (block,)
     if cut and block.width > cut:
         rows = tuple(part for half in rows for part in half.cut_columns(cut))
