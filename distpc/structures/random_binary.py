@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from distpc.errors import StructureError
 from distpc.structures.layers import check_size
 from distpc.structures.partitions import Hierarchy, partition_circuit
 from distpc.structures.region_graph import RegionGraph
@@ -22,20 +21,20 @@ def random_binary(
     num_states: int,
     *,
     num_repetitions: int = 4,
-    depth: int | None = None,
+    max_depth: int | None = None,
     num_input_units: int | None = None,
     layer: str = "cp",
     tied: bool = False,
     seed: int = 0,
     family: str | None = None,
 ) -> RegionGraph:
-    """Random halves, down to `depth`; below it variables are independent given the unit.
+    """Random halves, down to `max_depth`; below it variables are independent given the unit.
 
     Args:
         num_variables: V.
         num_states: K, units of every inner region.
         num_repetitions: random orders, mixed at the root.
-        depth: halvings; default: down to single variables.
+        max_depth: most halvings; default: down to single variables.
         num_input_units: units of every input; default K.
         layer: see `Layer`.
         tied: whether regions of one depth share parameters, over all repetitions, and the inputs
@@ -48,16 +47,8 @@ def random_binary(
     """
     check_size("num_variables", num_variables)
     check_size("num_repetitions", num_repetitions)
-    most = (num_variables - 1).bit_length()
-    depth = most if depth is None else depth
-    check_size("depth", depth, least=min(1, most))
-    if depth > most:
-        raise StructureError(
-            "variables cannot be halved so often",
-            where="depth",
-            found=depth,
-            expected=f"at most {most} for {num_variables} variables",
-        )
+    if max_depth is not None:
+        check_size("max_depth", max_depth)
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(num_variables).tolist() for _ in range(num_repetitions)]
     # All repetitions meet in one root.
@@ -67,7 +58,7 @@ def random_binary(
         pending = [(0, repetition, 0, num_variables)]
         while pending:
             level, _, first, last = pending.pop()
-            if level == depth or last - first < 2:
+            if level == max_depth or last - first < 2:
                 continue
             middle = (first + last + 1) // 2
             halves = (

@@ -117,9 +117,9 @@ STRUCTURES: dict[str, Structure] = {
         {
             "cp": {"num_variables": 5, "num_states": 3, "num_repetitions": 2},
             "tied": {"num_variables": 5, "num_states": 3, "num_repetitions": 3, "tied": True},
-            "shallow": {"num_variables": 5, "num_states": 2, "depth": 1, "num_input_units": 3},
+            "shallow": {"num_variables": 5, "num_states": 2, "max_depth": 1, "num_input_units": 3},
             "tucker": {"num_variables": 4, "num_states": 2, "layer": "tucker"},
-            "monarch": {"num_variables": 4, "num_states": 4, "layer": "monarch", "depth": 2},
+            "monarch": {"num_variables": 4, "num_states": 4, "layer": "monarch", "max_depth": 2},
         },
     ),
     "poon_domingos": Structure(
