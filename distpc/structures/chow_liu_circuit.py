@@ -39,8 +39,8 @@ def chow_liu_circuit(tree: Tree, num_categories: Sequence[int]) -> RegionGraph:
     builder = GraphBuilder()
     indicators = []
     for variable, categories in enumerate(num_categories):
-        check_size(f"num_categories[{variable}]", categories)
-        indicators.append(builder.input(categories, variable, family=INDICATOR))
+        units = check_size(f"num_categories[{variable}]", categories)
+        indicators.append(builder.input(units, variable, family=INDICATOR))
     return builder.finish(builder.hidden_tree(tree, indicators, with_latents=False), tree.num_nodes)
 
 

@@ -18,7 +18,7 @@ def factorised(num_variables: int, *, tied: bool = False, family: str | None = N
     Raises:
         StructureError: naming the argument that does not fit.
     """
-    check_size("num_variables", num_variables)
+    num_variables = check_size("num_variables", num_variables)
     builder = GraphBuilder()
     tie = "input" if tied else None
     inputs = [builder.input(1, variable, tie, family) for variable in range(num_variables)]

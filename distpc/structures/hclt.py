@@ -43,7 +43,7 @@ def hclt_graph(
     Raises:
         StructureError: naming the argument that does not fit.
     """
-    check_size("num_states", num_states)
+    num_states = check_size("num_states", num_states)
     check_layer(layer, ("cp", "monarch"))
     builder = GraphBuilder()
     tie = "emission" if tied else None

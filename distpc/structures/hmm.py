@@ -33,6 +33,6 @@ def hmm(
     Raises:
         StructureError: naming the argument that does not fit.
     """
-    check_size("length", length)
+    length = check_size("length", length)
     chain = Tree(tuple(range(-1, length - 1)))
     return hclt_graph(chain, num_states, layer=layer, tied=tied, blocks=blocks, family=family)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from distpc.errors import StructureError
+from distpc.structures.layers import check_size
 
 
 class Rectangle(NamedTuple):
@@ -48,15 +49,13 @@ def check_image(image_shape: Sequence[int]) -> tuple[int, int, int]:
     Raises:
         StructureError: naming the argument.
     """
-    shape = tuple(image_shape)
-    if len(shape) not in (2, 3) or not all(
-        isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in shape
-    ):
+    shape = tuple(check_size("image_shape", size) for size in image_shape)
+    if len(shape) not in (2, 3):
         raise StructureError(
             "an image has another shape",
             where="image_shape",
             found=shape,
-            expected="(height, width) or (height, width, channels), whole numbers above 0",
+            expected="(height, width) or (height, width, channels)",
         )
     height, width, channels = shape if len(shape) == 3 else (*shape, 1)
     return height, width, channels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, get_args
 
 from distpc.errors import StructureError
@@ -13,19 +14,20 @@ Layer = Literal["cp", "tucker", "monarch"]
 two block-diagonal ones; ``tucker``: a dense matrix over all products of two factors' units."""
 
 
-def check_size(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`.
+def check_size(name: str, value: object, least: int = 1) -> int:
+    """A size as an int; what is no whole number of at least `least` is refused.
 
     Raises:
         StructureError: naming the argument.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise StructureError(
             "a structure's size is wrong",
             where=name,
             found=repr(value),
             expected=f"a whole number of at least {least}",
         )
+    return int(value)
 
 
 def check_layer(layer: str, allowed: Sequence[str] = get_args(Layer)) -> None:

@@ -66,9 +66,9 @@ def partition_circuit(
     Raises:
         StructureError: naming the argument that does not fit.
     """
-    check_size("num_states", num_states)
+    num_states = check_size("num_states", num_states)
     num_input_units = num_states if num_input_units is None else num_input_units
-    check_size("num_input_units", num_input_units)
+    num_input_units = check_size("num_input_units", num_input_units)
     check_layer(layer)
     return _Circuit(hierarchy, num_states, num_input_units, layer, tied, family).graph(
         num_variables

@@ -47,11 +47,11 @@ def poon_domingos(
         StructureError: naming the argument that does not fit.
     """
     height, width, channels = check_image(image_shape)
-    check_size("delta", delta)
+    delta = check_size("delta", delta)
     if max_products is not None:
-        check_size("max_products", max_products)
+        max_products = check_size("max_products", max_products)
     if max_depth is not None:
-        check_size("max_depth", max_depth)
+        max_depth = check_size("max_depth", max_depth)
     root = Rectangle(0, 0, height, width)
     cuts = _all_cuts(root, delta, max_products, max_depth)
     splits: dict[Rectangle, list[tuple[Rectangle, ...]]] = {

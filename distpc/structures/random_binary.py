@@ -45,10 +45,10 @@ def random_binary(
     Raises:
         StructureError: naming the argument that does not fit.
     """
-    check_size("num_variables", num_variables)
-    check_size("num_repetitions", num_repetitions)
+    num_variables = check_size("num_variables", num_variables)
+    num_repetitions = check_size("num_repetitions", num_repetitions)
     if max_depth is not None:
-        check_size("max_depth", max_depth)
+        max_depth = check_size("max_depth", max_depth)
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(num_variables).tolist() for _ in range(num_repetitions)]
     # All repetitions meet in one root.
