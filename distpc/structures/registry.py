@@ -48,6 +48,10 @@ def _image(**more: Any) -> dict[str, Any]:
     return {"image_shape": (2, 2), "num_states": 2, **more}
 
 
+def _random(**more: Any) -> dict[str, Any]:
+    return {"num_variables": 4, "num_states": 2, "num_repetitions": 2, **more}
+
+
 STRUCTURES: dict[str, Structure] = {
     "factorised": Structure(
         factorised,
@@ -115,18 +119,18 @@ STRUCTURES: dict[str, Structure] = {
     "rat": Structure(
         random_binary,
         {
-            "cp": {"num_variables": 5, "num_states": 3, "num_repetitions": 2},
-            "tied": {"num_variables": 5, "num_states": 3, "num_repetitions": 3, "tied": True},
-            "shallow": {"num_variables": 5, "num_states": 2, "max_depth": 1, "num_input_units": 3},
-            "tucker": {"num_variables": 4, "num_states": 2, "layer": "tucker"},
-            "monarch": {"num_variables": 4, "num_states": 4, "layer": "monarch", "max_depth": 2},
+            "cp": _random(num_variables=5, num_states=3),
+            "tied": _random(num_variables=5, num_states=3, tied=True),
+            "shallow": _random(num_variables=5, max_depth=1, num_input_units=3),
+            "tucker": _random(layer="tucker"),
+            "monarch": _random(num_states=4, layer="monarch", num_repetitions=1),
         },
     ),
     "poon_domingos": Structure(
         poon_domingos,
         {
             "cp": _image(image_shape=(2, 3), delta=1),
-            "tied": _image(image_shape=(2, 3), delta=1, tied=True, num_input_units=3),
+            "tied": _image(delta=1, tied=True, num_input_units=3),
             "bounded": _image(image_shape=(2, 3), delta=1, max_products=1, max_depth=2),
             "coarse": _image(image_shape=(3, 2), delta=2),
             "tucker": _image(delta=1, layer="tucker"),

@@ -57,6 +57,7 @@ def test_which_are_structured_and_deterministic():
     split_one_way = {"factorised", "chow_liu", "hclt", "hmm", "patches", "quad_tree"}
     assert structured == {
         *(f"{n}/{s}" for n, s in SMALL if n in split_one_way),
+        "rat/monarch",  # one repetition
         "poon_domingos/bounded",
         "poon_domingos/coarse",
     }
