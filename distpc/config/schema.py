@@ -125,11 +125,47 @@ class LatentsConfig(Section):
 class StructureConfig(Section):
     """The circuit's region graph."""
 
-    kind: Literal["patches", "hclt"] = "patches"
+    kind: Literal[
+        "patches",
+        "hclt",
+        "factorised",
+        "chow_liu",
+        "hmm",
+        "quad_tree",
+        "quad_graph",
+        "rat",
+        "poon_domingos",
+    ] = "patches"
     """`patches`: a leaf bank shared by all patches under a hidden Chow-Liu tree over patch
-    latents; `hclt`: a hidden Chow-Liu tree over the variables."""
+    latents; `hclt`: a hidden Chow-Liu tree over the variables; `factorised`: independent
+    variables; `chow_liu`: a Chow-Liu tree over the variables themselves, deterministic; `hmm`: a
+    hidden Markov model over the variables in their order; `quad_tree`, `quad_graph`: images
+    halved down to the pixel in one way, or in both and mixed; `rat`: random halves of the
+    variables; `poon_domingos`: all rectangles of an image on a grid. Every kind but `patches`
+    goes with teacher.kind none and finetune.initialization random."""
     num_states: int = Field(default=32, ge=1)
-    """Hidden states K a variable (kind hclt)."""
+    """Units K of every latent or inner region (all kinds but patches, factorised, chow_liu)."""
+    num_input_units: int | None = Field(default=None, ge=1)
+    """Units of an input (kinds quad_tree, quad_graph, rat, poon_domingos); default: num_states."""
+    layer: Literal["cp", "tucker", "monarch"] = "cp"
+    """How units of parts combine: `cp`: a dense matrix a factor; `monarch`: two block-diagonal
+    ones (kinds with num_states); `tucker`: a dense matrix over all products of two factors' units
+    (kinds with num_input_units, parts in twos)."""
+    tied: bool = False
+    """Share parameters: over the steps of an hmm, the variables of factorised, all edges of hclt,
+    blocks of one size of images, regions of one depth of rat."""
+    num_splits: Literal[2, 4] = 2
+    """Parts of a block: halves or quarters (kind quad_tree)."""
+    num_repetitions: int = Field(default=4, ge=1)
+    """Random orders of the variables, mixed at the root (kind rat)."""
+    max_depth: int | None = Field(default=None, ge=1)
+    """Halvings (kind rat), or cuts on the way to a rectangle (kind poon_domingos); below them
+    variables are independent given the unit. Default: no limit."""
+    delta_pixels: int = Field(default=4, ge=1)
+    """Step of the grid along which rectangles are cut (kind poon_domingos)."""
+    max_products: int | None = Field(default=None, ge=1)
+    """Cuts kept of one rectangle, those nearest to its middle (kind poon_domingos); default:
+    all."""
     leaf: Literal["product", "hclt"] = "product"
     """Leaf density p(patch | z): fully factorised, or a multi-head HCLT (kind patches)."""
     leaf_num_states: int = Field(default=8, ge=1)
@@ -137,11 +173,27 @@ class StructureConfig(Section):
     leaf_num_groups: int = Field(default=1, ge=1)
     """Groups of clusters with a leaf HCLT body of their own, trained independently (leaf hclt)."""
     max_samples: int = Field(default=20000, ge=1)
-    """Training samples from which mutual information is counted."""
+    """Training samples from which mutual information is counted (kinds patches, hclt,
+    chow_liu)."""
     num_bins: int = Field(default=16, ge=2)
     """Bins that ordered values are put into when mutual information is counted."""
     pseudocount: float = Field(default=0.1, ge=0)
     """Added to every cell of the pairwise count tables."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StructureConfig:
+        in_parts = self.kind in ("quad_tree", "quad_graph", "rat", "poon_domingos")
+        if self.layer == "tucker" and not in_parts:
+            raise ValueError(f"structure.layer tucker does not go with kind {self.kind}")
+        if self.layer == "tucker" and self.kind == "quad_tree" and self.num_splits != 2:
+            raise ValueError("structure.layer tucker needs num_splits 2")
+        if self.layer == "monarch" and not (in_parts or self.kind in ("hclt", "hmm")):
+            raise ValueError(f"structure.layer monarch does not go with kind {self.kind}")
+        if self.num_input_units is not None and not in_parts:
+            raise ValueError(f"structure.num_input_units does not go with kind {self.kind}")
+        if self.tied and self.kind in ("patches", "chow_liu"):
+            raise ValueError(f"structure.tied does not go with kind {self.kind}")
+        return self
 
 
 class DistillConfig(Section):
@@ -246,13 +298,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.structure.kind == "patches" and self.teacher.kind == "none":
+        kind = self.structure.kind
+        if kind == "patches" and self.teacher.kind == "none":
             raise ValueError("structure.kind patches needs patch latents: set teacher.kind")
-        if self.structure.kind == "hclt" and self.finetune.initialization == "distilled":
+        if kind != "patches" and self.finetune.initialization == "distilled":
             raise ValueError(
-                "structure.kind hclt has no teacher latents to distil from: "
+                f"structure.kind {kind} has no teacher latents to distil from: "
                 "set finetune.initialization to random"
             )
-        if self.structure.kind == "hclt" and self.teacher.kind != "none":
-            raise ValueError("structure.kind hclt uses no teacher: set teacher.kind to none")
+        if kind != "patches" and self.teacher.kind != "none":
+            raise ValueError(f"structure.kind {kind} uses no teacher: set teacher.kind to none")
         return self
