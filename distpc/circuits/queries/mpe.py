@@ -24,8 +24,8 @@ from distpc.data.spec import MISSING
 if TYPE_CHECKING:
     from distpc.circuits.circuit import Circuit
 
-CHUNK_ENTRIES = 2**18
-"""Terms of a maximum held at once: 2 MiB, which a cache holds."""
+CHUNK_ENTRIES = 2**16
+"""Terms of a maximum held at once: 512 KiB, which a cache holds."""
 BYTES_PER_UNIT = 16
 
 

@@ -189,6 +189,15 @@ class _TopDown:
         mixed = None
         if region.blocks > 1:
             mixed = torch.from_numpy(self.circuit.graph.mixed_units(index)).to(units.device)
+        if len(self.messages.again) == 1 and len(units) > len(weights):
+            # One row of evidence: the units' distributions are the same for all samples.
+            owner = units.new_zeros(len(weights))
+            scores = self.messages.scores(region.children[0], owner, mixed, weights)
+            child = self._pick_unit(scores, units.clamp_min(0), index, self.names)
+            if mixed is not None:
+                child = mixed[units.clamp_min(0), child]
+            self._use(region.children[0], torch.where(units < 0, -1, child))
+            return
         picked = []
         size = max(1, CHUNK_ENTRIES // weights.shape[1])
         for part, owner, names in zip(
@@ -233,10 +242,10 @@ class _TopDown:
             table = self.circuit.bank_of(index)[1]
             if weights is not None and isinstance(bank, TableBank):
                 drawn = ((units >= 0) & (self.codes[variable] < 0)).nonzero()[:, 0]
-                columns = weights[bank.table(table)].T.contiguous()
-                for part in drawn.split(max(1, CHUNK_ENTRIES // columns.shape[1])):
-                    shares = columns[units[part]].double()
-                    self.codes[variable, part] = self._pick(shares, index, self.names[part])
+                shares = weights[bank.table(table)].T.double()
+                self.codes[variable, drawn] = self._pick_unit(
+                    shares, units[drawn], index, self.names[drawn]
+                )
             elif isinstance(bank, GaussianBank) and self.reals is not None:
                 drawn = ((units >= 0) & self.reals[variable].isnan()).nonzero()[:, 0]
                 mean, variance = bank.weights_of(table, torch.float64)[units[drawn]].unbind(-1)
@@ -258,6 +267,17 @@ class _TopDown:
         point = uniforms(self.seed, STREAMS_PER_REGION * index, names).unsqueeze(1) * total
         last = torch.searchsorted(ends, total)
         return torch.searchsorted(ends, point, right=True).minimum(last)[:, 0]
+
+    def _pick_unit(self, table: Tensor, units: Tensor, index: int, names: Tensor) -> Tensor:
+        """As `_pick`, where sample i has the scores table[units[i]] (K', K): one binary search in
+        all rows one after the other, row k on [k, k + 1)."""
+        ends = table.cumsum(-1)
+        ends /= ends[:, -1:].clamp_min(torch.finfo(ends.dtype).tiny)
+        starts = torch.arange(len(ends), dtype=ends.dtype, device=ends.device).unsqueeze(1)
+        last = torch.searchsorted(ends, torch.ones_like(starts))[:, 0]
+        point = units + uniforms(self.seed, STREAMS_PER_REGION * index, names)
+        found = torch.searchsorted((ends + starts).flatten(), point, right=True)
+        return (found - units * ends.shape[1]).minimum(last[units])
 
     def _use(self, region: int, units: Tensor) -> None:
         # A shared region is used by one parent of a sample at most, the others say -1.
