@@ -148,13 +148,19 @@ class _MaxProduct:
         """A sum's message: its units' best child unit."""
         region = self.regions[index]
         below = self.messages[region.children[0]]
-        mixed = torch.from_numpy(self.circuit.graph.mixed_units(index)).to(below.device)
+        mixed = self._mixed(index)
         rows = max(1, CHUNK_ENTRIES // log_weights.numel())
         parts = [
-            (part.unsqueeze(1) if region.blocks == 1 else part[:, mixed]).add(log_weights).amax(-1)
+            (part.unsqueeze(1) if mixed is None else part[:, mixed]).add(log_weights).amax(-1)
             for part in below.split(rows)
         ]
         return torch.cat(parts) if parts else below.new_zeros(0, region.num_units)
+
+    def _mixed(self, index: int) -> Tensor | None:
+        """The child units of each unit of a sum (K', fan-in); None: all of them."""
+        if self.regions[index].blocks == 1:
+            return None
+        return torch.from_numpy(self.circuit.graph.mixed_units(index)).to(self.unused.device)
 
     def _combine(self, index: int) -> Tensor:
         """The message of a product, Kronecker product or concat."""
@@ -191,15 +197,15 @@ class _MaxProduct:
     def _choose(self, index: int, log_weights: Tensor) -> None:
         units = self.choices.get(index, self.unused)
         child = self.regions[index].children[0]
-        mixed = torch.from_numpy(self.circuit.graph.mixed_units(index)).to(units.device)
+        mixed = self._mixed(index)
         picked = []
         rows = max(1, CHUNK_ENTRIES // log_weights.shape[1])
         for unit, below in zip(
             units.clamp_min(0).split(rows), self.messages[child].split(rows), strict=True
         ):
-            children = mixed[unit]
-            best = (below.gather(1, children) + log_weights[unit]).argmax(1, keepdim=True)
-            picked.append(children.gather(1, best)[:, 0])
+            scores = below if mixed is None else below.gather(1, mixed[unit])
+            best = (scores + log_weights[unit]).argmax(1)
+            picked.append(best if mixed is None else mixed[unit, best])
         if picked:
             self._use(child, torch.where(units < 0, -1, torch.cat(picked)))
 

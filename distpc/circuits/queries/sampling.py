@@ -114,6 +114,10 @@ class _Messages:
         self.logs = None if evaluation.logs is None else evaluation.logs.outputs
         # For each row where its logs are, -1 where scaled values are good enough.
         self.again = torch.full(evidence.codes.shape[1:], -1, device=circuit.device)
+        missing = evidence.codes < 0 if evidence.reals is None else _missing(circuit, evidence)
+        drawn = set(missing.any(1).nonzero()[:, 0].tolist())
+        # Below the others everything is observed, and nothing has to be drawn.
+        self.drawn = {r for r, scope in enumerate(circuit.graph.scopes) if drawn & scope}
         self.again[evaluation.again] = torch.arange(len(evaluation.again), device=circuit.device)
 
     def scores(
@@ -136,6 +140,12 @@ class _Messages:
             logs = logs + weights[lost].log()
             scores[lost] = (logs - logs.amax(-1, keepdim=True)).nan_to_num_(-torch.inf).exp()
         return scores
+
+
+def _missing(circuit: Circuit, evidence: Evidence) -> Tensor:
+    assert evidence.reals is not None
+    is_real = circuit.reader.is_real.to(evidence.reals.device).unsqueeze(1)
+    return torch.where(is_real, evidence.reals.isnan(), evidence.codes < 0)
 
 
 class _TopDown:
@@ -163,7 +173,6 @@ class _TopDown:
         self.seed = seed
         self.codes = evidence.codes[:, owner]
         self.reals = None if evidence.reals is None else evidence.reals[:, owner]
-        self.unused = torch.full_like(owner, -1)
         self.choices = {circuit.graph.root: torch.zeros_like(owner)}
 
     def draw(self) -> Tensor:
@@ -185,7 +194,9 @@ class _TopDown:
     def _choose(self, index: int, weights: Tensor) -> None:
         """A sum unit uses a child unit in proportion to weight times the child's likelihood."""
         region = self.regions[index]
-        units = self.choices.pop(index, self.unused)
+        units = self.choices.pop(index, None)
+        if units is None:
+            return
         mixed = None
         if region.blocks > 1:
             mixed = torch.from_numpy(self.circuit.graph.mixed_units(index)).to(units.device)
@@ -216,9 +227,9 @@ class _TopDown:
         """Products use unit k of every child; a concat the one child that unit k is from; a
         Kronecker product unit k // K2 of its left child and k % K2 of its right one."""
         region = self.regions[index]
-        if not region.children:
+        if not region.children or index not in self.choices:
             return
-        units = self.choices.pop(index, self.unused)
+        units = self.choices.pop(index)
         first = 0
         for position, child in enumerate(region.children):
             if region.kind == "concat":
@@ -237,7 +248,9 @@ class _TopDown:
         bank = self.circuit.bank_list[plan.bank]
         weights = bank.weights() if isinstance(bank, TableBank) else None
         for index in (region for bag in plan.bags for region in bag):
-            variable, units = self.regions[index].variable, self.choices.pop(index, self.unused)
+            variable, units = self.regions[index].variable, self.choices.pop(index, None)
+            if units is None:
+                continue
             assert variable is not None
             table = self.circuit.bank_of(index)[1]
             if weights is not None and isinstance(bank, TableBank):
@@ -280,5 +293,7 @@ class _TopDown:
         return (found - units * ends.shape[1]).minimum(last[units])
 
     def _use(self, region: int, units: Tensor) -> None:
-        # A shared region is used by one parent of a sample at most, the others say -1.
-        self.choices[region] = torch.maximum(self.choices.get(region, self.unused), units)
+        if region in self.messages.drawn:
+            # A shared region is used by one parent of a sample at most, the others say -1.
+            others = self.choices.get(region)
+            self.choices[region] = units if others is None else torch.maximum(others, units)
