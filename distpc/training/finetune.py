@@ -75,6 +75,8 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     barrier(mesh)
     found = checkpoints.newest()
     facts = TrainingFacts() if found is None else found.facts
+    # The trainer goes on in the same facts.
+    resumed_at_step = facts.step
     circuit = starting_circuit(ctx, spec, index, random_rows=found is None)
     # Both before the engine is made: under ZeRO-3 no whole parameter is left after it.
     num_parameters = circuit.num_parameters
@@ -91,7 +93,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
         extra = {
             "num_parameters": num_parameters,
             "zero_stage": ctx.config.parallel.zero_stage,
-            "resumed_at_step": 0 if found is None else found.facts.step,
+            "resumed_at_step": resumed_at_step,
             "deepspeed": parts.engine.config_json,
         }
         write_json(ctx.out / RESULTS, {**results, **extra})
