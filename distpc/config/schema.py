@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -214,24 +214,42 @@ class DistillConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Online EM on the data alone."""
+    """Training on the data alone."""
 
     initialization: Literal["distilled", "random"] = "distilled"
     """Start from the distilled circuit, or from random parameters (the EM baseline)."""
+    rule: Literal["online_em", "mini_batch_em", "full_batch_em", "anemone", "adam"] = "online_em"
+    """Training rule of the statistics; all but online_em need whole rows: parallel.zero_stage 0."""
     num_epochs: int = Field(default=20, ge=0)
     """Passes over the training split."""
     batch_size: int = Field(default=256, ge=1)
-    """Samples in a global batch, over all ranks and micro-batches."""
+    """Samples in a global batch, over all ranks and micro-batches; full_batch_em takes all of the
+    training split instead, and holds it in memory."""
     micro_batch_size: int = Field(default=256, ge=1)
     """Most samples that one rank puts through the circuit at once."""
     step_size: float = Field(default=0.1, gt=0, le=1)
-    """First step size of online EM; after distillation keep it small (about 0.1)."""
+    """First step size; after distillation keep it small (about 0.1). Rule adam: the learning rate,
+    about 0.01. Not used by full_batch_em."""
     final_step_size: float = Field(default=0.005, gt=0, le=1)
-    """Last step size; it falls linearly in between."""
+    """Last step size (schedules linear and cosine)."""
+    schedule: Literal["constant", "linear", "cosine", "piecewise"] = "linear"
+    """How the step size goes from first to last, counted in samples; piecewise: linear between
+    `milestones`."""
+    milestones: list[tuple[int, Annotated[float, Field(gt=0, le=1)]]] = Field(default=[])
+    """Pairs [samples, step size] by rising samples (schedule piecewise)."""
+    warmup_samples: int = Field(default=0, ge=0)
+    """Samples over which the step size rises from a tenth of the schedule's value."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of the flows (rule anemone); above 0 it keeps another copy of the statistics."""
     pseudocount: float = Field(default=0.1, ge=0)
-    """Samples' worth of smoothing a sum row, spread over its entries."""
+    """Samples' worth of smoothing a sum row, spread over its entries; samples of the whole training
+    split, whatever the rule and its batches. Rule adam does not smooth."""
     leaf_pseudocount: float = Field(default=1.0, ge=0)
     """Samples' worth of smoothing an input row, spread over its categories."""
+    gradient_learning_rate: float = Field(default=0.01, gt=0)
+    """Adam's learning rate for parameters that follow gradients (discretised logistic inputs)."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest entry of a gradient of those parameters."""
     init_noise: float = Field(default=1.0, gt=0)
     """Spread of random parameters: weights are proportional to exp(-init_noise * 2u), u uniform."""
     evaluate_every_epochs: float = Field(default=1.0, gt=0)
@@ -242,6 +260,13 @@ class FinetuneConfig(Section):
     """Newest checkpoints kept, beside the best."""
     max_divergence_bits: float = Field(default=1.0, gt=0)
     """Stop when validation is this many bits per dimension worse than the best so far."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FinetuneConfig:
+        samples = [place for place, _ in self.milestones]
+        if self.schedule == "piecewise" and (not samples or samples != sorted(samples)):
+            raise ValueError("schedule piecewise needs milestones, by rising samples")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -290,7 +315,7 @@ class RunConfig(Section):
     distill: DistillConfig = DistillConfig()
     """Training on data and latents together."""
     finetune: FinetuneConfig = FinetuneConfig()
-    """Online EM on the data alone."""
+    """Training on the data alone."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """The final figures and pictures."""
     parallel: ParallelConfig = ParallelConfig()
@@ -308,4 +333,9 @@ class RunConfig(Section):
             )
         if kind != "patches" and self.teacher.kind != "none":
             raise ValueError(f"structure.kind {kind} uses no teacher: set teacher.kind to none")
+        if self.finetune.rule != "online_em" and self.parallel.zero_stage > 0:
+            raise ValueError(
+                f"finetune.rule {self.finetune.rule} needs whole rows at its step, and ZeRO shards "
+                "cut them: set parallel.zero_stage to 0, or finetune.rule to online_em"
+            )
         return self
