@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from distpc.circuits.bank import Bank
 from distpc.circuits.blocks import Blocks
 from distpc.circuits.lost import TINY
-from distpc.circuits.statistics import random_statistics, read_out
+from distpc.circuits.statistics import Masked, random_statistics, read_out
 
 
 class SumFunction(torch.autograd.Function):
@@ -26,7 +26,7 @@ class SumFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, statistics: Tensor, smoothing: float, blocks: Blocks
+        ctx: Any, u: Tensor, statistics: Tensor, smoothing: float | Masked, blocks: Blocks
     ) -> tuple[Tensor, Tensor]:
         num_tables, num_units, _ = statistics.shape
         theta = read_out(statistics, smoothing)
@@ -66,7 +66,10 @@ class SumBank(Bank):
     Attributes:
         statistics: S, shape (T, K', fan_in).
         smoothing: eps of the read-out.
+        mask: bool (T, K', fan_in), False where an edge is pruned; None: no edge is.
     """
+
+    mask: Tensor | None
 
     def __init__(
         self,
@@ -80,6 +83,12 @@ class SumBank(Bank):
         self.blocks = Blocks(blocks, strided)
         self.statistics = nn.Parameter(torch.empty(num_tables, num_units, fan_in))
         self.smoothing = 0.0
+        self.register_buffer("mask", None)
+
+    @property
+    def floor(self) -> float | Masked:
+        """What the read-out adds to statistics."""
+        return self.smoothing if self.mask is None else Masked(self.smoothing, self.mask)
 
     def forward(self, u: Tensor, in_logs: bool = False) -> tuple[Tensor, Tensor | None]:
         """(E, B, K) -> (E, B, K'); consecutive rows share a matrix where E > T.
@@ -87,12 +96,12 @@ class SumBank(Bank):
         Also the least weight of each matrix (T,), None in logs.
         """
         if in_logs:
-            return LogSumFunction.apply(u, self.statistics, self.smoothing, self.blocks), None
-        return SumFunction.apply(u, self.statistics, self.smoothing, self.blocks)
+            return LogSumFunction.apply(u, self.statistics, self.floor, self.blocks), None
+        return SumFunction.apply(u, self.statistics, self.floor, self.blocks)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """theta, shape (T, K', fan_in)."""
-        return read_out(self.statistics.detach().to(dtype), self.smoothing)
+        return read_out(self.statistics.detach().to(dtype), self.floor)
 
     def statistics_of(self, table: int) -> Tensor:
         """S (K', fan-in)."""
@@ -106,7 +115,8 @@ class SumBank(Bank):
         return values.sum(-1, keepdim=True)
 
     def pseudo_samples(self, pseudocount: float) -> Tensor:
-        return torch.full((), pseudocount / self.statistics.shape[-1])
+        prior = torch.full((), pseudocount / self.statistics.shape[-1])
+        return prior if self.mask is None else prior * self.mask
 
     def rescale_(self, uses: Sequence[Tensor]) -> None:
         self.statistics.copy_(self.weights() * torch.stack(list(uses)).unsqueeze(-1))
@@ -128,7 +138,7 @@ class LogSumFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logs: Tensor, statistics: Tensor, smoothing: float, blocks: Blocks
+        ctx: Any, logs: Tensor, statistics: Tensor, smoothing: float | Masked, blocks: Blocks
     ) -> Tensor:
         num_tables, num_units, _ = statistics.shape
         log_theta = blocks.split_rows(read_out(statistics.to(logs.dtype), smoothing).log())
