@@ -124,7 +124,7 @@ def similar_states(circuit: Circuit, count: int, flows: Flows | None = None) -> 
     for cost, first, second in sorted(found):
         if len(pairs) < count and not {first, second} & taken:
             taken |= {first, second}
-            region = states.regions[first][0]
+            region = _name(states, first)
             units = states.of_units[region]
             pairs.append(
                 Pair(
@@ -135,6 +135,12 @@ def similar_states(circuit: Circuit, count: int, flows: Flows | None = None) -> 
                 )
             )
     return pairs
+
+
+def _name(states: States, state: int) -> int:
+    """A region that has the state; the latent's own, where there is one."""
+    own = states.regions[state]
+    return next((r for r in own if states.graph.regions[r].latent is not None), own[0])
 
 
 def _costs(

@@ -174,7 +174,7 @@ def pruning_bound(
     use = torch.cat(parts) if parts else torch.zeros(0)
     if not len(use):
         return PruningBound(0.0, 0.0)
-    bound = -torch.log1p(-use.clamp_max(1.0)).mean()
+    bound = torch.log1p(-use.clamp_max(1.0)).mean().abs()
     return PruningBound(float(bound), float(use.mean()))
 
 
