@@ -44,7 +44,8 @@ def test_a_loop_improves_the_validation_likelihood() -> None:
 def test_no_loop_outgrows_its_bound() -> None:
     train, _ = digits()
     circuit = Circuit(hclt(train, 2, num_categories=[5] * 16), [5] * 16, seed=0)
-    grown = grow_and_prune(circuit, train[:200], epochs=1, max_parameters=circuit.num_parameters)
+    most = circuit.num_parameters
+    grown = grow_and_prune(circuit, train[:200], fraction=0.0, epochs=1, max_parameters=most)
     assert grown.circuit is circuit and len(grown.history) == 1
     with pytest.raises(ConfigError, match="loops"):
         grow_and_prune(circuit, train, loops=0)
