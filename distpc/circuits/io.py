@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from distpc.artifacts.files import file_digest, write_json
 from distpc.artifacts.tensors import read_tensors, write_tensors
 from distpc.errors import DistpcError, ModelFileError
@@ -102,6 +104,10 @@ def load_model(folder: Path | str) -> Circuit:
             fix="use the version of distpc that wrote it",
         )
     tensors, _ = read_tensors(folder / TENSORS, holds="model parameters", error=ModelFileError)
+    for name, bank in zip(circuit.banks, circuit.bank_list, strict=True):
+        # A bank has a mask only where edges were pruned.
+        if f"banks.{name}.mask" in tensors:
+            bank.register_buffer("mask", torch.ones_like(bank.statistics, dtype=torch.bool))
     expected = {name: tuple(t.shape) for name, t in circuit.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != expected:
