@@ -62,8 +62,9 @@ class Incremental:
     def run(self, batch: int, choose: Choose) -> None:
         """Reveal all variables of `batch` samples in order.
 
-        Where a sample's values so far have probability 0, `choose` is shown the uniform
-        distribution; a value of probability 0 is not conditioned on.
+        A value of probability 0 is not conditioned on. Where the likelihood of a sample's values
+        so far underflows all the same (sums with weights of 0 may do that), `choose` is shown the
+        uniform distribution.
 
         Args:
             batch: B.
@@ -97,13 +98,19 @@ class _Pass:
         downs = [self.messages["down", index] for index in step.children]
         top = torch.stack([down.amax(-1) for down in downs]).amax(0).unsqueeze(-1)
         top = torch.where(top.isneginf(), 0.0, top)
-        total: Tensor | None = None
-        for index, down in zip(step.children, downs, strict=True):
-            part = (down - top).exp_() @ self.weights[index].mT
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        mass = total.sum(-1, keepdim=True)
-        return torch.where(mass > 0, total / mass, 1.0 / total.shape[-1])
+        shares = [(down - top).exp_() for down in downs]
+        mass = torch.stack([share.sum(-1) for share in shares]).sum(0).unsqueeze(-1)
+        is_lost = mass == 0
+        mass = torch.where(is_lost, 1.0, mass)
+        # Units' own distributions sum to one, so that their mixture does.
+        parts = [
+            share.div_(mass) @ self.weights[index].mT
+            for index, share in zip(step.children, shares, strict=True)
+        ]
+        total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        if is_lost.any():
+            total = torch.where(is_lost, 1.0 / total.shape[-1], total)
+        return total
 
     def compute(self, step: Step) -> None:
         """Do a step that is a message."""

@@ -41,13 +41,13 @@ def constriction() -> ModuleType:
 
 
 def quantise(distribution: Tensor) -> Tensor:
-    """Counts (B, C) int64, each at least 1, that sum to 2**24 in every row.
+    """Counts (B, C), whole numbers in float64, each at least 1, that sum to 2**24 in every row.
 
     Args:
         distribution: (B, C) float64, rows that sum to one.
     """
     spare = 2**PRECISION - distribution.shape[1]
-    counts = (distribution * spare).floor_().long().add_(1)
+    counts = (distribution * spare).floor_().add_(1)
     # What rounding down leaves goes where it changes least.
     rest = 2**PRECISION - counts.sum(1, keepdim=True)
     return counts.scatter_add_(1, counts.argmax(1, keepdim=True), rest)
@@ -175,7 +175,5 @@ def check_categories(num_categories: tuple[int | None, ...]) -> None:
                 where=f"variable {variable}",
                 found="a real variable, whose values have densities" if count is None else count,
                 expected=f"at most {MAX_CATEGORIES:,} categories",
-                fix="bin real values before training (data.source bins), or leave the column out"
-                if count is None
-                else None,
+                fix="train on whole numbers: bin what is real",
             )

@@ -74,8 +74,7 @@ def compress(
         EvidenceError: a real variable, or values that do not fit the circuit.
         ResourceError: the library of the extra `compress` is not installed.
     """
-    coder.constriction()
-    coder.check_categories(circuit.num_categories)
+    check(circuit)
     if batch_size < 1:
         raise EvidenceError("no such batch size", found=batch_size, expected="1, 2, ...")
     x = circuit.reader.read(x).codes.t().contiguous().cpu()
@@ -117,6 +116,12 @@ def compress(
     return Compressed(content, header, header_bytes, 32 * len(code), bits, seconds)
 
 
+def check(circuit: Circuit) -> None:
+    """Refuse a circuit whose samples cannot be coded, or not here (see `compress`)."""
+    coder.constriction()
+    coder.check_categories(circuit.num_categories)
+
+
 def decompress(
     circuit: Circuit, content: bytes, *, where: object = None, force: bool = False
 ) -> tuple[Tensor, Header]:
@@ -135,7 +140,7 @@ def decompress(
     """
     coder.constriction()
     header, words = from_bytes(content, where)
-    _check(circuit, header, where, force)
+    _check_fit(circuit, header, where, force)
     parts = []
     with _one_thread(), Progress("decompress", header.num_samples, "samples") as progress:
         model = Incremental(circuit, header.order)
@@ -182,7 +187,7 @@ def numerics(circuit: Circuit) -> dict[str, Any]:
     }
 
 
-def _check(circuit: Circuit, header: Header, where: object, force: bool) -> None:
+def _check_fit(circuit: Circuit, header: Header, where: object, force: bool) -> None:
     shape = {"num_variables": header.num_variables, "precision": header.precision}
     own = {"num_variables": circuit.num_variables, "precision": coder.PRECISION}
     found = {**shape, "model": header.model}

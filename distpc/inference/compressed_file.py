@@ -15,12 +15,10 @@ import json
 import struct
 import zlib
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distpc.artifacts.files import write_bytes
 from distpc.errors import DataError, FormatVersionError
 
 MAGIC = b"DPCZ"
@@ -80,11 +78,6 @@ def to_bytes(header: Header, words: np.ndarray) -> tuple[bytes, int]:
     packed = zlib.compress(text, 9)
     prelude = PRELUDE.pack(MAGIC, FORMAT_VERSION, len(packed), zlib.crc32(packed))
     return prelude + packed + words.astype("<u4").tobytes(), len(prelude) + len(packed)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file's content, whole or not at all."""
-    write_bytes(path, content)
 
 
 def from_bytes(content: bytes, where: object) -> tuple[Header, np.ndarray]:
