@@ -176,12 +176,13 @@ def model_digest(circuit: Circuit) -> str:
 
 def numerics(circuit: Circuit) -> dict[str, Any]:
     """Versions and settings on which the last bits of a distribution may depend."""
+    device = circuit.device
     return {
         "torch": torch.__version__,
         "constriction": metadata.version("constriction"),
         "machine": platform.machine(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "device": circuit.device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": "float64",
         "threads": 1,
     }

@@ -18,7 +18,7 @@ from distpc.data.pictures import from_display, to_display
 from distpc.data.reader import iterate_split
 from distpc.data.sources.idx import read_idx_images
 from distpc.data.spec import DatasetSpec
-from distpc.errors import EvidenceError
+from distpc.errors import DataError, EvidenceError
 from distpc.inference.evidence import check_values
 from distpc.inference.model import image_shape
 from distpc.inference.pictures import read_pictures
@@ -70,12 +70,23 @@ def read_samples(
 
 
 def restore(x: np.ndarray, source: dict[str, Any]) -> np.ndarray:
-    """The array that (N, V) values came from: its type, its shape, its mark of missing values."""
-    dtype = np.dtype(source["dtype"])
-    values = x.astype(dtype)
-    if np.issubdtype(dtype, np.floating):
-        values[x == MISSING] = np.nan
-    return values.reshape(source["shape"])
+    """The array that (N, V) values came from: its type, its shape, its mark of missing values.
+
+    Raises:
+        DataError: there is no such type, or the shape is one of other values.
+    """
+    try:
+        dtype = np.dtype(source["dtype"])
+        values = x.astype(dtype)
+        if np.issubdtype(dtype, np.floating):
+            values[x == MISSING] = np.nan
+        return values.reshape(source["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "values do not fit the array that they are said to come from",
+            found=f"{source}: {error}",
+            expected=f"a type of numbers, and a shape of {x.size} values",
+        ) from error
 
 
 def _of_array(

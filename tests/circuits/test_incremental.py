@@ -141,16 +141,19 @@ def test_impossible_values_are_passed_over() -> None:
 
 def test_after_underflow_distributions_are_uniform() -> None:
     builder = GraphBuilder()
-    inputs = [builder.input(2, v, family=None) for v in range(3)]
-    circuit = Circuit(builder.finish(builder.product(inputs), 3), [2] * 3)
-    for index in inputs[:2]:
-        # The units of the first two variables agree on nothing.
-        circuit.statistics_of(index)[:] = torch.eye(2)
-    circuit.statistics_of(len(circuit.graph.regions) - 1)[:] = torch.tensor([[1.0, 1.0]])
-    shown = forced(Incremental(circuit, [0, 1, 2]), torch.tensor([[0, 1, 0]]))
-    torch.testing.assert_close(shown[1], torch.tensor([[1.0, 0.0]], dtype=torch.float64))
-    assert shown[2].isfinite().all()
-    torch.testing.assert_close(shown[2].sum(), torch.tensor(1.0, dtype=torch.float64))
+    inputs = [builder.input(2, v) for v in range(20)]
+    mixed = builder.sum(1, builder.product(inputs))
+    last = builder.input(1, 20)
+    circuit = Circuit(builder.finish(builder.product([mixed, last]), 21), [2] * 21)
+    for index in inputs:
+        circuit.statistics_of(index)[:] = torch.tensor([[1.0, 1.0], [1e-37, 1.0]])
+    # Only the second unit counts, and it is e^1690 times less likely than the first.
+    circuit.statistics_of(mixed)[:] = torch.tensor([[0.0, 1.0]])
+    circuit.statistics_of(last)[:] = torch.tensor([[9.0, 1.0]])
+    x = torch.zeros(1, 21, dtype=torch.int64)
+    shown = forced(Incremental(circuit, range(21)), x)
+    assert shown[19][0, 0] == pytest.approx(1e-37, rel=1e-5)
+    assert shown[20].tolist() == [[0.5, 0.5]]
 
 
 def test_equal_batches_give_equal_bits_whoever_chooses() -> None:

@@ -43,7 +43,7 @@ def graph_of(shape: str, x: torch.Tensor) -> RegionGraph:
 @pytest.fixture(scope="module", params=SHAPES)
 def fitted(request, digits):
     circuit = Circuit(graph_of(request.param, digits[0]), [17] * 64)
-    fit(circuit, digits[0], epochs=3, batch_size=100, progress=False)
+    fit(circuit, digits[0], epochs=2, batch_size=100, progress=False)
     return circuit
 
 
@@ -86,11 +86,10 @@ def test_threads_do_not_matter(patches, digits):
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-@pytest.mark.parametrize("missing", [0.0, 0.3])
-def test_every_structure_and_missing_values(name, missing):
+def test_every_structure_and_missing_values(name):
     circuit = small_circuit(name)
-    x, _ = random_evidence(circuit, 40, seed=5, missing=missing)
-    result = compress(circuit, x, batch_size=16)
+    x, _ = random_evidence(circuit, 40, seed=5, missing=0.3)
+    result = compress(circuit, x, batch_size=25)
     assert torch.equal(decompress(circuit, result.content)[0], x)
     observed = float(-log_prob_exact(circuit, x).sum() / np.log(2))
     assert result.model_bits == pytest.approx(observed, rel=1e-9)

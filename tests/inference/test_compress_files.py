@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import importlib.util
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from PIL import Image
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.io import load_model, save_model
 from distpc.cli import main
+from distpc.inference.compressed_file import from_bytes, to_bytes
 from distpc.structures.region_graph import Region, RegionGraph
 
 from .conftest import load_split
@@ -34,6 +40,26 @@ def test_a_split_of_the_run(model_dir, digits_run, tmp_path, capsys):
     assert np.array_equal(found.reshape(33, 64), load_split(digits_run, "test")[:33])
     text = capsys.readouterr().out
     assert "33 samples in" in text and "bits a value" in text and "a second" in text
+
+
+def test_another_process_decodes(model_dir, digits_run, tmp_path):
+    packed, out = tmp_path / "z.dpcz", tmp_path / "out.npy"
+    assert run("compress", model_dir, "valid", "-o", packed, "--num", 20) == 0
+    command = [sys.executable, "-m", "distpc", "decompress", model_dir, packed, "-o", out]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert np.array_equal(np.load(out).reshape(20, 64), load_split(digits_run, "valid")[:20])
+
+
+def test_the_benchmark(model_dir, repository):
+    path = repository / "tools" / "bench_compress.py"
+    spec = importlib.util.spec_from_file_location("bench_compress", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    figures = bench.measure(model_dir, "test", num=40, batch_size=20)
+    assert figures["bit_exact"] and figures["num_values"] == 40 * 64
+    assert 1 < figures["ratio_to_model"] < 1.01
+    assert figures["coded_bits_per_value"] < figures["lzma_bits_per_value"]
+    assert figures["lzma_bits_per_value"] < figures["png_bits_per_value"]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, ">i2", np.float32, np.float64])
@@ -142,3 +168,15 @@ def test_real_variables_are_refused(tmp_path, capsys):
     assert run("compress", tmp_path / "model", tmp_path / "x.npy", "-o", tmp_path / "z") == 2
     assert "real variable" in capsys.readouterr().err
     assert not (tmp_path / "z").exists()
+
+
+def test_a_header_may_name_no_array(pixel_model, pixels, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", pixels)
+    assert run("compress", pixel_model, tmp_path / "x.npy", "-o", tmp_path / "z") == 0
+    header, words = from_bytes((tmp_path / "z").read_bytes(), "z")
+    for source in ({"dtype": "odd", "shape": [5, 16]}, {"dtype": "|u1", "shape": [3]}, {"a": 1}):
+        odd = to_bytes(dataclasses.replace(header, source=source), words)[0]
+        (tmp_path / "z").write_bytes(odd)
+        assert run("decompress", pixel_model, tmp_path / "z", "-o", tmp_path / "out.npy") == 2
+        assert "said to come from" in capsys.readouterr().err
+    assert not (tmp_path / "out.npy").exists()
