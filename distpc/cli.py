@@ -34,6 +34,8 @@ EXAMPLES = """examples:
   distpc sample runs/digits/model --num 64 --out samples.png
   distpc inpaint runs/digits/model --mask left --out completions.png
   distpc query runs/digits/model --data rows.npy
+  distpc compress runs/digits/model test --out test.dpcz
+  distpc decompress runs/digits/model test.dpcz --out test.npy
 """
 
 
@@ -92,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_inpaint(commands)
     _add_query(commands)
+    _add_compress(commands)
+    _add_decompress(commands)
     return parser
 
 
@@ -217,6 +221,50 @@ def _add_query(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=_query)
 
 
+def _add_compress(commands: argparse._SubParsersAction) -> None:
+    parser = _add_model(
+        commands,
+        "compress",
+        "code samples without loss, at the model's own likelihood",
+        "distpc compress runs/digits/model test --out test.dpcz",
+    )
+    parser.add_argument(
+        "data",
+        help="a .npy or .csv of values, an IDX file, a .png or a folder of them; or train, valid "
+        "or test: that split of the model's run",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the compressed file")
+    parser.add_argument("--num", type=int, help="samples, the first ones (default: all)")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="samples computed at once (default 256)"
+    )
+    parser.set_defaults(command=_compress)
+
+
+def _add_decompress(commands: argparse._SubParsersAction) -> None:
+    parser = _add_model(
+        commands,
+        "decompress",
+        "restore the samples of a compressed file, bit for bit",
+        "distpc decompress runs/digits/model test.dpcz --out test.npy",
+    )
+    parser.add_argument("file", type=Path, help="what distpc compress wrote")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        help=".npy for the array as it was; or a new folder for a .png of every image",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="try on another processor or with other versions than the file names; what comes out "
+        "wrong is an error, never a file",
+    )
+    parser.set_defaults(command=_decompress)
+
+
 def _load(options: argparse.Namespace) -> tuple[RunConfig, Path]:
     from distpc.config import load_config
 
@@ -273,3 +321,17 @@ def _query(options: argparse.Namespace) -> None:
         num_samples=options.num,
         seed=options.seed,
     )
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from distpc.inference.compress_files import compress_command
+
+    compress_command(
+        options.model, options.data, options.out, num=options.num, batch_size=options.batch_size
+    )
+
+
+def _decompress(options: argparse.Namespace) -> None:
+    from distpc.inference.compress_files import decompress_command
+
+    decompress_command(options.model, options.file, options.out, force=options.force)
