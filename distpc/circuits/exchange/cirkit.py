@@ -75,7 +75,7 @@ def _cirkit() -> Any:
             fix="pip install 'libcirkit>=0.3,<0.4'",
         ) from error
     return _Names(
-        circuit.Circuit,
+        circuit,
         initializers.ConstantTensorInitializer,
         layers,
         parameters,
@@ -85,7 +85,8 @@ def _cirkit() -> Any:
 
 class _Names:
     def __init__(self, circuit: Any, constant: Any, layers: Any, parameters: Any, scope: Any):
-        self.Circuit, self.Constant, self.Scope = circuit, constant, scope
+        self.circuit, self.Circuit = circuit, circuit.Circuit
+        self.Constant, self.Scope = constant, scope
         self.layers, self.parameters = layers, parameters
 
 
@@ -101,6 +102,7 @@ class _Export:
         self.layers: list[Any] = []
         self.made: list[Any] = []
         self.shared: dict[tuple[int, int, str], Any] = {}
+        self.holders: list[Any] = []
 
     def run(self) -> Any:
         add = {
@@ -112,7 +114,14 @@ class _Export:
         }
         for index, region in enumerate(self.graph.regions):
             self.made.append(add[region.kind](index))
-        return self.names.Circuit(self.layers, self.inputs_of, [self.made[-1]])
+        # libcirkit folds a circuit's own tensors but not references to them: tensors that regions
+        # share live in a circuit apart, an operand, which the compiler compiles first.
+        kind = self.names.circuit
+        operation = None
+        if self.holders:
+            holder = self.names.Circuit(self.holders, {}, self.holders)
+            operation = kind.CircuitOperation(kind.CircuitOperator.CONCATENATE, (holder,))
+        return self.names.Circuit(self.layers, self.inputs_of, [self.made[-1]], operation=operation)
 
     def _add(self, layer: Any, inputs: list[Any]) -> Any:
         self.layers.append(layer)
@@ -212,6 +221,7 @@ class _Export:
         key = (id(bank), table, name)
         if key in self.shared:
             return self.shared[key].ref()
+        owners = self.circuit.schedule.banks[self.circuit.bank_list.index(bank)].owners[table]
         parameters = self.names.parameters
         tensor = parameters.TensorParameter(
             *value.shape, initializer=self.names.Constant(value.cpu().numpy())
@@ -219,8 +229,22 @@ class _Export:
         graph = parameters.Parameter.from_input(tensor)
         if operators:
             graph = parameters.Parameter.from_sequence(tensor, *operators)
+        if len(owners) == 1:
+            return graph
         self.shared[key] = graph
-        return self.shared[key]
+        self.holders.append(self._holder(tensor))
+        return graph.ref()
+
+    def _holder(self, tensor: Any) -> Any:
+        """A layer that does nothing but own a tensor."""
+        rows = tensor.shape[0]
+        parameter = self.names.parameters.Parameter.from_input(tensor)
+        scope = self.names.Scope([0])
+        if len(tensor.shape) == 1:
+            return self.names.layers.BinomialLayer(scope, rows, logits=parameter)
+        return self.names.layers.EmbeddingLayer(
+            scope, rows, num_states=tensor.shape[1], weight=parameter
+        )
 
     def _refused(self, index: int, found: str) -> StructureError:
         return StructureError(
@@ -346,9 +370,7 @@ class _Import:
                     key.append((name, type(node).__name__, id(node) if is_tensor else None))
             keys.append(tuple(key))
         numbers = {key: number for number, key in reversed(list(enumerate(keys))) if key}
-        return [
-            f"cirkit/{numbers[key]}" if key and keys.count(key) > 1 else None for key in keys
-        ]
+        return [f"cirkit/{numbers[key]}" if key and keys.count(key) > 1 else None for key in keys]
 
     def _where(self, number: int) -> str:
         layer = self.layers[number]
