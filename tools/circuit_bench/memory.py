@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from circuit_bench.cases import Case
 from circuit_bench.ours import Ours
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import cycle
 
 import torch
-from circuit_bench.cases import Case
 from torch import Tensor
 
+from circuit_bench.cases import Case
 from distpc.circuits.circuit import Circuit
 from distpc.training.optimizer import CircuitOptimizer
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 
 import torch
-from circuit_bench.cases import Case
-from circuit_bench.clock import seconds
 from torch import Tensor
 
+from circuit_bench.cases import Case
+from circuit_bench.clock import seconds
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exchange.cirkit import to_cirkit
 

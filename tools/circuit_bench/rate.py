@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from circuit_bench.cases import Case
 from torch import Tensor
 
+from circuit_bench.cases import Case
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.schedule import SumPlan
 
