@@ -27,9 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
 from circuit_bench import memory
 from circuit_bench.cases import Case
 from circuit_bench.clock import medians

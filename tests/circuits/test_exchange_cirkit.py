@@ -1,4 +1,4 @@
-"""libcirkit's circuits: its own likelihoods equal ours, both ways (where libcirkit is installed)."""
+"""libcirkit's circuits: its likelihoods equal ours, both ways (where libcirkit is installed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: structures, their data, and the arithmetic that a training step cannot avoid."""
+"""What is measured: structures, data, and the arithmetic that a training step cannot avoid."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def peak_bytes(case: Case, device: str, fused: bool, threads: int) -> int:
 
 
 def measure(case: Case, device: str, fused: bool) -> int:
-    """In this process: bytes at the peak of a few steps, above those before the circuit was made."""
+    """In this process: bytes at the peak of some steps, above those before there was a circuit."""
     # What torch's libraries allocate once is no part of the circuit's training.
     Ours(Case(case.structure, 4, 4, 4), device).step()
     gc.collect()
