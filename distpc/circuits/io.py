@@ -118,6 +118,15 @@ def load_model(folder: Path | str) -> Circuit:
             found=found.get(odd[0], "no such tensor"),
             expected=expected.get(odd[0], "no such tensor"),
         )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelFileError(
+                "a model holds NaN or infinity",
+                where=f"{folder / TENSORS}, layer '{name}'",
+                found=f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} entries",
+                expected="finite statistics",
+                fix=RESTORE,
+            )
     circuit.load_state_dict(tensors)
     return circuit
 
@@ -148,12 +157,13 @@ def _read_description(path: Path) -> dict[str, Any]:
         ) from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
+        is_newer = isinstance(version, int) and version > FORMAT_VERSION
         raise ModelFileError(
             "a model has a format version that this code does not read",
             where=path,
             found=version,
             expected=FORMAT_VERSION,
-            fix="use the version of distpc that wrote it",
+            fix="update distpc: a newer one wrote it" if is_newer else RESTORE,
         )
     return description
 
