@@ -164,7 +164,7 @@ class CategoricalFunction(torch.autograd.Function):
             top = table.amax(-1, keepdim=True)
             table.div_(torch.where(top > 0, top, 1.0))
             values = nn.functional.embedding(index.view(-1), table).view(shape)
-            log_top = torch.where(top > 0, top, 1.0).log_().squeeze(-1)
+            log_top = top.log_().squeeze(-1)
             scale = new_scale(log_top, underflow(table))[index.squeeze(-1)]
         else:
             bags = index.view(-1, width)
@@ -174,8 +174,8 @@ class CategoricalFunction(torch.autograd.Function):
             if in_logs:
                 return logs
             top = logs.amax(-1)
-            top = torch.where(top.isneginf(), 0.0, top)
-            values = logs.sub_(top.unsqueeze(-1)).exp_()
+            is_dead = top.isneginf()
+            values = logs.sub_(torch.where(is_dead, 0.0, top).unsqueeze(-1)).exp_()
             scale = new_scale(top, underflow(values, mask))
         ctx.mark_non_differentiable(scale)
         return values, scale

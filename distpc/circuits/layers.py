@@ -1,9 +1,8 @@
 """Products and concatenations of scaled messages, with flows as their gradients.
 
 A message has shape (E, B, K) (E regions folded, B batch, K units), entries in [0, 1], and a
-scale (E, B, 2) kept outside autograd: a log-scale and a bound on what underflow took (see `lost`).
-The likelihood of unit k is values[e, b, k] * exp(scale[e, b, 0]). What autograd calls the gradient
-of a message is here its *flow*
+scale kept outside autograd: a log-scale (E, B) and a bound on what underflow took (see `lost`).
+What autograd calls the gradient of a message is here its *flow*
 
     F = u * d log p / d u      (times the upstream factor, to which everything is linear)
 
@@ -21,7 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distpc.circuits.lost import FLOAT_FLOOR, concat_lost, divide_, new_scale, underflow
+from distpc.circuits.lost import (
+    FLOAT_FLOOR,
+    MAX_NATS,
+    Scale,
+    concat_lost,
+    may_hold,
+    new_scale,
+    some_underflow,
+    underflow,
+)
 from distpc.circuits.routing import uses_each_row_once
 from distpc.circuits.rows import Rows
 from distpc.circuits.schedule import ProductPlan
@@ -30,17 +38,21 @@ WEAK = 1e-30
 """A product whose largest unit is below this may have lost units that matter later."""
 
 
-def rescale_(values: Tensor) -> tuple[Tensor, Tensor]:
+def rescale_(values: Tensor) -> tuple[Tensor, Tensor | None]:
     """Divide a message by its maximum, in place.
 
     Returns:
-        The log of the maximum (E, B), float64; and which samples (B,) are too weak to trust.
+        The log of the maximum (E, B), float64; and which samples (B,) are too weak to trust, None
+        for none. They are evaluated again elsewhere; here their units become 1, so that no sum
+        is 0.
     """
     top = values.amax(-1)
     is_weak = top < WEAK
-    # A weak sample is evaluated again elsewhere; here it only has to stay finite.
+    if not may_hold(is_weak):
+        values.mul_(top.reciprocal().unsqueeze(-1))
+        return top.log().double(), None
     top = torch.where(is_weak, 1.0, top)
-    values.div_(top.unsqueeze(-1))
+    values.mul_(top.reciprocal().unsqueeze(-1)).masked_fill_(is_weak.unsqueeze(-1), 1.0)
     return top.log().double(), is_weak.any(0)
 
 
@@ -48,16 +60,21 @@ class RescaleFunction(torch.autograd.Function):
     """A message divided by its maximum; the flow stays what it is."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         out = values.clone()
         log_top, is_weak = rescale_(out)
-        ctx.mark_non_differentiable(log_top, is_weak)
+        mark_constant(ctx, log_top, is_weak)
         return out, log_top, is_weak
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, flow: Tensor, *_: Any) -> Tensor:
         return flow
+
+
+def mark_constant(ctx: Any, *outputs: Tensor | None) -> None:
+    """Outputs that no gradient goes through."""
+    ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
 
 
 class Factor(nn.Module):
@@ -89,30 +106,63 @@ class ProductLayer(nn.Module):
         ]
         pairs = list(zip(plan.terms, self.factors, strict=True))
         self.in_logs = [f for term, f in pairs if term.in_logs]
-        self.first = [f for term, f in pairs if term.first and not term.in_logs]
-        self.rest = [f for term, f in pairs if not term.first and not term.in_logs]
+        direct = [[f for t, f in pairs if not t.in_logs and t.number == n] for n in range(4)]
+        self.first, self.second, self.rest = direct[0], direct[1], direct[2] + direct[3]
+        # Rows with a second factor, where they come before those without one.
+        self.num_paired = self._paired_rows()
 
-    def multiply(self, pieces: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+    def _paired_rows(self) -> int:
+        """Rows whose first two factors can be multiplied without being copied first."""
+        if len(self.first) != 1 or len(self.second) != 1:
+            return 0
+        (first,), (second,) = self.first, self.second
+        into, paired = first.targets.slice, second.targets.slice
+        is_copied = first.rows.slice is None or second.rows.slice is None
+        if into is None or paired is None or is_copied or into.start != paired.start:
+            return 0
+        return paired.stop - paired.start
+
+    def multiply(
+        self, pieces: Sequence[Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Product, log of its maximum (E, B), its own loss (E, B) and weak samples (B,)."""
         out = pieces[0].new_empty(self.num_rows, *pieces[0].shape[1:])
-        for factor in self.first:
-            factor.targets.put_(out, factor.rows.take(pieces[factor.piece]))
-        for factor in self.rest:
-            factor.targets.multiply_(out, factor.rows.take(pieces[factor.piece]))
+        self._multiply_into(out, pieces)
         log_rows = slice(0, self.num_log_rows)
         if self.num_log_rows:
             logs, bound = self._add_logs(pieces, None if mask is None else mask[log_rows])
             top = torch.where(logs.amax(-1).isneginf(), 0.0, logs.amax(-1))
             out[log_rows] = (logs - top.unsqueeze(-1)).exp_()
-        lost = underflow(out, mask)
+        lost = some_underflow(out, mask)
         if mask is not None:
             out = torch.where(mask, out, 0.0)
         log_top, is_weak = rescale_(out)
-        lost *= (-log_top).exp()
+        if lost is not None:
+            lost *= (-log_top).exp()
         if self.num_log_rows:
             log_top[log_rows] += top
-            lost[log_rows] += (bound - top).double().exp_()
+            if may_hold(~bound.isneginf()):
+                lost = torch.zeros_like(log_top) if lost is None else lost
+                lost[log_rows] += (bound - top).double().exp_()
         return out, log_top, lost, is_weak
+
+    def _multiply_into(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
+        paired = self.num_paired
+        if paired:
+            (first,), (second,) = self.first, self.second
+            a = first.rows.take(pieces[first.piece])
+            b = second.rows.take(pieces[second.piece])
+            targets = first.targets.take(out)
+            torch.mul(a[:paired], b, out=targets[:paired])
+            if len(a) > paired:
+                targets[paired:] = a[paired:]
+        else:
+            for factor in self.first:
+                factor.targets.put_(out, factor.rows.take(pieces[factor.piece]))
+            for factor in self.second:
+                factor.targets.multiply_(out, factor.rows.take(pieces[factor.piece]))
+        for factor in self.rest:
+            factor.targets.multiply_(out, factor.rows.take(pieces[factor.piece]))
 
     def _add_logs(self, pieces: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logs of the products, and of what one with an underflowed factor could be (E, B)."""
@@ -162,12 +212,12 @@ class ProductFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, layer: ProductLayer, mask: Tensor | None, *pieces: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         ctx.layer = layer
         ctx.sizes = [len(piece) for piece in pieces]
-        out, *more = layer.multiply(pieces, mask)
-        ctx.mark_non_differentiable(*more)
-        return out, *more
+        out, log_top, lost, is_weak = layer.multiply(pieces, mask)
+        mark_constant(ctx, log_top, lost, is_weak)
+        return out, log_top, lost, is_weak
 
     @staticmethod
     @once_differentiable
@@ -181,15 +231,17 @@ class KroneckerFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, mask: Tensor | None, left: Tensor, right: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         ctx.units = left.shape[-1], right.shape[-1]
         out = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
-        lost = underflow(out, mask)
+        lost = some_underflow(out, mask)
         if mask is not None:
             out = torch.where(mask, out, 0.0)
         log_top, is_weak = rescale_(out)
-        ctx.mark_non_differentiable(log_top, lost, is_weak)
-        return out, log_top, lost.mul_((-log_top).exp()), is_weak
+        if lost is not None:
+            lost *= (-log_top).exp()
+        mark_constant(ctx, log_top, lost, is_weak)
+        return out, log_top, lost, is_weak
 
     @staticmethod
     @once_differentiable
@@ -199,16 +251,16 @@ class KroneckerFunction(torch.autograd.Function):
 
 
 class ConcatFunction(torch.autograd.Function):
-    """Groups (E, B, K_j) with scales (E, B, 2) each -> one message with one common scale."""
+    """Groups (E, B, K_j) with scales (E, B) each -> one message, both halves of its scale."""
 
     @staticmethod
     def forward(
-        ctx: Any, mask: Tensor | None, scales: Sequence[Tensor], *groups: Tensor
-    ) -> tuple[Tensor, ...]:
-        tops = [s[..., 0] + g.amax(-1).log() for s, g in zip(scales, groups, strict=True)]
+        ctx: Any, mask: Tensor | None, scales: Sequence[Scale], *groups: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        tops = [s.log + g.amax(-1).log() for s, g in zip(scales, groups, strict=True)]
         common = torch.stack(tops).amax(0)
         common = torch.where(common.isneginf(), 0.0, common)
-        shifts = [(scale[..., 0] - common).clamp_max(80.0).exp() for scale in scales]
+        shifts = [(scale.log - common).clamp_max(80.0).exp() for scale in scales]
         out = torch.cat(
             [
                 group * shift.to(group.dtype).unsqueeze(-1)
@@ -222,8 +274,10 @@ class ConcatFunction(torch.autograd.Function):
             out = torch.where(mask, out, 0.0)
         log_top, is_weak = rescale_(out)
         ctx.sizes = [group.shape[-1] for group in groups]
-        scale = divide_(new_scale(common + log_top, lost), log_top)
-        ctx.mark_non_differentiable(scale, is_weak)
+        # A bound that is 0 stays 0, whatever the top; any other becomes large enough.
+        lost *= (-log_top).clamp_max(MAX_NATS).exp_()
+        scale = new_scale(common + log_top, lost)
+        mark_constant(ctx, scale, is_weak)
         return out, scale, is_weak
 
     @staticmethod
@@ -237,7 +291,7 @@ class RootFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: Tensor | None) -> Tensor:
-        logs = values if scale is None else values.log().double() + scale[..., 0]
+        logs = values if scale is None else values.log().double() + scale
         ctx.save_for_backward(logs.isfinite())
         ctx.dtype = values.dtype
         return logs.float()

@@ -1,8 +1,6 @@
-"""What scaled values lose to underflow, bounded row by row: when a sample needs the log domain.
+"""The scale of a message, and what scaled values lose to underflow: when a sample needs logs.
 
-The scale of a message has shape (E, B, 2), float64: `scale[..., 0]` is its log-scale, and
-`scale[..., 1]` is a bound `lost` on what its units lack. With u the computed and u* the exact
-values, both on the scale of the message,
+With u the computed and u* the exact values of a message, both on its own scale, `lost` bounds
 
     u <= u* <= (1 + rounding) * u + lost                                        for every unit.
 
@@ -18,9 +16,15 @@ likelihood. Its rules, with all u at most 1 and the largest unit of what a sum r
   has outputs of at least w: what is below TRUST * w is below TRUST relative to *each* output, and
   is forgotten. It is why smoothed circuits lose nothing that matters, at any depth.
 * the terms of a sum may underflow too: with weights below MIXING a small output may lack them.
+
+Nothing is lost almost always. On a CPU, where looking costs no synchronisation, `lost` is then
+None and none of this is computed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +48,46 @@ MAX_NATS = 700.0
 """exp() of more overflows float64."""
 
 
+class Scale(NamedTuple):
+    """The likelihood of unit k is values[e, b, k] * exp(log[e, b]).
+
+    Attributes:
+        log: (E, B) float64.
+        lost: (E, B) float64; None: nothing.
+    """
+
+    log: Tensor
+    lost: Tensor | None
+
+    @classmethod
+    def of(cls, halves: Tensor) -> Scale:
+        """From both halves side by side, (E, B, 2)."""
+        log, lost = halves.unbind(-1)
+        return cls(log, lost if may_hold(lost, torch.any) else None)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Scale:
+        """Both halves rearranged by rows."""
+        return Scale(change(self.log), None if self.lost is None else change(self.lost))
+
+    def divided(self, log_top: Tensor) -> Scale:
+        """The scale of values that were divided by exp(log_top) (E, B)."""
+        if self.lost is None:
+            return Scale(self.log + log_top, None)
+        # A bound that is 0 stays 0, whatever the top; any other becomes large enough.
+        return Scale(self.log + log_top, self.lost * (-log_top).clamp_max(MAX_NATS).exp_())
+
+    def losing(self, more: Tensor | None) -> Scale:
+        """With `more` (E, B) lost."""
+        if more is None:
+            return self
+        return Scale(self.log, more if self.lost is None else self.lost + more)
+
+
+def may_hold(condition: Tensor, reduce: Callable[[Tensor], Tensor] = torch.any) -> bool:
+    """Whether a condition holds somewhere; "it may" where looking would stall a device."""
+    return condition.device.type != "cpu" or bool(reduce(condition))
+
+
 def underflow(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """What entries of (..., K) with maximum about 1 may lack, (...), float64.
 
@@ -54,45 +98,51 @@ def underflow(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return (values.amin(-1) < FLOAT_FLOOR).double().mul_(FLOAT_FLOOR)
 
 
+def some_underflow(values: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    """As `underflow`, None where nothing is lost."""
+    if mask is not None:
+        values = torch.where(mask, values, 1.0)
+    is_low = values.amin(-1) < FLOAT_FLOOR
+    return is_low.double().mul_(FLOAT_FLOOR) if may_hold(is_low) else None
+
+
 def new_scale(log_scale: Tensor, lost: Tensor) -> Tensor:
-    """(E, B, 2) of its two halves."""
+    """Both halves of a scale as one tensor (E, B, 2): what an autograd function can give."""
     return torch.stack([log_scale.double(), lost], dim=-1)
 
 
-def divide_(scale: Tensor, log_top: Tensor) -> Tensor:
-    """The bound after a message was divided by exp(log_top) (E, B); its log-scale is left."""
-    # A bound that is 0 stays 0, whatever the top; any other becomes large enough.
-    scale[..., 1] *= (-log_top).clamp_max(MAX_NATS).exp_()
-    return scale
-
-
-def mix(scale: Tensor, smallest: Tensor, out: Tensor) -> Tensor:
+def mix(scale: Scale, smallest: Tensor, out: Tensor) -> Scale:
     """The scale of a sum.
 
     Args:
-        scale: (E, B, 2) of its child.
-        smallest: (T,) least weight of each table, E / T consecutive rows each.
+        scale: of its child.
+        smallest: (T,) a lower bound of each table's weights, E / T consecutive rows each.
         out: (E, B, K') the sum's values.
     """
-    least = smallest.double().repeat_interleave(len(scale) // len(smallest)).unsqueeze(-1)
-    log_scale, lost = scale.unbind(-1)
-    lost = torch.where(lost <= TRUST * least, 0.0, lost)
-    # Looked up only where that costs no synchronisation with a device.
-    if out.device.type != "cpu" or bool((smallest < MIXING).any()):
-        is_small = (out.amin(-1) < TINY / TRUST) & (least < MIXING)
-        lost = lost + is_small.double().mul_(TINY)
-    return torch.stack([log_scale, lost], dim=-1)
+    mixes_little = may_hold(smallest < MIXING)
+    if scale.lost is None and not mixes_little:
+        return scale
+    log, lost = scale
+    least = smallest.double().repeat_interleave(len(log) // len(smallest)).unsqueeze(-1)
+    if lost is not None:
+        lost = torch.where(lost <= TRUST * least, 0.0, lost)
+        lost = lost if may_hold(lost) else None
+    if not mixes_little:
+        return Scale(log, lost)
+    is_small = (out.amin(-1) < TINY / TRUST) & (least < MIXING)
+    return Scale(log, lost).losing(is_small.double().mul_(TINY) if may_hold(is_small) else None)
 
 
-def concat_lost(scale: Tensor, common: Tensor) -> Tensor:
+def concat_lost(scale: Scale, common: Tensor) -> Tensor:
     """The bound (E, B) of a group that is brought to the common log-scale (E, B)."""
-    log_scale, lost = scale.unbind(-1)
+    if scale.lost is None:
+        return torch.zeros_like(common)
     # Here alone a bound may shrink, which one beyond the first order must not.
-    lost = torch.where(lost > LARGE, torch.inf, lost)
-    return lost * (log_scale - common).clamp_(-MAX_NATS, MAX_NATS).exp_()
+    lost = torch.where(scale.lost > LARGE, torch.inf, scale.lost)
+    return lost * (scale.log - common).clamp_(-MAX_NATS, MAX_NATS).exp_()
 
 
-def is_untrustworthy(scale: Tensor, values: Tensor) -> Tensor:
-    """Whether the values (B,) of the root may lack too much, given its scale (B, 2)."""
+def is_untrustworthy(lost: Tensor, values: Tensor) -> Tensor:
+    """Whether the values (B,) of the root may lack too much, given its bound (B,)."""
     # Negated, so that NaN counts.
-    return ~(scale[..., 1] <= TRUST * values)
+    return ~(lost <= TRUST * values)

@@ -88,7 +88,7 @@ def product_terms(
             rows.append(row)
             targets.append(target)
         terms += [
-            Term(piece, tuple(rows), tuple(targets), number == 0, in_logs)
+            Term(piece, tuple(rows), tuple(targets), number, in_logs)
             for (in_logs, piece), (rows, targets) in factors.items()
         ]
     return Request(pieces), tuple(terms), num_log_rows

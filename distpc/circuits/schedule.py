@@ -58,14 +58,14 @@ class Term:
         piece: index of the piece.
         rows: rows of that piece.
         targets: rows of the product, as many.
-        first: whether it is the first factor of those rows.
+        number: which factor of those rows it is, from 0.
         in_logs: whether those rows have many factors, and add logs instead of multiplying.
     """
 
     piece: int
     rows: tuple[int, ...]
     targets: tuple[int, ...]
-    first: bool
+    number: int
     in_logs: bool
 
 

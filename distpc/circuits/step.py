@@ -6,25 +6,42 @@ that backward delivers are the same in both.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distpc.circuits.evidence import Evidence
+from distpc.circuits.lost import Scale, may_hold
 from distpc.circuits.rows import Rows
 from distpc.circuits.schedule import Fanout, Request, StepPlan, SumPlan
 
 
 class Message(NamedTuple):
-    """Values (E, B, K) with scale (E, B, 2), see `lost`; or logs with None.
+    """Values (E, B, K) with their scale, see `lost`; or logs with None.
 
     `is_weak` (B,) marks samples that the scaled domain may have lost, None for none.
     """
 
     values: Tensor
-    scale: Tensor | None
+    scale: Scale | None
     is_weak: Tensor | None = None
+
+
+def seal(message: Message) -> Message:
+    """The message of inputs, whose scale comes as one tensor (E, B, 2).
+
+    A log-scale of -inf marks an observation that no unit can make: its sample is evaluated again
+    in logs, and here its units become 1, so that no sum is 0.
+    """
+    if message.scale is None:
+        return message
+    halves: Any = message.scale
+    is_dead = halves[..., 0].isneginf()
+    if not may_hold(is_dead):
+        return Message(message.values, Scale.of(halves))
+    scale = Scale.of(torch.where(is_dead.unsqueeze(-1), 0.0, halves))
+    return Message(message.values.masked_fill(is_dead.unsqueeze(-1), 1.0), scale, is_dead.any(0))
 
 
 class Step(nn.Module):
@@ -61,12 +78,11 @@ class Step(nn.Module):
         if len(pieces) == 1 and isinstance(self.orders[request], nn.Identity):
             return pieces[0]
         values = torch.cat([piece.values for piece in pieces])
-        scales = [piece.scale for piece in pieces if piece.scale is not None]
-        scale = torch.cat(scales) if scales else None
+        scale = _concatenated([piece.scale for piece in pieces])
         order = self.orders[request]
         if isinstance(order, Rows):
             values = order.take(values)
-            scale = None if scale is None else order.take(scale)
+            scale = None if scale is None else scale.each(order.take)
         return Message(values, scale)
 
     def deal(self, message: Message) -> list[Message]:
@@ -74,7 +90,7 @@ class Step(nn.Module):
         values, scale = message.values, message.scale
         if self.deal_order is not None:
             values = self.deal_order.take(values)
-            scale = None if scale is None else self.deal_order.take(scale)
+            scale = None if scale is None else scale.each(self.deal_order.take)
         if len(self.deal_sizes) <= 1:
             return [Message(values, scale)] * len(self.deal_sizes)
         # One split: its backward is one concatenation, where slices would each fill a whole
@@ -82,7 +98,22 @@ class Step(nn.Module):
         parts = values.split(self.deal_sizes)
         if scale is None:
             return [Message(part, None) for part in parts]
-        return [Message(*part) for part in zip(parts, scale.split(self.deal_sizes), strict=True)]
+        logs = scale.log.split(self.deal_sizes)
+        if scale.lost is None:
+            return [Message(part, Scale(log, None)) for part, log in zip(parts, logs, strict=True)]
+        lost = scale.lost.split(self.deal_sizes)
+        return [Message(p, Scale(*halves)) for p, *halves in zip(parts, logs, lost, strict=True)]
+
+
+def _concatenated(scales: list[Scale | None]) -> Scale | None:
+    known = [scale for scale in scales if scale is not None]
+    if not known:
+        return None
+    log = torch.cat([scale.log for scale in known])
+    if all(scale.lost is None for scale in known):
+        return Scale(log, None)
+    lost = [torch.zeros_like(s.log) if s.lost is None else s.lost for s in known]
+    return Scale(log, torch.cat(lost))
 
 
 def _order(request: Request) -> nn.Module:

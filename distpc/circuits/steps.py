@@ -21,7 +21,7 @@ from distpc.circuits.layers import (
     RescaleFunction,
     RootFunction,
 )
-from distpc.circuits.lost import divide_, is_untrustworthy, mix, new_scale
+from distpc.circuits.lost import MAX_NATS, Scale, is_untrustworthy, mix
 from distpc.circuits.schedule import (
     BankPlan,
     Fanout,
@@ -32,7 +32,7 @@ from distpc.circuits.schedule import (
     StepPlan,
     SumPlan,
 )
-from distpc.circuits.step import Message, Step
+from distpc.circuits.step import Message, Step, seal
 from distpc.circuits.sums import SumBank
 
 
@@ -61,8 +61,7 @@ class SumStep(Step):
         if not self.rescale:
             return Message(values, scale)
         values, log_top, is_weak = RescaleFunction.apply(values)
-        scale[..., 0] += log_top
-        return Message(values, divide_(scale, log_top), is_weak)
+        return Message(values, scale.divided(log_top), is_weak)
 
 
 class ProductStep(Step):
@@ -85,13 +84,24 @@ class ProductStep(Step):
         if in_logs:
             return Message(self.layer.add(values, mask), None)
         out, log_top, lost, is_weak = ProductFunction.apply(self.layer, mask, *values)
-        scale = new_scale(log_top, torch.zeros_like(lost))
+        return Message(out, self._scale(requests[0], log_top, lost), is_weak)
+
+    def _scale(self, pieces: list[Message], log_top: Tensor, lost: Tensor | None) -> Scale:
+        """Log-scales add up, and so do losses; `log_top` becomes the sum of the logs."""
+        scales = [piece.scale for piece in pieces]
+        of_factors = None
+        if any(scale is not None and scale.lost is not None for scale in scales):
+            of_factors = torch.zeros_like(log_top)
+            for factor in self.layer.factors:
+                scale = scales[factor.piece]
+                if scale is not None and scale.lost is not None:
+                    factor.targets.add_(of_factors, factor.rows.take(scale.lost))
+            of_factors *= (-log_top).clamp_max(MAX_NATS).exp_()
         for factor in self.layer.factors:
-            of_factor = requests[0][factor.piece].scale
-            assert of_factor is not None
-            factor.targets.add_(scale, factor.rows.take(of_factor))
-        divide_(scale, log_top)[..., 1] += lost
-        return Message(out, scale, is_weak)
+            scale = scales[factor.piece]
+            assert scale is not None
+            factor.targets.add_(log_top, factor.rows.take(scale.log))
+        return Scale(log_top, of_factors).losing(lost)
 
 
 class KroneckerStep(Step):
@@ -111,9 +121,8 @@ class KroneckerStep(Step):
             logs = (left.values.unsqueeze(-1) + right.values.unsqueeze(-2)).flatten(-2)
             return Message(logs if mask is None else torch.where(mask, logs, -torch.inf), None)
         out, log_top, lost, is_weak = KroneckerFunction.apply(mask, left.values, right.values)
-        scale = left.scale + right.scale
-        scale[..., 0] += log_top
-        divide_(scale, log_top)[..., 1] += lost
+        scale = Scale(left.scale.log + right.scale.log, left.scale.lost)
+        scale = scale.losing(right.scale.lost).divided(log_top).losing(lost)
         return Message(out, scale, is_weak)
 
 
@@ -135,7 +144,8 @@ class ConcatStep(Step):
             logs = torch.cat(values, dim=-1)
             return Message(logs if mask is None else torch.where(mask, logs, -torch.inf), None)
         scales = [group.scale for group in groups]
-        return Message(*ConcatFunction.apply(mask, scales, *values))
+        out, halves, is_weak = ConcatFunction.apply(mask, scales, *values)
+        return Message(out, Scale.of(halves), is_weak)
 
 
 def build_step(
@@ -194,6 +204,8 @@ def run_steps(
         plan = schedule.steps[number]
         bank = banks[plan.bank] if isinstance(plan, InputPlan | SumPlan) else None
         message = step.run(bank, requests, evidence, num_units[number], in_logs)
+        if isinstance(plan, InputPlan):
+            message = seal(message)
         if message.is_weak is not None:
             is_weak |= message.is_weak
         if keep:
@@ -209,6 +221,7 @@ def run_steps(
     values = root.values[row, :, 0]
     if root.scale is None:
         return Pass(RootFunction.apply(values, None), is_weak, outputs)
-    scale = root.scale[row]
-    is_weak |= ~(values.detach() >= WEAK) | is_untrustworthy(scale, values.detach())
-    return Pass(RootFunction.apply(values, scale), is_weak, outputs)
+    is_weak |= ~(values.detach() >= WEAK)
+    if root.scale.lost is not None:
+        is_weak |= is_untrustworthy(root.scale.lost[row], values.detach())
+    return Pass(RootFunction.apply(values, root.scale.log[row]), is_weak, outputs)

@@ -17,6 +17,9 @@ from distpc.circuits.blocks import Blocks
 from distpc.circuits.lost import TINY
 from distpc.circuits.statistics import random_statistics, read_out
 
+SURE = 1e-25
+"""With more smoothing than this no weight, and so no unit of a sum, comes near TINY."""
+
 
 class SumFunction(torch.autograd.Function):
     """u, S -> u @ theta(S)^T, and the least weight (T,) of each theta.
@@ -34,7 +37,8 @@ class SumFunction(torch.autograd.Function):
         out = blocks.join_units(products, (*u.shape[:2], num_units))
         ctx.save_for_backward(u, statistics, out)
         ctx.smoothing, ctx.blocks = smoothing, blocks
-        smallest = theta.amin((1, 2))
+        # A block may hold none of the large units, whatever its weights.
+        smallest = theta.amin((1, 2)) if blocks.count == 1 else theta.new_zeros(num_tables)
         ctx.mark_non_differentiable(smallest)
         return out, smallest
 
@@ -44,9 +48,12 @@ class SumFunction(torch.autograd.Function):
         u, statistics, out = ctx.saved_tensors
         num_tables, blocks = len(statistics), ctx.blocks
         theta = read_out(statistics, ctx.smoothing)
-        # A unit at 0 has flow 0, so the clamp makes its ratio 0.
-        ratio = out.clamp_min(TINY)
-        torch.div(flow, ratio, out=ratio)
+        if ctx.smoothing > SURE and blocks.count == 1:
+            ratio = flow / out
+        else:
+            # A unit at 0 has flow 0, so the clamp makes its ratio 0.
+            ratio = out.clamp_min(TINY)
+            torch.div(flow, ratio, out=ratio)
         ratio = blocks.split_units(ratio, num_tables)
         flow_u = torch.matmul(ratio, blocks.split_rows(theta))
         flow_u = blocks.join_units(flow_u, u.shape).mul_(u)
