@@ -17,7 +17,13 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from distpc.circuits.families import BAGGED, family_of
 from distpc.circuits.packing import pack_tables
-from distpc.circuits.routing import Order, concat_requests, deal, gather, product_terms
+from distpc.circuits.routing import (
+    Order,
+    concat_requests,
+    deal,
+    gather,
+    product_terms,
+)
 from distpc.circuits.schedule import (
     BankPlan,
     ConcatPlan,
@@ -180,6 +186,8 @@ class _Compiler:
         return tuple(sorted(children, key=lambda child: not self.is_input[child]))
 
     def _key(self, index: int) -> tuple[object, ...]:
+        # By falling number of factors: those that add logs come first, and second and later
+        # factors belong to the first rows.
         fanin = len(self.regions[index].children) if self.regions[index].kind == "product" else 0
         return (-fanin, *self.order.key(index))
 

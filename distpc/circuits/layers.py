@@ -25,6 +25,7 @@ from distpc.circuits.lost import (
     MAX_NATS,
     Scale,
     concat_lost,
+    is_above,
     may_hold,
     new_scale,
     some_underflow,
@@ -47,10 +48,10 @@ def rescale_(values: Tensor) -> tuple[Tensor, Tensor | None]:
         is 0.
     """
     top = values.amax(-1)
-    is_weak = top < WEAK
-    if not may_hold(is_weak):
+    if is_above(top, WEAK):
         values.mul_(top.reciprocal().unsqueeze(-1))
-        return top.log().double(), None
+        return top.double().log_(), None
+    is_weak = ~(top >= WEAK)
     top = torch.where(is_weak, 1.0, top)
     values.mul_(top.reciprocal().unsqueeze(-1)).masked_fill_(is_weak.unsqueeze(-1), 1.0)
     return top.log().double(), is_weak.any(0)
@@ -117,8 +118,7 @@ class ProductLayer(nn.Module):
             return 0
         (first,), (second,) = self.first, self.second
         into, paired = first.targets.slice, second.targets.slice
-        is_copied = first.rows.slice is None or second.rows.slice is None
-        if into is None or paired is None or is_copied or into.start != paired.start:
+        if into is None or paired is None or into.start != paired.start:
             return 0
         return paired.stop - paired.start
 

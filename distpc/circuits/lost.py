@@ -88,6 +88,13 @@ def may_hold(condition: Tensor, reduce: Callable[[Tensor], Tensor] = torch.any) 
     return condition.device.type != "cpu" or bool(reduce(condition))
 
 
+def is_above(values: Tensor, floor: float) -> bool:
+    """Whether no value is below a floor, NaN counting as below; never where looking would stall."""
+    if values.device.type != "cpu":
+        return False
+    return not values.numel() or float(values.amin()) >= floor
+
+
 def underflow(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """What entries of (..., K) with maximum about 1 may lack, (...), float64.
 
@@ -100,10 +107,10 @@ def underflow(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def some_underflow(values: Tensor, mask: Tensor | None = None) -> Tensor | None:
     """As `underflow`, None where nothing is lost."""
-    if mask is not None:
-        values = torch.where(mask, values, 1.0)
-    is_low = values.amin(-1) < FLOAT_FLOOR
-    return is_low.double().mul_(FLOAT_FLOOR) if may_hold(is_low) else None
+    if is_above(values, FLOAT_FLOOR):
+        return None
+    lost = underflow(values, mask)
+    return lost if may_hold(lost) else None
 
 
 def new_scale(log_scale: Tensor, lost: Tensor) -> Tensor:
@@ -111,18 +118,21 @@ def new_scale(log_scale: Tensor, lost: Tensor) -> Tensor:
     return torch.stack([log_scale.double(), lost], dim=-1)
 
 
-def mix(scale: Scale, smallest: Tensor, out: Tensor) -> Scale:
+def mix(scale: Scale, smallest: Tensor | None, out: Tensor, look: Callable[[], Tensor]) -> Scale:
     """The scale of a sum.
 
     Args:
         scale: of its child.
-        smallest: (T,) a lower bound of each table's weights, E / T consecutive rows each.
+        smallest: (T,) a lower bound of each table's weights, E / T consecutive rows each; None
+            where they are known to be above MIXING.
         out: (E, B, K') the sum's values.
+        look: gives what `smallest` does not say.
     """
-    mixes_little = may_hold(smallest < MIXING)
+    mixes_little = smallest is not None and may_hold(smallest < MIXING)
     if scale.lost is None and not mixes_little:
         return scale
     log, lost = scale
+    smallest = look() if smallest is None else smallest
     least = smallest.double().repeat_interleave(len(log) // len(smallest)).unsqueeze(-1)
     if lost is not None:
         lost = torch.where(lost <= TRUST * least, 0.0, lost)

@@ -62,7 +62,7 @@ def product_terms(
     """The request, the factors and the number of rows in logs of a product step.
 
     Args:
-        children: for each row its children; rows sorted by falling number of children.
+        children: for each row its children; rows with many of them (that add logs) first.
         places: (step, row) of every region.
     """
     used: dict[int, set[int]] = defaultdict(set)
@@ -78,11 +78,11 @@ def product_terms(
     }
     num_log_rows = sum(len(row_children) > DIRECT_CHILDREN for row_children in children)
     terms = []
-    for number in range(len(children[0])):
+    for number in range(max(map(len, children))):
         factors: dict[tuple[bool, int], tuple[list[int], list[int]]] = {}
         for target, row_children in enumerate(children):
             if number >= len(row_children):
-                break
+                continue
             piece, row = local[_place(row_children[number], places)]
             rows, targets = factors.setdefault((target < num_log_rows, piece), ([], []))
             rows.append(row)

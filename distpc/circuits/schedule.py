@@ -93,7 +93,7 @@ class SumPlan:
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """Rows sorted by their number of children; the first `num_log_rows` rows add logs."""
+    """The first `num_log_rows` rows have many children, and add logs."""
 
     regions: tuple[int, ...]
     terms: tuple[Term, ...]

@@ -57,7 +57,7 @@ class SumStep(Step):
         values, smallest = bank(values, in_logs)
         if scale is None:
             return Message(values, None)
-        scale = mix(scale, smallest, values.detach())
+        scale = mix(scale, smallest, values.detach(), bank.smallest_weights)
         if not self.rescale:
             return Message(values, scale)
         values, log_top, is_weak = RescaleFunction.apply(values)

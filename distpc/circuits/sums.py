@@ -22,7 +22,7 @@ SURE = 1e-25
 
 
 class SumFunction(torch.autograd.Function):
-    """u, S -> u @ theta(S)^T, and the least weight (T,) of each theta.
+    """u, S -> u @ theta(S)^T, and the least weight (T,) of each theta if it may be near 0.
 
     Saves S, not theta: under ZeRO-3 a saved theta would keep the whole circuit on every rank.
     """
@@ -30,15 +30,16 @@ class SumFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, u: Tensor, statistics: Tensor, smoothing: float, blocks: Blocks
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         num_tables, num_units, _ = statistics.shape
         theta = read_out(statistics, smoothing)
         products = torch.matmul(blocks.split_units(u, num_tables), blocks.split_rows(theta).mT)
         out = blocks.join_units(products, (*u.shape[:2], num_units))
         ctx.save_for_backward(u, statistics, out)
         ctx.smoothing, ctx.blocks = smoothing, blocks
-        # A block may hold none of the large units, whatever its weights.
-        smallest = theta.amin((1, 2)) if blocks.count == 1 else theta.new_zeros(num_tables)
+        if smoothing > SURE and blocks.count == 1:
+            return out, None
+        smallest = _smallest(theta, blocks)
         ctx.mark_non_differentiable(smallest)
         return out, smallest
 
@@ -91,7 +92,7 @@ class SumBank(Bank):
     def forward(self, u: Tensor, in_logs: bool = False) -> tuple[Tensor, Tensor | None]:
         """(E, B, K) -> (E, B, K'); consecutive rows share a matrix where E > T.
 
-        Also the least weight of each matrix (T,), None in logs.
+        Also the least weight of each matrix (T,) where it may be near 0, else None.
         """
         if in_logs:
             return LogSumFunction.apply(u, self.statistics, self.smoothing, self.blocks), None
@@ -100,6 +101,10 @@ class SumBank(Bank):
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """theta, shape (T, K', fan_in)."""
         return read_out(self.statistics.detach().to(dtype), self.smoothing)
+
+    def smallest_weights(self) -> Tensor:
+        """The least weight of each matrix (T,)."""
+        return _smallest(self.weights(), self.blocks)
 
     def statistics_of(self, table: int) -> Tensor:
         """S (K', fan-in)."""
@@ -126,6 +131,11 @@ class SumBank(Bank):
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         """A pseudocount in samples a row, spread over its entries."""
         self.smoothing = pseudocount / (num_samples * self.statistics.shape[-1])
+
+
+def _smallest(theta: Tensor, blocks: Blocks) -> Tensor:
+    # A block may hold none of the large units, whatever its weights.
+    return theta.amin((1, 2)) if blocks.count == 1 else theta.new_zeros(len(theta))
 
 
 class LogSumFunction(torch.autograd.Function):
