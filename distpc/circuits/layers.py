@@ -74,7 +74,8 @@ class RescaleFunction(torch.autograd.Function):
 
 
 def mark_constant(ctx: Any, *outputs: Tensor | None) -> None:
-    """Outputs that no gradient goes through."""
+    """Outputs that no gradient goes through, nor zeros in its place."""
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
 
 
@@ -257,10 +258,11 @@ class ConcatFunction(torch.autograd.Function):
     def forward(
         ctx: Any, mask: Tensor | None, scales: Sequence[Scale], *groups: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        tops = [s.log + g.amax(-1).log() for s, g in zip(scales, groups, strict=True)]
+        logs = [scale.log for scale in scales if scale.log is not None]
+        tops = [log + g.amax(-1).log() for log, g in zip(logs, groups, strict=True)]
         common = torch.stack(tops).amax(0)
         common = torch.where(common.isneginf(), 0.0, common)
-        shifts = [(scale.log - common).clamp_max(80.0).exp() for scale in scales]
+        shifts = [(log - common).clamp_max(80.0).exp() for log in logs]
         out = torch.cat(
             [
                 group * shift.to(group.dtype).unsqueeze(-1)
