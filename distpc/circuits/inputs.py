@@ -17,6 +17,9 @@ from distpc.circuits.bank import Bank
 from distpc.circuits.look_up import LookUpFunction
 from distpc.circuits.statistics import random_statistics, read_out
 
+ENOUGH = 1e-9
+"""Smoothing of an entry, in uses per sample, that keeps four factors far above underflow."""
+
 
 class TableBank(Bank):
     """Units over categories, whatever their family: tables that values are looked up in.
@@ -106,6 +109,11 @@ class TableBank(Bank):
         raise NotImplementedError
 
     @property
+    def is_bounded_below(self) -> bool:
+        """Whether `read` gives probabilities none of which comes near 0."""
+        return False
+
+    @property
     def num_rows(self) -> int:
         """Rows of all tables."""
         return sum(self.sizes)
@@ -145,6 +153,11 @@ class CategoricalBank(TableBank):
         self.statistics = nn.Parameter(torch.empty(sum(sizes), num_units))
         self.register_buffer("starts", torch.tensor(self.offsets), persistent=False)
         self.pseudocount = 0.0
+
+    @property
+    def is_bounded_below(self) -> bool:
+        # Of a table with K units a unit is expected to be used once in K, rarely far more often.
+        return self.pseudocount > ENOUGH * max(self.sizes)
 
     def source(self, dtype: torch.dtype) -> Tensor:
         return self.statistics
@@ -224,11 +237,8 @@ class CategoricalBank(TableBank):
         for start, count, size in self.blocks:
             rows, tables = slice(start, start + count * size), slice(first, first + count)
             shape = (count, size, statistics.shape[1])
-            torch.addcmul(
-                shift[tables].unsqueeze(1),
-                statistics[rows].view(shape),
-                scale[tables].unsqueeze(1),
-                out=table[rows].view(shape),
-            )
+            part = table[rows].view(shape)
+            torch.mul(statistics[rows].view(shape), scale[tables].unsqueeze(1), out=part)
+            part.add_(shift[tables].unsqueeze(1))
             first += count
         return table

@@ -103,15 +103,27 @@ class ProductLayer(nn.Module):
         self.factors = [Factor(term.piece, term.rows, term.targets) for term in plan.terms]
         # Registered, so that their indices move to the circuit's device.
         self.registered = nn.ModuleList(self.factors)
-        self.reads_once = [
-            uses_each_row_once(plan, piece) for piece in range(len(plan.requests[0].pieces))
-        ]
+        self.flow_rows = nn.ModuleList(
+            [self._flow_rows(plan, piece) for piece in range(len(plan.requests[0].pieces))]
+        )
         pairs = list(zip(plan.terms, self.factors, strict=True))
         self.in_logs = [f for term, f in pairs if term.in_logs]
         direct = [[f for t, f in pairs if not t.in_logs and t.number == n] for n in range(4)]
         self.first, self.second, self.rest = direct[0], direct[1], direct[2] + direct[3]
         # Rows with a second factor, where they come before those without one.
         self.num_paired = self._paired_rows()
+
+    def _flow_rows(self, plan: ProductPlan, piece: int) -> nn.Module:
+        """The product that uses each row of a piece; Identity where some are used repeatedly."""
+        product_of = {
+            row: target
+            for term in plan.terms
+            if term.piece == piece
+            for row, target in zip(term.rows, term.targets, strict=True)
+        }
+        if not uses_each_row_once(plan, piece):
+            return nn.Identity()
+        return Rows([product_of[row] for row in range(len(product_of))])
 
     def _paired_rows(self) -> int:
         """Rows whose first two factors can be multiplied without being copied first."""
@@ -190,19 +202,15 @@ class ProductLayer(nn.Module):
 
     def pass_flow(self, flow: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The flow of each piece (of `sizes` rows): that of its product, row by row."""
-        factors: list[list[Factor]] = [[] for _ in sizes]
-        for factor in self.factors:
-            factors[factor.piece].append(factor)
         flows = []
-        for size, own, once in zip(sizes, factors, self.reads_once, strict=True):
-            if len(own) == 1 and own[0].rows.slice == slice(0, size):
-                flows.append(own[0].targets.take(flow))
+        for number, (size, rows) in enumerate(zip(sizes, self.flow_rows, strict=True)):
+            if isinstance(rows, Rows):
+                flows.append(rows.take(flow))
                 continue
-            shape = (size, *flow.shape[1:])
-            total = flow.new_empty(shape) if once else flow.new_zeros(shape)
-            for factor in own:
-                deliver = factor.rows.put_ if once else factor.rows.add_
-                deliver(total, factor.targets.take(flow))
+            total = flow.new_zeros(size, *flow.shape[1:])
+            for factor in self.factors:
+                if factor.piece == number:
+                    factor.rows.add_(total, factor.targets.take(flow))
             flows.append(total)
         return flows
 
