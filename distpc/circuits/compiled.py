@@ -12,7 +12,7 @@ cost a zero-filled copy of the whole message in backward.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
 from distpc.circuits.families import BAGGED, family_of
@@ -82,8 +82,11 @@ class _Compiler:
         for index, region in enumerate(self.regions):
             if region.kind != "input" and not self.is_bag[index]:
                 self.members[self.levels[index]].append(index)
-        sums = (index for index, region in enumerate(self.regions) if region.kind == "sum")
-        self.sums_of = Counter(map(self._table, sums))
+        self.sums_of: dict[Hashable, list[int]] = defaultdict(list)
+        for index, region in enumerate(self.regions):
+            if region.kind == "sum":
+                self.sums_of[self._table(index)].append(index)
+        self.shared_banks: dict[Hashable, int] = {}
         self.order = Order(len(self.regions))
         self.banks: list[BankPlan] = []
 
@@ -220,10 +223,10 @@ class _Compiler:
         tables: dict[Hashable, list[int]] = defaultdict(list)
         for index in sorted(members, key=lambda index: key[index]):
             tables[self._table(index)].append(index)
-        by_rows: dict[tuple[int, object], list[list[int]]] = defaultdict(list)
+        by_rows: dict[tuple[int, Hashable], list[list[int]]] = defaultdict(list)
         for table, rows in tables.items():
             # A tie that also occurs on other levels keeps a bank of its own.
-            shared = table if self.sums_of[table] > len(rows) else None
+            shared = table if len(self.sums_of[table]) > len(rows) else None
             by_rows[len(rows), shared].append(rows)
         at_once = max(1, self.max_fold_bytes // self._table_bytes(members[0]))
         folds = []
@@ -235,18 +238,13 @@ class _Compiler:
                 folds.append((rows_in_order, (bank, rows_per_table)))
         return folds
 
-    def _sum_bank(self, tables: list[list[int]], shared: object) -> int:
+    def _sum_bank(self, tables: list[list[int]], shared: Hashable) -> int:
         first = tables[0][0]
         if shared is not None:
-            owners = tuple(
-                index
-                for index, region in enumerate(self.regions)
-                if region.kind == "sum" and self._table(index) == shared
-            )
-            for number, bank in enumerate(self.banks):
-                if bank.kind == "sum" and bank.owners == (owners,):
-                    return number
-            tables = [list(owners)]
+            if shared in self.shared_banks:
+                return self.shared_banks[shared]
+            tables = [self.sums_of[shared]]
+            self.shared_banks[shared] = len(self.banks)
         self.banks.append(
             BankPlan(
                 kind="sum",

@@ -158,7 +158,8 @@ class SumBank(Bank):
 
     def weights_of(self, table: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """theta (K', fan-in)."""
-        return self.weights(dtype)[table]
+        floor = self.smoothing if self.mask is None else Masked(self.smoothing, self.mask[table])
+        return read_out(self.statistics.detach()[table].to(dtype), floor)
 
     def totals(self, values: Tensor) -> Tensor:
         return values.sum(-1, keepdim=True)
