@@ -19,6 +19,8 @@ from distpc.circuits.bank import Bank
 from distpc.circuits.lost import new_scale, underflow
 from distpc.circuits.statistics import random_statistics, read_out
 
+_TABLES_AT_ONCE = 32
+
 
 class TableBank(Bank):
     """Units over categories, whatever their family: tables that values are looked up in.
@@ -81,12 +83,17 @@ class CategoricalBank(TableBank):
     Attributes:
         statistics: S, shape (sum of sizes, K): the tables one below the other.
         pseudocount: leaf pseudocount / number of samples; eps of a table is this / categories.
+        kernel: (C, C) shares of a flow that each value gets (see `neighbours`), for the tables of
+            C categories; None: each value keeps its own.
     """
+
+    kernel: Tensor | None
 
     def __init__(self, sizes: Sequence[int], num_units: int) -> None:
         super().__init__(sizes, num_units)
         self.statistics = nn.Parameter(torch.empty(sum(sizes), num_units))
         self.pseudocount = 0.0
+        self.register_buffer("kernel", None, persistent=False)
 
     def forward(
         self, index: Tensor, mask: Tensor | None, in_logs: bool = False
@@ -128,6 +135,17 @@ class CategoricalBank(TableBank):
         shape = tuple(self.statistics.shape)
         self.statistics.data = random_statistics(shape, noise, generator)
 
+    def share_out_(self, flow: Tensor) -> Tensor:
+        """Share flows (rows of all tables, K) out among neighbouring values, in place."""
+        if self.kernel is None:
+            return flow
+        for start, count, size in self.blocks:
+            if size == len(self.kernel):
+                tables = flow[start : start + count * size].view(count, size, -1)
+                for part in tables.split(_TABLES_AT_ONCE):
+                    part.copy_(torch.matmul(self.kernel.to(part), part))
+        return flow
+
     def _table(self, statistics: Tensor) -> Tensor:
         """theta with one row more, of ones: what a missing value looks up."""
         table = statistics.new_ones(len(statistics) + 1, statistics.shape[1])
@@ -156,7 +174,7 @@ class CategoricalFunction(torch.autograd.Function):
         in_logs: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.save_for_backward(index)
-        ctx.like = statistics.shape, statistics.dtype
+        ctx.like, ctx.bank = (statistics.shape, statistics.dtype), bank
         table = bank._table(statistics.double() if in_logs else statistics)
         num_rows, batch, width = index.shape
         shape = (num_rows, batch, table.shape[1])
@@ -187,7 +205,7 @@ class CategoricalFunction(torch.autograd.Function):
         (num_rows, num_units), dtype = ctx.like
         flow = flow.reshape(-1, num_units).to(dtype)
         flow_s = scatter_rows(flow, index.view(-1, index.shape[-1]), num_rows)
-        return flow_s, None, None, None, None
+        return ctx.bank.share_out_(flow_s), None, None, None, None
 
 
 def scatter_rows(values: Tensor, index: Tensor, num_rows: int) -> Tensor:

@@ -180,6 +180,9 @@ class FinetuneConfig(Section):
     """Samples' worth of smoothing a sum row, spread over its entries."""
     leaf_pseudocount: float = Field(default=1.0, ge=0)
     """Samples' worth of smoothing an input row, spread over its categories."""
+    leaf_width: float = Field(default=0.0, ge=0)
+    """Smoothing of input rows over neighbouring values, for values that have an order (grey
+    values): standard deviation in values by which flows are spread; 0 spreads nothing."""
     init_noise: float = Field(default=1.0, gt=0)
     """Spread of random parameters: weights are proportional to exp(-init_noise * 2u), u uniform."""
     evaluate_every_epochs: float = Field(default=1.0, gt=0)

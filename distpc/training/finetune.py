@@ -24,7 +24,7 @@ from distpc.training.last_good import LAST_GOOD
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.samples import take_rows
-from distpc.training.start import MARGINAL_SAMPLES, start_near_data_
+from distpc.training.start import MARGINAL_SAMPLES, smooth_over_neighbours, start_near_data_
 from distpc.training.trainer import Parts, Trainer
 from distpc.training.validation import Validation
 
@@ -119,6 +119,8 @@ def starting_circuit(
         if random_rows:
             start_near_data_(circuit, take_rows(index, "train", MARGINAL_SAMPLES))
     circuit.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
+    rows = take_rows(index, "train", MARGINAL_SAMPLES)
+    smooth_over_neighbours(circuit, rows, config.leaf_width)
     return circuit
 
 

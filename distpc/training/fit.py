@@ -19,7 +19,7 @@ from distpc.training.figures import Figures, tally
 from distpc.training.guard import Guard
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.schedule import LinearSchedule
-from distpc.training.start import standardise_if_new
+from distpc.training.start import MARGINAL_SAMPLES, smooth_over_neighbours, standardise_if_new
 
 Array = np.ndarray | Tensor
 
@@ -34,6 +34,7 @@ def fit(
     final_step_size: float = 0.01,
     pseudocount: float = 0.1,
     leaf_pseudocount: float = 1.0,
+    leaf_width: float = 0.0,
     valid: Array | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -49,6 +50,8 @@ def fit(
         step_size, final_step_size: first and last step of online EM, linear in between.
         pseudocount: samples' worth of smoothing a sum row.
         leaf_pseudocount: samples' worth of smoothing a categorical input row.
+        leaf_width: smoothing of categorical input rows over neighbouring values, for values that
+            have an order: standard deviation in values; 0 for none.
         valid: (N', V) samples to choose the best epoch by.
         seed: of the order of samples.
         progress: whether to show a progress bar.
@@ -64,12 +67,18 @@ def fit(
         TrainingError: log-likelihoods or statistics are no longer finite; the circuit then has the
             parameters of the best epoch, or those that it came with.
     """
-    _check_settings(epochs, batch_size, (step_size, final_step_size), pseudocount, leaf_pseudocount)
+    smoothing = {
+        "pseudocount": pseudocount,
+        "leaf_pseudocount": leaf_pseudocount,
+        "leaf_width": leaf_width,
+    }
+    _check_settings(epochs, batch_size, (step_size, final_step_size), smoothing)
     x = as_samples(circuit, data, "data")
     valid_x = None if valid is None else as_samples(circuit, valid, "valid")
     batch_size, total = min(batch_size, len(x)), epochs * len(x)
     standardise_if_new(circuit, x)
     circuit.set_smoothing(pseudocount, leaf_pseudocount, len(x))
+    smooth_over_neighbours(circuit, [x[:MARGINAL_SAMPLES]], leaf_width)
     optimizer = CircuitOptimizer(circuit.parameter_groups())
     schedule = LinearSchedule(step_size, final_step_size, total)
     plan, guard = SamplePlan([len(x)], seed), Guard(math.inf)
@@ -115,8 +124,7 @@ def _check_settings(
     epochs: int,
     batch_size: int,
     step_sizes: tuple[float, float],
-    pseudocount: float,
-    leaf_pseudocount: float,
+    smoothing: dict[str, float],
 ) -> None:
     first, last = step_sizes
     rules = [
@@ -124,8 +132,7 @@ def _check_settings(
         ("batch_size", batch_size, batch_size >= 1, "1 or more"),
         ("step_size", first, 0 < first <= 1, "above 0, at most 1"),
         ("final_step_size", last, 0 < last <= 1, "above 0, at most 1"),
-        ("pseudocount", pseudocount, 0 <= pseudocount < math.inf, "0 or more"),
-        ("leaf_pseudocount", leaf_pseudocount, 0 <= leaf_pseudocount < math.inf, "0 or more"),
+        *((name, value, 0 <= value < math.inf, "0 or more") for name, value in smoothing.items()),
     ]
     for name, value, is_right, expected in rules:
         if not is_right:
