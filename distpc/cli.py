@@ -34,6 +34,8 @@ EXAMPLES = """examples:
   distpc sample runs/digits/model --num 64 --out samples.png
   distpc inpaint runs/digits/model --mask left --out completions.png
   distpc query runs/digits/model --data rows.npy
+  distpc compress runs/digits/model test --out test.dpcz
+  distpc decompress runs/digits/model test.dpcz --out test.npy
 """
 
 
@@ -92,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_inpaint(commands)
     _add_query(commands)
+    _add_compress(commands)
+    _add_decompress(commands)
     return parser
 
 
@@ -114,7 +118,7 @@ def _add_model(
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help_text,
-        epilog=f"example:\n  {example}\n",
+        epilog=f"examples:\n  {example}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, help="model folder, for example runs/digits/model")
@@ -161,8 +165,18 @@ def _add_inpaint(commands: argparse._SubParsersAction) -> None:
         choices=["left", "right", "top", "bottom", "centre", "random"],
         help="part of the image to complete (default right)",
     )
-    parser.add_argument("--num", type=int, default=8, help="images to complete (default 8)")
-    parser.add_argument("--completions", type=int, default=4, help="for each image (default 4)")
+    parser.add_argument(
+        "--num", type=int, help="images to complete (default 8, or all if there are fewer)"
+    )
+    parser.add_argument(
+        "--fill",
+        default="samples",
+        choices=["samples", "mpe", "mean"],
+        help="complete by samples (default), the jointly most probable values, or the means",
+    )
+    parser.add_argument(
+        "--completions", type=int, default=4, help="samples for each image (default 4)"
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default 0)")
     parser.add_argument(
         "--out",
@@ -177,15 +191,78 @@ def _add_query(commands: argparse._SubParsersAction) -> None:
     parser = _add_model(
         commands,
         "query",
-        "exact likelihoods or conditionals of rows with missing values",
-        "distpc query runs/digits/model --data rows.csv --what log_prob --out result.csv",
+        "likelihoods, conditionals, explanations and moments of rows; entropies of a model",
+        "distpc query runs/digits/model --data rows.csv --what log_prob --out result.csv\n"
+        "  distpc query runs/digits/model --data rows.npy --what mpe --out most_probable.npy\n"
+        "  distpc query runs/digits/model --what entropy --num 10000\n"
+        "  distpc query runs/digits/model --what mutual_information --out pairs.npy",
+    )
+    parser.add_argument("--data", type=Path, help=".npy or .csv; NaN or an empty cell is missing")
+    parser.add_argument(
+        "--what",
+        default="log_prob",
+        choices=[
+            "log_prob",
+            "conditional",
+            "mpe",
+            "expectation",
+            "entropy",
+            "mutual_information",
+        ],
+        help="of each row of --data: its log_prob (default), each missing cell's conditional "
+        "distribution or expectation (mean and variance), or the jointly most probable values "
+        "(mpe); of the model: its entropy, or the mutual_information of all pairs of columns",
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help=".npy or .csv; NaN or an empty cell is missing"
+        "--num", type=int, default=1000, help="samples that estimate the entropy (default 1000)"
     )
-    parser.add_argument("--what", default="log_prob", choices=["log_prob", "conditional"])
+    parser.add_argument("--seed", type=_seed, default=0, help="of those samples (default 0)")
     parser.add_argument("--out", type=Path, help=".npy or .csv (default: print)")
     parser.set_defaults(command=_query)
+
+
+def _add_compress(commands: argparse._SubParsersAction) -> None:
+    parser = _add_model(
+        commands,
+        "compress",
+        "code samples without loss, at the model's own likelihood",
+        "distpc compress runs/digits/model test --out test.dpcz",
+    )
+    parser.add_argument(
+        "data",
+        help="a .npy or .csv of values, an IDX file, a .png or a folder of them; or train, valid "
+        "or test: that split of the model's run",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the compressed file")
+    parser.add_argument("--num", type=int, help="samples, the first ones (default: all)")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="samples computed at once (default 256)"
+    )
+    parser.set_defaults(command=_compress)
+
+
+def _add_decompress(commands: argparse._SubParsersAction) -> None:
+    parser = _add_model(
+        commands,
+        "decompress",
+        "restore the samples of a compressed file, bit for bit",
+        "distpc decompress runs/digits/model test.dpcz --out test.npy",
+    )
+    parser.add_argument("file", type=Path, help="what distpc compress wrote")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        help=".npy for the array as it was; or a new folder for a .png of every image",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="try on another processor or with other versions than the file names; what comes out "
+        "wrong is an error, never a file",
+    )
+    parser.set_defaults(command=_decompress)
 
 
 def _load(options: argparse.Namespace) -> tuple[RunConfig, Path]:
@@ -228,6 +305,7 @@ def _inpaint(options: argparse.Namespace) -> None:
         num_completions=options.completions,
         seed=options.seed,
         out=options.out,
+        fill=options.fill,
     )
     print(f"wrote {options.out}")
 
@@ -235,4 +313,25 @@ def _inpaint(options: argparse.Namespace) -> None:
 def _query(options: argparse.Namespace) -> None:
     from distpc.inference.query import query_command
 
-    query_command(options.model, options.data, what=options.what, out=options.out)
+    query_command(
+        options.model,
+        options.data,
+        what=options.what,
+        out=options.out,
+        num_samples=options.num,
+        seed=options.seed,
+    )
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from distpc.inference.compress_files import compress_command
+
+    compress_command(
+        options.model, options.data, options.out, num=options.num, batch_size=options.batch_size
+    )
+
+
+def _decompress(options: argparse.Namespace) -> None:
+    from distpc.inference.compress_files import decompress_command
+
+    decompress_command(options.model, options.file, options.out, force=options.force)

@@ -17,11 +17,12 @@ class Bank(nn.Module):
     """Base of the banks.
 
     Attributes:
-        statistics: the parameter.
-        learns_by: "em": backward leaves flows in its `.grad`; "gradient": a true gradient.
+        statistics: the parameter; an empty buffer where there is nothing to learn.
+        learns_by: "em": backward leaves flows in its `.grad`; "gradient": a true gradient. What is
+            said of statistics, uses and smoothing below is about "em" alone.
     """
 
-    statistics: nn.Parameter
+    statistics: Tensor
     learns_by: Literal["em", "gradient"] = "em"
 
     def init(self, noise: float, generator: torch.Generator) -> None:

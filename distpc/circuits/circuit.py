@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distpc.circuits import families, queries, sampling
+from distpc.circuits import families, queries
 from distpc.circuits.bank import Bank
 from distpc.circuits.compiled import MAX_FOLD_BYTES, compile_graph
 from distpc.circuits.evidence import Evidence, EvidenceReader
@@ -145,7 +146,7 @@ class Circuit(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.parameters()).device
+        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     @property
     def num_variables(self) -> int:
@@ -167,7 +168,7 @@ class Circuit(nn.Module):
         whose `.grad` is the loss's gradient."""
         groups: dict[str, list[nn.Parameter]] = {"em": [], "gradient": []}
         for bank in self.bank_list:
-            groups[bank.learns_by].append(bank.statistics)
+            groups[bank.learns_by] += bank.parameters()
         return groups
 
     def set_smoothing(self, pseudocount: float, leaf_pseudocount: float, num_samples: int) -> None:
@@ -269,22 +270,63 @@ class Circuit(nn.Module):
         return sum(int((uses[index] < threshold).sum()) for index in states)
 
     def log_prob(
-        self, x: Any, observed: Any = None, latents: Any = None, batch_size: int = 1024
+        self,
+        x: Any,
+        observed: Any = None,
+        latents: Any = None,
+        batch_size: int | None = None,
     ) -> Tensor:
-        """As calling the circuit, in batches and without gradients."""
+        """As calling the circuit, in batches and without gradients; see `queries.log_prob`."""
         return queries.log_prob(self, x, observed, latents, batch_size)
 
     def conditional(self, x: Any, observed: Any, variables: Sequence[int]) -> Tensor:
         """P(variable = c | observed), (B, len(variables), C); see `queries.conditional`."""
         return queries.conditional(self, x, observed, variables)
 
+    def conditional_joint(self, x: Any, observed: Any, variables: Sequence[int]) -> Tensor:
+        """P(variables | observed), (B, C1, ..., Cn); see `queries.conditional_joint`."""
+        return queries.conditional_joint(self, x, observed, variables)
+
     def posterior(self, x: Any, observed: Any = None) -> Tensor:
         """P(latent = k | observed), (B, Z, K); see `queries.posterior`."""
         return queries.posterior(self, x, observed)
 
+    def expectation(
+        self, x: Any, observed: Any = None, variables: Sequence[int] | None = None
+    ) -> queries.Moments:
+        """Mean and variance of variables given the evidence; see `queries.expectation`."""
+        return queries.expectation(self, x, observed, variables)
+
+    def mpe(self, x: Any, observed: Any = None) -> queries.MostProbable:
+        """The jointly most probable values and latents; see `queries.mpe`."""
+        return queries.mpe(self, x, observed)
+
+    def marginal_map_approximate(
+        self,
+        x: Any,
+        observed: Any,
+        variables: Sequence[int],
+        num_candidates: int = 8,
+        seed: int = 0,
+        num_sweeps: int = 0,
+    ) -> queries.ApproximateMarginalMap:
+        """Good values of some variables, the rest summed out: approximate, see
+        `queries.marginal_map_approximate`."""
+        return queries.marginal_map_approximate(
+            self, x, observed, variables, num_candidates, seed, num_sweeps
+        )
+
+    def entropy(self, num_samples: int = 0, seed: int = 0) -> queries.Entropy:
+        """Entropies in nats: exact, bounds, and an estimate; see `queries.entropy`."""
+        return queries.entropy(self, num_samples, seed)
+
+    def mutual_information(self, variables: Sequence[int] | None = None) -> Tensor:
+        """Of all pairs of variables, in nats; see `queries.mutual_information`."""
+        return queries.mutual_information(self, variables)
+
     def sample(self, n: int = 1, seed: int = 0, x: Any = None, observed: Any = None) -> Tensor:
-        """Samples (n, V); given evidence (B, n, V); see `sampling.sample`."""
-        return sampling.sample(self, n, seed, x, observed)
+        """Samples (n, V); given evidence (B, n, V); see `queries.sample`."""
+        return queries.sample(self, n, seed, x, observed)
 
     def _run(self, evidence: Evidence, *, in_logs: bool, keep: bool) -> Pass:
         return run_steps(

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from distpc.circuits.bank import Bank
+from distpc.circuits.binomial import BinomialBank
 from distpc.circuits.gaussian import GaussianBank
+from distpc.circuits.indicator import IndicatorBank
 from distpc.circuits.inputs import CategoricalBank
+from distpc.circuits.logistic import LogisticBank
 from distpc.circuits.schedule import BankPlan
 from distpc.errors import StructureError
 from distpc.structures.region_graph import Region
@@ -29,16 +32,28 @@ class Family:
         is_real: whether values are real numbers; else they are categories 0 .. C - 1.
         num_categories: C, where the family is for one C only.
         units_are_categories: whether unit k belongs to category k, so that there are C units.
+        same_as: the family that it is, with a demand of its own.
     """
 
     build: Callable[[BankPlan], Bank]
     is_real: bool = False
     num_categories: int | None = None
     units_are_categories: bool = False
+    same_as: str | None = None
+
+
+def _categorical(plan: BankPlan) -> Bank:
+    return CategoricalBank(plan.sizes, plan.num_units)
 
 
 FAMILIES: dict[str, Family] = {
-    "categorical": Family(lambda plan: CategoricalBank(plan.sizes, plan.num_units)),
+    "categorical": Family(_categorical),
+    "bernoulli": Family(_categorical, num_categories=2, same_as="categorical"),
+    "binomial": Family(lambda plan: BinomialBank(plan.sizes, plan.num_units)),
+    "logistic": Family(lambda plan: LogisticBank(plan.sizes, plan.num_units)),
+    "indicator": Family(
+        lambda plan: IndicatorBank(plan.sizes, plan.num_units), units_are_categories=True
+    ),
     "gaussian": Family(lambda plan: GaussianBank(len(plan.owners), plan.num_units), is_real=True),
 }
 
@@ -50,6 +65,8 @@ def build_bank(plan: BankPlan) -> Bank:
 
 def family_of(region: Region, num_categories: int | None) -> str:
     """The family of an input region over a variable of that many categories (None: real).
+
+    A Bernoulli input is a categorical one: they share folds.
 
     Raises:
         StructureError: an unknown family, or one that does not fit its variable.
@@ -72,7 +89,7 @@ def family_of(region: Region, num_categories: int | None) -> str:
     elif family.units_are_categories and region.num_units != num_categories:
         found, expected = f"{region.num_units} units", f"{num_categories} units, one a category"
     else:
-        return name
+        return family.same_as or name
     raise StructureError(
         f"a variable does not fit the family '{name}'", where=where, found=found, expected=expected
     )

@@ -20,6 +20,9 @@ VARIANCE_FLOOR = 1e-4
 class GaussianBank(Bank):
     """Tables of Gaussian units as running moments.
 
+    A pseudocount is that many imaginary uses that saw mean 0 and variance 1 (of standardised
+    values). The variance has a floor in any case, so that a value seen once has a finite density.
+
     Values are standardised first, z = (x - centre) / spread, because raw float32 moments lose
     small variances of variables far from zero.
 
@@ -46,11 +49,14 @@ class GaussianBank(Bank):
         return GaussianFunction.apply(self.statistics, self, z, tables, mask, in_logs)
 
     def moments(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (T, K) of standardised values."""
+        """Mean and variance (T, K) of standardised values; 0 and 1 of units never used."""
         uses, first, second = statistics.unbind(1)
-        uses = (uses + self.pseudocount).clamp_min(torch.finfo(uses.dtype).tiny)
-        mean = first / uses
-        variance = (second + self.pseudocount) / uses - mean.square()
+        uses = uses + self.pseudocount
+        is_empty = uses < torch.finfo(torch.float32).tiny
+        uses = torch.where(is_empty, 1.0, uses)
+        mean = torch.where(is_empty, 0.0, first) / uses
+        second = torch.where(is_empty, 1.0, second + self.pseudocount)
+        variance = second / uses - mean.square()
         return mean, variance.clamp_min(VARIANCE_FLOOR)
 
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
@@ -130,8 +136,7 @@ class ScaleLogsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logs: Tensor) -> tuple[Tensor, Tensor]:
         top = logs.amax(-1)
-        top = torch.where(top.isneginf(), 0.0, top)
-        values = (logs - top.unsqueeze(-1)).exp_()
+        values = (logs - torch.where(top.isneginf(), 0.0, top).unsqueeze(-1)).exp_()
         scale = new_scale(top, underflow(values))
         ctx.mark_non_differentiable(scale)
         return values, scale

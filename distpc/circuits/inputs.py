@@ -1,29 +1,31 @@
-"""Categorical input units, stored as statistics.
+"""Input units over categories: what their families share, and the categorical family.
 
 An input step has E rows; each is one input region, or the product of `width` categorical regions
-(a bag), evaluated at once as a sum of log rows. Statistics of categories lie as (categories,
-units), so that looking up a value is gathering a row.
+(a bag), evaluated at once as a sum of log rows. Tables lie as (categories, units), so that looking
+up a value is gathering a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from distpc.circuits.bank import Bank
-from distpc.circuits.lost import new_scale, underflow
+from distpc.circuits.look_up import LookUpFunction
 from distpc.circuits.statistics import random_statistics, read_out
 
 _TABLES_AT_ONCE = 32
+"""Tables whose flows are spread over neighbours together, to bound memory."""
 
 
 class TableBank(Bank):
     """Units over categories, whatever their family: tables that values are looked up in.
+
+    A family defines `log_tables` (and its own statistics); `source` and `read` are for families
+    with a shorter way than through whole log tables.
 
     Args:
         sizes: number of categories of each table, tables of one size side by side.
@@ -32,7 +34,10 @@ class TableBank(Bank):
     Attributes:
         offsets: first row of each table, where the tables lie one below the other.
         blocks: (first row, tables, size) of the tables of each size.
+        reads_logs: whether `read` gives logs.
     """
+
+    reads_logs = True
 
     def __init__(self, sizes: Sequence[int], num_units: int) -> None:
         super().__init__()
@@ -57,6 +62,54 @@ class TableBank(Bank):
         Returns:
             Message (E, B, K) and scale (E, B, 2), see `lost`; None with logs.
         """
+        source = self.source(torch.float64 if in_logs else self.statistics.dtype)
+        if in_logs:
+            return LookUpFunction.apply(source, self, index, mask, True), None
+        return LookUpFunction.apply(source, self, index, mask, False)
+
+    def log_tables(self, tables: slice, size: int, dtype: torch.dtype) -> Tensor:
+        """Log-probabilities (T, C, K) of T tables of one size, differentiable.
+
+        Its gradient is the entries' flows, which backward turns into the parameters' `.grad`.
+        """
+        raise NotImplementedError
+
+    def log_table(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Log-probabilities (sum of sizes, K), differentiable."""
+        parts, first = [], 0
+        for _, count, size in self.blocks:
+            tables = slice(first, first + count)
+            parts.append(self.log_tables(tables, size, dtype).flatten(0, 1))
+            first += count
+        return torch.cat(parts)
+
+    def source(self, dtype: torch.dtype) -> Tensor:
+        """What `read` reads and the entries' flows are handed to, (sum of sizes, K)."""
+        return self.log_table(dtype)
+
+    def read(self, source: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Rows of (log-)probabilities, a tensor of its own.
+
+        Args:
+            source: see `source`.
+            index: (N,) rows to read, `num_rows` for a missing value, whose probability is 1; None
+                for all of them and then a row for missing values.
+            dtype: of the result.
+        """
+        if index is None:
+            return torch.cat([source, source.new_zeros(1, self.num_units)]).to(dtype)
+        rows = nn.functional.embedding(index.clamp_max(self.num_rows - 1), source)
+        return rows.to(dtype).masked_fill_((index == self.num_rows).unsqueeze(1), 0.0)
+
+    def shared_out_(self, flow: Tensor) -> Tensor:
+        """What backward hands to `source` of the entries' flows (sum of sizes, K)."""
+        return flow
+
+    def start_near_(self, table: int, shares: Tensor) -> None:
+        """Move a random table's units to where the data are: `shares` (C,) of its categories.
+
+        The scale of statistics is left to `rescale_`.
+        """
         raise NotImplementedError
 
     @property
@@ -66,11 +119,12 @@ class TableBank(Bank):
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Probabilities, shape (sum of sizes, K): each table's columns sum to one."""
-        raise NotImplementedError
+        return self.log_table(dtype).detach().exp()
 
     def weights_of(self, table: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Probabilities (K, C)."""
-        return self.weights(dtype)[self.table(table)].T
+        tables = slice(table, table + 1)
+        return self.log_tables(tables, self.sizes[table], dtype).detach()[0].exp().T
 
     def table(self, index: int) -> slice:
         """Rows of one table."""
@@ -80,30 +134,49 @@ class TableBank(Bank):
 class CategoricalBank(TableBank):
     """Tables of categorical units.
 
+    theta = (S + eps) / (sum of S + eps * C), eps = pseudocount / (N * C): a pseudocount of
+    samples a unit, spread over its C categories. A category never seen has probability 0 without
+    a pseudocount; a unit never used is uniform.
+
     Attributes:
         statistics: S, shape (sum of sizes, K): the tables one below the other.
-        pseudocount: leaf pseudocount / number of samples; eps of a table is this / categories.
+        pseudocount: leaf pseudocount / number of samples.
+        starts: `offsets` as a tensor.
         kernel: (C, C) shares of a flow that each value gets (see `neighbours`), for the tables of
             C categories; None: each value keeps its own.
     """
 
+    reads_logs = False
+    starts: Tensor
     kernel: Tensor | None
 
     def __init__(self, sizes: Sequence[int], num_units: int) -> None:
         super().__init__(sizes, num_units)
         self.statistics = nn.Parameter(torch.empty(sum(sizes), num_units))
+        self.register_buffer("starts", torch.tensor(self.offsets), persistent=False)
         self.pseudocount = 0.0
         self.register_buffer("kernel", None, persistent=False)
 
-    def forward(
-        self, index: Tensor, mask: Tensor | None, in_logs: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        if in_logs:
-            return CategoricalFunction.apply(self.statistics, self, index, mask, True), None
-        return CategoricalFunction.apply(self.statistics, self, index, mask, False)
+    def source(self, dtype: torch.dtype) -> Tensor:
+        return self.statistics
+
+    def read(self, source: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if index is None:
+            return self._table(source.to(dtype))
+        rows = nn.functional.embedding(index.clamp_max(self.num_rows - 1), source).to(dtype)
+        shift, scale = (part.to(dtype) for part in self._shift_and_scale(source))
+        if len(self.sizes) > 1:
+            tables = torch.searchsorted(self.starts, index, right=True) - 1
+            shift, scale = (nn.functional.embedding(tables, part) for part in (shift, scale))
+        rows = rows.mul_(scale).add_(shift)
+        return rows.masked_fill_((index == self.num_rows).unsqueeze(1), 1.0)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._table(self.statistics.detach().to(dtype))[:-1]
+
+    def weights_of(self, table: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        statistics = self.statistics.detach()[self.table(table)].to(dtype)
+        return read_out(statistics, self.pseudocount / self.sizes[table], dim=0).T
 
     def statistics_of(self, table: int) -> Tensor:
         """S (K, C)."""
@@ -121,13 +194,18 @@ class CategoricalBank(TableBank):
         sizes = torch.tensor(self.sizes, device=self.statistics.device)
         return (pseudocount / sizes).repeat_interleave(sizes).unsqueeze(1)
 
+    def start_near_(self, table: int, shares: Tensor) -> None:
+        self.statistics[self.table(table)] *= shares.to(self.statistics).unsqueeze(1)
+
     def rescale_(self, uses: Sequence[Tensor]) -> None:
-        weights = self.weights()
+        # In place: a table of a large vocabulary may be most of the memory.
+        shift, scale = self._shift_and_scale(self.statistics)
         for table, of_table in enumerate(uses):
-            self.statistics[self.table(table)] = weights[self.table(table)] * of_table
+            part = self.statistics[self.table(table)]
+            part.mul_(scale[table] * of_table).add_(shift[table] * of_table)
 
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
-        """A pseudocount in samples a table column, spread over its categories."""
+        """A pseudocount in samples a unit, spread over its categories."""
         self.pseudocount = pseudocount / num_samples
 
     def init(self, noise: float, generator: torch.Generator) -> None:
@@ -135,94 +213,43 @@ class CategoricalBank(TableBank):
         shape = tuple(self.statistics.shape)
         self.statistics.data = random_statistics(shape, noise, generator)
 
-    def share_out_(self, flow: Tensor) -> Tensor:
-        """Share flows (rows of all tables, K) out among neighbouring values, in place."""
+    def shared_out_(self, flow: Tensor) -> Tensor:
         if self.kernel is None:
             return flow
         for start, count, size in self.blocks:
             if size == len(self.kernel):
                 tables = flow[start : start + count * size].view(count, size, -1)
                 for part in tables.split(_TABLES_AT_ONCE):
-                    part.copy_(torch.matmul(self.kernel.to(part), part))
+                    part.copy_(torch.matmul(self.kernel.to(part.dtype), part))
         return flow
+
+    def _shift_and_scale(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, K) each: theta = S * scale + shift."""
+        sums = [
+            statistics[start : start + count * size].view(count, size, -1).sum(1)
+            for start, count, size in self.blocks
+        ]
+        totals = torch.cat(sums) + self.pseudocount
+        # Below this the reciprocal overflows.
+        is_empty = totals < torch.finfo(totals.dtype).tiny
+        uniform = totals.new_tensor([1.0 / size for size in self.sizes]).unsqueeze(1)
+        scale = torch.where(is_empty, 0.0, totals.reciprocal())
+        return torch.where(is_empty, uniform, self.pseudocount * uniform * scale), scale
 
     def _table(self, statistics: Tensor) -> Tensor:
         """theta with one row more, of ones: what a missing value looks up."""
-        table = statistics.new_ones(len(statistics) + 1, statistics.shape[1])
+        table = statistics.new_empty(len(statistics) + 1, statistics.shape[1])
+        table[-1] = 1.0
+        shift, scale = self._shift_and_scale(statistics)
+        first = 0
         for start, count, size in self.blocks:
-            rows = slice(start, start + count * size)
+            rows, tables = slice(start, start + count * size), slice(first, first + count)
             shape = (count, size, statistics.shape[1])
-            read_out(
+            torch.addcmul(
+                shift[tables].unsqueeze(1),
                 statistics[rows].view(shape),
-                self.pseudocount / size,
-                dim=1,
+                scale[tables].unsqueeze(1),
                 out=table[rows].view(shape),
             )
+            first += count
         return table
-
-
-class CategoricalFunction(torch.autograd.Function):
-    """Look-up of products of categorical units; the flow of a row goes to each of its entries."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        statistics: Tensor,
-        bank: CategoricalBank,
-        index: Tensor,
-        mask: Tensor | None,
-        in_logs: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        ctx.save_for_backward(index)
-        ctx.like, ctx.bank = (statistics.shape, statistics.dtype), bank
-        table = bank._table(statistics.double() if in_logs else statistics)
-        num_rows, batch, width = index.shape
-        shape = (num_rows, batch, table.shape[1])
-        if width == 1 and mask is None and not in_logs:
-            top = table.amax(-1, keepdim=True)
-            table.div_(torch.where(top > 0, top, 1.0))
-            values = nn.functional.embedding(index.view(-1), table).view(shape)
-            log_top = top.log_().squeeze(-1)
-            scale = new_scale(log_top, underflow(table))[index.squeeze(-1)]
-        else:
-            bags = index.view(-1, width)
-            logs = nn.functional.embedding_bag(bags, table.log_(), mode="sum").view(shape)
-            if mask is not None:
-                logs = torch.where(mask, logs, -torch.inf)
-            if in_logs:
-                return logs
-            top = logs.amax(-1)
-            is_dead = top.isneginf()
-            values = logs.sub_(torch.where(is_dead, 0.0, top).unsqueeze(-1)).exp_()
-            scale = new_scale(top, underflow(values, mask))
-        ctx.mark_non_differentiable(scale)
-        return values, scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, flow: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        (index,) = ctx.saved_tensors
-        (num_rows, num_units), dtype = ctx.like
-        flow = flow.reshape(-1, num_units).to(dtype)
-        flow_s = scatter_rows(flow, index.view(-1, index.shape[-1]), num_rows)
-        return ctx.bank.share_out_(flow_s), None, None, None, None
-
-
-def scatter_rows(values: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """Sum rows of `values` (N, K) into rows `index` (N, width) of a result (num_rows, K).
-
-    Index `num_rows` is dropped.
-    """
-    if values.device.type != "cpu":
-        total = values.new_zeros(num_rows + 1, values.shape[1])
-        for column in index.unbind(1):
-            total.index_add_(0, column, values)
-        return total[:-1]
-    # On a CPU sorting and summing runs of rows takes half the time of index_add.
-    flat = index.reshape(-1)
-    small = flat.to(torch.int16 if num_rows < 2**15 else torch.int32)
-    rows = torch.argsort(small, stable=True).div_(index.shape[1], rounding_mode="floor")
-    counts = torch.bincount(flat, minlength=num_rows + 1)
-    kept = len(flat) - int(counts[-1])
-    starts = counts[:-1].cumsum(0).sub_(counts[:-1])
-    return nn.functional.embedding_bag(rows[:kept], values, starts, mode="sum")

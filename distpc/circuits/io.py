@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from distpc.artifacts.files import file_digest, write_json
 from distpc.artifacts.tensors import read_tensors, write_tensors
 from distpc.errors import DistpcError, ModelFileError
@@ -102,6 +104,10 @@ def load_model(folder: Path | str) -> Circuit:
             fix="use the version of distpc that wrote it",
         )
     tensors, _ = read_tensors(folder / TENSORS, holds="model parameters", error=ModelFileError)
+    for name, bank in zip(circuit.banks, circuit.bank_list, strict=True):
+        # A bank has a mask only where edges were pruned.
+        if f"banks.{name}.mask" in tensors:
+            bank.register_buffer("mask", torch.ones_like(bank.statistics, dtype=torch.bool))
     expected = {name: tuple(t.shape) for name, t in circuit.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != expected:
@@ -112,6 +118,15 @@ def load_model(folder: Path | str) -> Circuit:
             found=found.get(odd[0], "no such tensor"),
             expected=expected.get(odd[0], "no such tensor"),
         )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelFileError(
+                "a model holds NaN or infinity",
+                where=f"{folder / TENSORS}, layer '{name}'",
+                found=f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} entries",
+                expected="finite statistics",
+                fix=RESTORE,
+            )
     circuit.load_state_dict(tensors)
     return circuit
 
@@ -142,12 +157,13 @@ def _read_description(path: Path) -> dict[str, Any]:
         ) from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
+        is_newer = isinstance(version, int) and version > FORMAT_VERSION
         raise ModelFileError(
             "a model has a format version that this code does not read",
             where=path,
             found=version,
             expected=FORMAT_VERSION,
-            fix="use the version of distpc that wrote it",
+            fix="update distpc: a newer one wrote it" if is_newer else RESTORE,
         )
     return description
 

@@ -19,28 +19,50 @@ of the read-out, not of the update. A step of 1 is one step of EM on the batch.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
+class Masked(NamedTuple):
+    """Smoothing where some edges are structural zeros.
+
+    Attributes:
+        smoothing: eps of the other edges.
+        mask: bool, shaped as the statistics; False where a weight is 0 whatever the statistics.
+    """
+
+    smoothing: float
+    mask: Tensor
+
+
 def read_out(
-    statistics: Tensor, smoothing: float, dim: int = -1, out: Tensor | None = None
+    statistics: Tensor, smoothing: float | Masked, dim: int = -1, out: Tensor | None = None
 ) -> Tensor:
     """Normalised weights of rows that lie along `dim`; a row without any mass is uniform.
 
     Args:
         statistics: S, of any shape.
-        smoothing: eps, added to each entry (in uses per sample).
+        smoothing: eps, added to each entry (in uses per sample); with a mask to those inside only.
         dim: the axis over which weights sum to one.
         out: where to write the weights.
     """
+    if isinstance(smoothing, Masked):
+        inside = smoothing.mask.to(statistics.dtype)
+        weights = torch.add(statistics, smoothing.smoothing, out=out).mul_(inside)
+        is_empty = weights.sum(dim, keepdim=True) <= 0
+        weights = torch.where(is_empty, inside, weights, out=out)
+        return weights.div_(weights.sum(dim, keepdim=True))
     fan_in = statistics.shape[dim]
     total = statistics.sum(dim, keepdim=True).add_(smoothing * fan_in)
     if smoothing > 0:
         # Without empty rows; a product is faster than a quotient.
         return torch.add(statistics, smoothing, out=out).mul_(total.reciprocal_())
     is_empty = total <= 0
-    floor = torch.where(is_empty, 1.0 / fan_in, smoothing)
+    # As tensors: `where` of two Python numbers would round them to float32.
+    uniform, floor = (total.new_full((), value) for value in (1.0 / fan_in, smoothing))
+    floor = torch.where(is_empty, uniform, floor)
     weights = torch.add(statistics, floor, out=out)
     return weights.div_(torch.where(is_empty, 1.0, total))
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from distpc.circuits.bank import Bank
 from distpc.circuits.blocks import Blocks
 from distpc.circuits.lost import TINY
-from distpc.circuits.statistics import random_statistics, read_out
+from distpc.circuits.statistics import Masked, random_statistics, read_out
 
 SURE = 1e-25
 """With more smoothing than this no weight, and so no unit of a sum, comes near TINY."""
@@ -29,7 +29,7 @@ class SumFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, statistics: Tensor, smoothing: float, blocks: Blocks
+        ctx: Any, u: Tensor, statistics: Tensor, smoothing: float | Masked, blocks: Blocks
     ) -> tuple[Tensor, Tensor | None]:
         num_tables, num_units, _ = statistics.shape
         theta = read_out(statistics, smoothing)
@@ -37,7 +37,7 @@ class SumFunction(torch.autograd.Function):
         out = blocks.join_units(products, (*u.shape[:2], num_units))
         ctx.save_for_backward(u, statistics, out)
         ctx.smoothing, ctx.blocks = smoothing, blocks
-        if smoothing > SURE and blocks.count == 1:
+        if _is_sure(smoothing, blocks):
             return out, None
         smallest = _smallest(theta, blocks)
         ctx.mark_non_differentiable(smallest)
@@ -49,7 +49,7 @@ class SumFunction(torch.autograd.Function):
         u, statistics, out = ctx.saved_tensors
         num_tables, blocks = len(statistics), ctx.blocks
         theta = read_out(statistics, ctx.smoothing)
-        if ctx.smoothing > SURE and blocks.count == 1:
+        if _is_sure(ctx.smoothing, blocks):
             ratio = flow / out
         else:
             # A unit at 0 has flow 0, so the clamp makes its ratio 0.
@@ -60,6 +60,11 @@ class SumFunction(torch.autograd.Function):
         flow_u = blocks.join_units(flow_u, u.shape).mul_(u)
         flow_s = torch.matmul(ratio.mT, blocks.split_units(u, num_tables))
         return flow_u, blocks.join_rows(flow_s, num_tables).mul_(theta), None, None
+
+
+def _is_sure(floor: float | Masked, blocks: Blocks) -> bool:
+    """Whether no unit of a sum can come near TINY."""
+    return isinstance(floor, float) and floor > SURE and blocks.count == 1
 
 
 class SumBank(Bank):
@@ -74,7 +79,10 @@ class SumBank(Bank):
     Attributes:
         statistics: S, shape (T, K', fan_in).
         smoothing: eps of the read-out.
+        mask: bool (T, K', fan_in), False where an edge is pruned; None: no edge is.
     """
+
+    mask: Tensor | None
 
     def __init__(
         self,
@@ -88,6 +96,12 @@ class SumBank(Bank):
         self.blocks = Blocks(blocks, strided)
         self.statistics = nn.Parameter(torch.empty(num_tables, num_units, fan_in))
         self.smoothing = 0.0
+        self.register_buffer("mask", None)
+
+    @property
+    def floor(self) -> float | Masked:
+        """What the read-out adds to statistics."""
+        return self.smoothing if self.mask is None else Masked(self.smoothing, self.mask)
 
     def forward(self, u: Tensor, in_logs: bool = False) -> tuple[Tensor, Tensor | None]:
         """(E, B, K) -> (E, B, K'); consecutive rows share a matrix where E > T.
@@ -95,12 +109,12 @@ class SumBank(Bank):
         Also the least weight of each matrix (T,) where it may be near 0, else None.
         """
         if in_logs:
-            return LogSumFunction.apply(u, self.statistics, self.smoothing, self.blocks), None
-        return SumFunction.apply(u, self.statistics, self.smoothing, self.blocks)
+            return LogSumFunction.apply(u, self.statistics, self.floor, self.blocks), None
+        return SumFunction.apply(u, self.statistics, self.floor, self.blocks)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """theta, shape (T, K', fan_in)."""
-        return read_out(self.statistics.detach().to(dtype), self.smoothing)
+        return read_out(self.statistics.detach().to(dtype), self.floor)
 
     def smallest_weights(self) -> Tensor:
         """The least weight of each matrix (T,)."""
@@ -118,7 +132,8 @@ class SumBank(Bank):
         return values.sum(-1, keepdim=True)
 
     def pseudo_samples(self, pseudocount: float) -> Tensor:
-        return torch.full((), pseudocount / self.statistics.shape[-1])
+        prior = torch.full((), pseudocount / self.statistics.shape[-1])
+        return prior if self.mask is None else prior * self.mask
 
     def rescale_(self, uses: Sequence[Tensor]) -> None:
         self.statistics.copy_(self.weights() * torch.stack(list(uses)).unsqueeze(-1))
@@ -145,7 +160,7 @@ class LogSumFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logs: Tensor, statistics: Tensor, smoothing: float, blocks: Blocks
+        ctx: Any, logs: Tensor, statistics: Tensor, smoothing: float | Masked, blocks: Blocks
     ) -> Tensor:
         num_tables, num_units, _ = statistics.shape
         log_theta = blocks.split_rows(read_out(statistics.to(logs.dtype), smoothing).log())

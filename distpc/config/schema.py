@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -125,11 +125,47 @@ class LatentsConfig(Section):
 class StructureConfig(Section):
     """The circuit's region graph."""
 
-    kind: Literal["patches", "hclt"] = "patches"
+    kind: Literal[
+        "patches",
+        "hclt",
+        "factorised",
+        "chow_liu",
+        "hmm",
+        "quad_tree",
+        "quad_graph",
+        "rat",
+        "poon_domingos",
+    ] = "patches"
     """`patches`: a leaf bank shared by all patches under a hidden Chow-Liu tree over patch
-    latents; `hclt`: a hidden Chow-Liu tree over the variables."""
+    latents; `hclt`: a hidden Chow-Liu tree over the variables; `factorised`: independent
+    variables; `chow_liu`: a Chow-Liu tree over the variables themselves, deterministic; `hmm`: a
+    hidden Markov model over the variables in their order; `quad_tree`, `quad_graph`: images
+    halved down to the pixel in one way, or in both and mixed; `rat`: random halves of the
+    variables; `poon_domingos`: all rectangles of an image on a grid. Every kind but `patches`
+    goes with teacher.kind none and finetune.initialization random."""
     num_states: int = Field(default=32, ge=1)
-    """Hidden states K a variable (kind hclt)."""
+    """Units K of every latent or inner region (all kinds but patches, factorised, chow_liu)."""
+    num_input_units: int | None = Field(default=None, ge=1)
+    """Units of an input (kinds quad_tree, quad_graph, rat, poon_domingos); default: num_states."""
+    layer: Literal["cp", "tucker", "monarch"] = "cp"
+    """How units of parts combine: `cp`: a dense matrix a factor; `monarch`: two block-diagonal
+    ones (kinds with num_states); `tucker`: a dense matrix over all products of two factors' units
+    (kinds with num_input_units, parts in twos)."""
+    tied: bool = False
+    """Share parameters: over the steps of an hmm, the variables of factorised, all edges of hclt,
+    blocks of one size of images, regions of one depth of rat."""
+    num_splits: Literal[2, 4] = 2
+    """Parts of a block: halves or quarters (kind quad_tree)."""
+    num_repetitions: int = Field(default=4, ge=1)
+    """Random orders of the variables, mixed at the root (kind rat)."""
+    max_depth: int | None = Field(default=None, ge=1)
+    """Halvings (kind rat), or cuts on the way to a rectangle (kind poon_domingos); below them
+    variables are independent given the unit. Default: no limit."""
+    delta_pixels: int = Field(default=4, ge=1)
+    """Step of the grid along which rectangles are cut (kind poon_domingos)."""
+    max_products: int | None = Field(default=None, ge=1)
+    """Cuts kept of one rectangle, those nearest to its middle (kind poon_domingos); default:
+    all."""
     leaf: Literal["product", "hclt"] = "product"
     """Leaf density p(patch | z): fully factorised, or a multi-head HCLT (kind patches)."""
     leaf_num_states: int = Field(default=8, ge=1)
@@ -137,11 +173,27 @@ class StructureConfig(Section):
     leaf_num_groups: int = Field(default=1, ge=1)
     """Groups of clusters with a leaf HCLT body of their own, trained independently (leaf hclt)."""
     max_samples: int = Field(default=20000, ge=1)
-    """Training samples from which mutual information is counted."""
+    """Training samples from which mutual information is counted (kinds patches, hclt,
+    chow_liu)."""
     num_bins: int = Field(default=16, ge=2)
     """Bins that ordered values are put into when mutual information is counted."""
     pseudocount: float = Field(default=0.1, ge=0)
     """Added to every cell of the pairwise count tables."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StructureConfig:
+        in_parts = self.kind in ("quad_tree", "quad_graph", "rat", "poon_domingos")
+        if self.layer == "tucker" and not in_parts:
+            raise ValueError(f"structure.layer tucker does not go with kind {self.kind}")
+        if self.layer == "tucker" and self.kind == "quad_tree" and self.num_splits != 2:
+            raise ValueError("structure.layer tucker needs num_splits 2")
+        if self.layer == "monarch" and not (in_parts or self.kind in ("hclt", "hmm")):
+            raise ValueError(f"structure.layer monarch does not go with kind {self.kind}")
+        if self.num_input_units is not None and not in_parts:
+            raise ValueError(f"structure.num_input_units does not go with kind {self.kind}")
+        if self.tied and self.kind in ("patches", "chow_liu"):
+            raise ValueError(f"structure.tied does not go with kind {self.kind}")
+        return self
 
 
 class DistillConfig(Section):
@@ -162,27 +214,45 @@ class DistillConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Online EM on the data alone."""
+    """Training on the data alone."""
 
     initialization: Literal["distilled", "random"] = "distilled"
     """Start from the distilled circuit, or from random parameters (the EM baseline)."""
+    rule: Literal["online_em", "mini_batch_em", "full_batch_em", "anemone", "adam"] = "online_em"
+    """Training rule of the statistics; all but online_em need whole rows: parallel.zero_stage 0."""
     num_epochs: int = Field(default=20, ge=0)
     """Passes over the training split."""
     batch_size: int = Field(default=256, ge=1)
-    """Samples in a global batch, over all ranks and micro-batches."""
+    """Samples in a global batch, over all ranks and micro-batches; full_batch_em takes all of the
+    training split instead, and holds it in memory."""
     micro_batch_size: int = Field(default=256, ge=1)
     """Most samples that one rank puts through the circuit at once."""
     step_size: float = Field(default=0.1, gt=0, le=1)
-    """First step size of online EM; after distillation keep it small (about 0.1)."""
+    """First step size; after distillation keep it small (about 0.1). Rule adam: the learning rate,
+    about 0.01. Not used by full_batch_em."""
     final_step_size: float = Field(default=0.005, gt=0, le=1)
-    """Last step size; it falls linearly in between."""
+    """Last step size (schedules linear and cosine)."""
+    schedule: Literal["constant", "linear", "cosine", "piecewise"] = "linear"
+    """How the step size goes from first to last, counted in samples; piecewise: linear between
+    `milestones`."""
+    milestones: list[tuple[int, Annotated[float, Field(gt=0, le=1)]]] = Field(default=[])
+    """Pairs [samples, step size] by rising samples (schedule piecewise)."""
+    warmup_samples: int = Field(default=0, ge=0)
+    """Samples over which the step size rises from a tenth of the schedule's value."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of the flows (rule anemone); above 0 it keeps another copy of the statistics."""
     pseudocount: float = Field(default=0.1, ge=0)
-    """Samples' worth of smoothing a sum row, spread over its entries."""
+    """Samples' worth of smoothing a sum row, spread over its entries; samples of the whole training
+    split, whatever the rule and its batches. Rule adam does not smooth."""
     leaf_pseudocount: float = Field(default=1.0, ge=0)
     """Samples' worth of smoothing an input row, spread over its categories."""
     leaf_width: float = Field(default=0.0, ge=0)
-    """Smoothing of input rows over neighbouring values, for values that have an order (grey
-    values): standard deviation in values by which flows are spread; 0 spreads nothing."""
+    """Smoothing of categorical input rows over neighbouring values, for values that have an order
+    (grey values): standard deviation in values by which flows are spread; 0 spreads nothing."""
+    gradient_learning_rate: float = Field(default=0.01, gt=0)
+    """Adam's learning rate for parameters that follow gradients (discretised logistic inputs)."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest entry of a gradient of those parameters."""
     init_noise: float = Field(default=1.0, gt=0)
     """Spread of random parameters: weights are proportional to exp(-init_noise * 2u), u uniform."""
     evaluate_every_epochs: float = Field(default=1.0, gt=0)
@@ -193,6 +263,13 @@ class FinetuneConfig(Section):
     """Newest checkpoints kept, beside the best."""
     max_divergence_bits: float = Field(default=1.0, gt=0)
     """Stop when validation is this many bits per dimension worse than the best so far."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FinetuneConfig:
+        samples = [place for place, _ in self.milestones]
+        if self.schedule == "piecewise" and (not samples or samples != sorted(samples)):
+            raise ValueError("schedule piecewise needs milestones, by rising samples")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -241,7 +318,7 @@ class RunConfig(Section):
     distill: DistillConfig = DistillConfig()
     """Training on data and latents together."""
     finetune: FinetuneConfig = FinetuneConfig()
-    """Online EM on the data alone."""
+    """Training on the data alone."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """The final figures and pictures."""
     parallel: ParallelConfig = ParallelConfig()
@@ -249,13 +326,19 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.structure.kind == "patches" and self.teacher.kind == "none":
+        kind = self.structure.kind
+        if kind == "patches" and self.teacher.kind == "none":
             raise ValueError("structure.kind patches needs patch latents: set teacher.kind")
-        if self.structure.kind == "hclt" and self.finetune.initialization == "distilled":
+        if kind != "patches" and self.finetune.initialization == "distilled":
             raise ValueError(
-                "structure.kind hclt has no teacher latents to distil from: "
+                f"structure.kind {kind} has no teacher latents to distil from: "
                 "set finetune.initialization to random"
             )
-        if self.structure.kind == "hclt" and self.teacher.kind != "none":
-            raise ValueError("structure.kind hclt uses no teacher: set teacher.kind to none")
+        if kind != "patches" and self.teacher.kind != "none":
+            raise ValueError(f"structure.kind {kind} uses no teacher: set teacher.kind to none")
+        if self.finetune.rule != "online_em" and self.parallel.zero_stage > 0:
+            raise ValueError(
+                f"finetune.rule {self.finetune.rule} needs whole rows at its step, and ZeRO shards "
+                "cut them: set parallel.zero_stage to 0, or finetune.rule to online_em"
+            )
         return self

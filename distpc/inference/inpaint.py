@@ -1,4 +1,5 @@
-"""Completions of partly hidden images: exact conditional samples and exact uncertainty."""
+"""Completions of partly hidden images: conditional samples, the most probable values or the means,
+and the exact uncertainty."""
 
 from __future__ import annotations
 
@@ -27,6 +28,8 @@ from distpc.inference.pictures import (
 )
 from distpc.inference.tables import read_rows, write_npy
 
+FILLS = ("samples", "mpe", "mean")
+DEFAULT_IMAGES = 8
 CONDITIONAL_CELLS = 2**24
 """Probabilities held at once while entropies are computed (64 MiB in float32)."""
 
@@ -38,7 +41,7 @@ class Completions:
     Attributes:
         x: (B, V) int64 originals, MISSING where even they have no value.
         observed: (B, V) bool, the evidence.
-        values: (B, n, V) int64 samples given the evidence; observed values are copied.
+        values: (B, n, V) int64 completions given the evidence; observed values are copied.
         entropy_bits: (B, V) entropy of each variable given the evidence; 0 where observed.
     """
 
@@ -49,16 +52,39 @@ class Completions:
 
 
 def complete(
-    circuit: Circuit, x: torch.Tensor, observed: torch.Tensor, n: int, seed: int
+    circuit: Circuit,
+    x: torch.Tensor,
+    observed: torch.Tensor,
+    n: int,
+    seed: int,
+    fill: str = "samples",
 ) -> Completions:
-    """`n` completions and the uncertainty of each image in `x` (B, V), given what is `observed`.
+    """Completions and the uncertainty of each image in `x` (B, V), given what is `observed`.
 
     Args:
         observed: (V,) or (B, V) bool; missing values of `x` are hidden as well.
-        n: completions an image.
+        n: completions an image, where they are samples; else there is one.
+        seed: of the samples.
+        fill: "samples" given the evidence, "mpe" for the jointly most probable values and
+            latents, or "mean" for every variable's mean, rounded where it has categories.
+
+    Raises:
+        EvidenceError: an unknown `fill`, or evidence of probability 0.
     """
     observed = observed.expand(x.shape) & ~is_missing(x)
-    values = circuit.sample(n, seed=seed, x=x, observed=observed).cpu()
+    if fill == "samples":
+        values = circuit.sample(n, seed=seed, x=x, observed=observed).cpu()
+    elif fill == "mpe":
+        values = circuit.mpe(x, observed).x.cpu().unsqueeze(1)
+    elif fill == "mean":
+        means = circuit.expectation(x, observed).mean.cpu().unsqueeze(1)
+        is_real = torch.tensor([count is None for count in circuit.num_categories])
+        values = torch.where(is_real, means, means.round())
+        values = values if is_real.any() else values.long()
+    else:
+        raise EvidenceError(
+            "an unknown completion", where="fill", found=fill, expected=" or ".join(FILLS)
+        )
     return Completions(x, observed, values, entropy_bits(circuit, x, observed))
 
 
@@ -104,10 +130,11 @@ def inpaint_command(
     model_dir: Path,
     images: Path | None = None,
     mask: str = "right",
-    n: int = 8,
+    n: int | None = None,
     num_completions: int = 4,
     seed: int = 0,
     out: Path = Path("completions.png"),
+    fill: str = "samples",
 ) -> Path:
     """Hide a part of images and complete it.
 
@@ -117,13 +144,15 @@ def inpaint_command(
             -1 or NaN where missing; or a .png or a folder of them; or None for the test images of
             the run that the model belongs to.
         mask: the part that is hidden: left, right, top, bottom, centre or random.
-        n: images, the first ones.
-        num_completions: completions an image.
+        n: images, the first ones; None: 8, or all if there are fewer.
+        num_completions: completions an image, where they are samples.
         seed: of the completions and of a random mask.
         out: where the picture goes; a name in .npy gets (B, num_completions, V) values.
+        fill: what completions are: samples, mpe or mean, see `complete`.
 
     Raises:
-        EvidenceError: images that do not fit the model, an unknown mask or suffix.
+        EvidenceError: images that do not fit the model, fewer than `n`, an unknown mask, fill or
+            suffix.
         ModelFileError: the model cannot be read.
     """
     out = Path(out)
@@ -134,7 +163,7 @@ def inpaint_command(
             found=out.suffix or "no suffix",
             expected=".png or .npy",
         )
-    if n < 1 or num_completions < 1:
+    if (n is not None and n < 1) or num_completions < 1:
         raise EvidenceError(
             "too few images or completions are asked for",
             found=f"{n} images, {num_completions} completions",
@@ -142,8 +171,16 @@ def inpaint_command(
         )
     circuit, spec = open_model(Path(model_dir))
     observed = observed_mask(mask, spec, seed)
-    x = _test_images(Path(model_dir), n) if images is None else _read(Path(images), spec, n)
-    result = complete(circuit, x, observed, num_completions, seed)
+    count = DEFAULT_IMAGES if n is None else n
+    x = _test_images(Path(model_dir), count) if images is None else _read(Path(images), spec, count)
+    if n is not None and len(x) < n:
+        raise EvidenceError(
+            "there are fewer images than are asked for",
+            where=model_dir if images is None else images,
+            found=f"{len(x)} images",
+            expected=f"{n} (--num)",
+        )
+    result = complete(circuit, x, observed, num_completions, seed, fill)
     if out.suffix == ".npy":
         write_npy(out, result.values.numpy())
     else:

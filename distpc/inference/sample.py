@@ -17,17 +17,11 @@ from distpc.inference.model import open_model
 from distpc.inference.pictures import save_png, tile, to_pictures
 from distpc.inference.tables import write_csv, write_npy
 
-CHUNK = 1024
-"""Samples drawn at once, which bounds memory."""
-
 
 def draw_samples(circuit: Circuit, n: int, seed: int) -> np.ndarray:
-    """(n, V) values drawn from the circuit; the same for the same n and seed."""
-    parts = [
-        circuit.sample(min(CHUNK, n - start), seed=seed + start).cpu().numpy()
-        for start in range(0, n, CHUNK)
-    ]
-    return np.concatenate(parts)
+    """(n, V) values drawn from the circuit; the same for the same seed."""
+    values: np.ndarray = circuit.sample(n, seed=seed).cpu().numpy()
+    return values
 
 
 def sample_grid(values: np.ndarray, spec: DatasetSpec) -> np.ndarray:

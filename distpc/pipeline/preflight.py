@@ -14,6 +14,7 @@ from distpc.data.sources import open_source
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, DataError
 from distpc.parallel.cluster import Cluster, check_machine
+from distpc.training.structure import check_fit
 
 
 def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
@@ -32,6 +33,7 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
         PatchGrid.of(spec, config.data.patch_size_pixels)
     if config.structure.kind == "patches" and not spec.is_discrete:
         raise ConfigError("patch circuits need categorical values", where="data.source")
+    check_fit(config, spec)
     batches = {"finetune.batch_size": config.finetune.batch_size}
     if config.teacher.kind == "mae":
         batches["teacher.mae.batch_size"] = config.teacher.mae.batch_size

@@ -37,9 +37,11 @@ def _fit(config: RunConfig) -> Any:
 def _structure(config: RunConfig) -> Any:
     structure = config.structure
     leaf = ("leaf", "leaf_num_states", "leaf_num_groups")
-    if structure.kind == "hclt":
+    if structure.kind != "patches":
         return _values(structure, without=leaf), config.seed
-    unused = ("num_states", *(leaf[1:] if structure.leaf == "product" else ()))
+    of_leaf = leaf[:1] if structure.leaf == "product" else leaf
+    used = ("kind", "max_samples", "num_bins", "pseudocount", *of_leaf)
+    unused = tuple(field for field in type(structure).model_fields if field not in used)
     patches = config.latents.num_clusters, config.data.patch_size_pixels
     return _values(structure, without=unused), patches, config.seed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from distpc.structures.region_graph import Region, RegionGraph
 from distpc.structures.tree import Tree
@@ -77,6 +77,7 @@ class GraphBuilder:
         *,
         with_latents: bool = True,
         transition_ties: Sequence[str] | None = None,
+        mix: Callable[[int, int, str | None], int] | None = None,
     ) -> int:
         """A hidden tree: every node's state emits, and chooses its children's states.
 
@@ -85,17 +86,19 @@ class GraphBuilder:
             emissions: for each node the region whose unit k is its emission in state k.
             with_latents: whether node v's region carries latent v.
             transition_ties: for each node the tie of the sum on the edge to its parent.
+            mix: makes the region of that edge from (units, child, tie); default: a dense sum.
 
         Returns:
             the root node's region (K units, not mixed yet).
         """
+        mix = self.sum if mix is None else mix
         states: dict[int, int] = {}
         for node in reversed(tree.top_down):
             units = self.regions[emissions[node]].num_units
             factors = [emissions[node]]
             for child in tree.children[node]:
                 tie = None if transition_ties is None else transition_ties[child]
-                factors.append(self.sum(units, states[child], tie))
+                factors.append(mix(units, states[child], tie))
             if with_latents or len(factors) > 1:
                 states[node] = self.product(factors, node if with_latents else None)
             else:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distpc.structures.mutual_information import mutual_information, pair_tables
+from distpc.errors import DataError, StructureError
+from distpc.structures.mutual_information import MAX_BYTES, Rows, count_pairs, mutual_information
 from distpc.structures.tree import Tree
 
 
@@ -25,7 +26,12 @@ def maximum_spanning_tree(weights: np.ndarray) -> Tree:
     """
     num_nodes = len(weights)
     if weights.shape != (num_nodes, num_nodes) or not np.isfinite(weights).all():
-        raise ValueError("weights must be a finite square matrix")
+        raise StructureError(
+            "a spanning tree needs a finite weight for every pair",
+            where="weights",
+            found=f"shape {weights.shape}, {int((~np.isfinite(weights)).sum())} entries not finite",
+            expected="a finite square matrix",
+        )
     best = weights[0].astype(np.float64)
     best[0] = -np.inf
     nearest = np.zeros(num_nodes, dtype=np.int64)
@@ -44,16 +50,27 @@ def maximum_spanning_tree(weights: np.ndarray) -> Tree:
 
 
 def chow_liu_tree(
-    rows: np.ndarray, num_values: Sequence[int] | np.ndarray, *, pseudocount: float = 0.1
+    rows: Rows,
+    num_values: Sequence[int] | np.ndarray,
+    *,
+    pseudocount: float = 0.1,
+    max_bytes: int = MAX_BYTES,
 ) -> Tree:
-    """The Chow-Liu tree of discrete data.
+    """The Chow-Liu tree of discrete data, rooted at its centre.
 
     Args:
-        rows: (N, V) integers, -1 = missing.
+        rows: (N, V) integers, -1 = missing; or batches of them that can be iterated again, such
+            as shards (values of many levels through `discretize.Bins.stream`).
         num_values: (V,) number of values of each column.
         pseudocount: added to every cell of the pairwise tables.
+        max_bytes: of count tables in memory.
+
+    Raises:
+        DataError: rows or values that do not fit, see `mutual_information`.
     """
-    return maximum_spanning_tree(mutual_information(rows, num_values, pseudocount=pseudocount))
+    return maximum_spanning_tree(
+        mutual_information(rows, num_values, pseudocount=pseudocount, max_bytes=max_bytes)
+    )
 
 
 @dataclass(frozen=True)
@@ -73,25 +90,40 @@ class ChowLiuModel:
 
     @classmethod
     def fit(
-        cls, rows: np.ndarray, num_values: Sequence[int] | np.ndarray, *, pseudocount: float = 1.0
+        cls,
+        rows: Rows,
+        num_values: Sequence[int] | np.ndarray,
+        *,
+        pseudocount: float = 1.0,
+        max_bytes: int = MAX_BYTES,
     ) -> ChowLiuModel:
-        """Tree and tables from complete data, `pseudocount` in every cell of a pair's table.
+        """Tree and tables by counting, `pseudocount` in every cell of a pair's table.
+
+        The root's distribution gets as much as a pair with a variable of as many values leaves
+        it: with pseudocount 1, P(a, b) = (count + 1) / (N + 4) and P(a) = (count + 2) / (N + 4)
+        for binary variables.
 
         Args:
-            rows: (N, V) integers without missing values, N >= 1.
+            rows: (N, V) integers, N >= 1; or batches that can be iterated again. A sample that
+                misses a value does not count for the tables of that variable.
             num_values: (V,) number of values of each column.
+            pseudocount: added to every cell.
+            max_bytes: of count tables in memory.
+
+        Raises:
+            DataError: rows or values that do not fit, or no rows.
         """
         sizes = np.asarray(num_values, dtype=np.int64)
-        tree = chow_liu_tree(rows, sizes, pseudocount=pseudocount)
-        columns = np.ascontiguousarray(rows.T)
+        tree = chow_liu_tree(rows, sizes, pseudocount=pseudocount, max_bytes=max_bytes)
+        pairs = [(parent, child) for parent, child in tree.edges().tolist()]
+        *tables, own = count_pairs(rows, sizes, [*pairs, (tree.root, tree.root)])
+        if not own.any():
+            raise DataError("a distribution is fitted to rows", where="rows", found="none")
         conditionals = [np.empty((0, int(size))) for size in sizes]
-        for parent, child in tree.edges().tolist():
-            pair = slice(parent, parent + 1), slice(child, child + 1)
-            table = pair_tables(columns, sizes, *pair) + pseudocount
-            conditionals[child] = np.log(table / table.sum(axis=1, keepdims=True))
-        size = int(sizes[tree.root])
-        root = np.bincount(rows[:, tree.root], minlength=size) + pseudocount * size
-        return cls(tree, np.log(root / root.sum()), tuple(conditionals))
+        for (_, child), counts in zip(pairs, tables, strict=True):
+            conditionals[child] = _log_normalised(counts + pseudocount)
+        root = _log_normalised(own.diagonal() + pseudocount * sizes[tree.root])
+        return cls(tree, root, tuple(conditionals))
 
     def log_prob(self, rows: np.ndarray) -> np.ndarray:
         """(N,) log-likelihoods in nats of complete rows (N, V)."""
@@ -99,3 +131,11 @@ class ChowLiuModel:
         for parent, child in self.tree.edges().tolist():
             total += self.conditional_log_probs[child][rows[:, parent], rows[:, child]]
         return total
+
+
+def _log_normalised(counts: np.ndarray) -> np.ndarray:
+    """Logs of rows that sum to one; uniform where nothing was counted."""
+    totals = counts.sum(axis=-1, keepdims=True)
+    uniform = np.full_like(counts, 1.0 / counts.shape[-1], dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        return np.log(np.divide(counts, totals, out=uniform, where=totals > 0))

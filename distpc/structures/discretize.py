@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -10,6 +11,77 @@ import numpy as np
 from distpc.data.spec import MISSING
 
 Binning = Literal["frequency", "range"]
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Bins of columns, found in a sample of rows and applied to any others.
+
+    Attributes:
+        edges: for each column the lower ends of bins 1, 2, ..; None where values are kept.
+        num_values: (V,) number of values of each column when binned.
+        is_real: (V,) whether negative values are values, not missing ones.
+    """
+
+    edges: tuple[np.ndarray | None, ...]
+    num_values: np.ndarray
+    is_real: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        x: np.ndarray,
+        num_categories: Sequence[int | None],
+        num_bins: int,
+        *,
+        binning: Binning = "frequency",
+    ) -> Bins:
+        """Bins for the columns that have more than `num_bins` values.
+
+        Args:
+            x: (N, V) integers with -1 = missing, or floats with NaN = missing.
+            num_categories: length V, categories of each variable; None for a real column.
+            num_bins: most values of a binned column.
+            binning: `frequency` for bins of about equally many samples (equal values stay
+                together), `range` for bins of equal width between the least and the largest value.
+        """
+        edges: list[np.ndarray | None] = []
+        for column, categories in enumerate(num_categories):
+            if categories is not None and categories <= num_bins:
+                edges.append(None)
+                continue
+            known = x[:, column][_present(x[:, column], categories is None)]
+            if binning == "range" and len(known):
+                edges.append(np.linspace(known.min(), known.max(), num_bins + 1)[1:-1])
+            else:
+                edges.append(frequency_edges(known, num_bins))
+        sizes = [num_bins if c is None else min(c, num_bins) for c in num_categories]
+        is_real = np.array([categories is None for categories in num_categories])
+        return cls(tuple(edges), np.array(sizes, dtype=np.int64), is_real)
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """(N, V) int16 values with -1 = missing."""
+        rows = np.full(x.shape, MISSING, dtype=np.int16)
+        for column, edges in enumerate(self.edges):
+            values = x[:, column]
+            present = _present(values, bool(self.is_real[column]))
+            known = values[present]
+            found = known if edges is None else np.searchsorted(edges, known, side="right")
+            rows[present, column] = found
+        return rows
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+        """The batches binned one by one; can be iterated as often as `batches` can."""
+        return _Binned(self, batches)
+
+
+@dataclass(frozen=True)
+class _Binned:
+    bins: Bins
+    batches: Iterable[np.ndarray]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.bins.apply, self.batches)
 
 
 def discretize(
@@ -21,48 +93,21 @@ def discretize(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bin the columns that have more than `num_bins` values; leave the others alone.
 
-    Args:
-        x: (N, V) integers with -1 = missing, or floats with NaN = missing.
-        num_categories: length V, categories of each variable; None for a real column.
-        num_bins: most values of a binned column.
-        binning: `frequency` for bins of about equally many samples (equal values stay together),
-            `range` for bins of equal width between the least and the largest value.
+    Args: as of `Bins.of`.
 
     Returns:
         (N, V) int16 values with -1 = missing, and (V,) the number of values of each column.
     """
-    rows = np.empty(x.shape, dtype=np.int16)
-    num_values = np.empty(x.shape[1], dtype=np.int64)
-    for column, categories in enumerate(num_categories):
-        values = x[:, column]
-        if categories is not None and categories <= num_bins:
-            real = np.issubdtype(values.dtype, np.floating)
-            rows[:, column] = np.where(np.isnan(values), MISSING, values) if real else values
-            num_values[column] = categories
-        else:
-            rows[:, column] = _bin(values, categories is None, num_bins, binning)
-            num_values[column] = num_bins
-    return rows, num_values
+    bins = Bins.of(x, num_categories, num_bins, binning=binning)
+    return bins.apply(x), bins.num_values
 
 
-def _bin(values: np.ndarray, is_real: bool, num_bins: int, binning: Binning) -> np.ndarray:
-    """Bin one column (N,); missing stays -1."""
-    if np.issubdtype(values.dtype, np.floating):
-        present = ~np.isnan(values)
-        if not is_real:
-            present &= values >= 0
-    else:
-        present = values >= 0
-    binned = np.full(len(values), MISSING, dtype=np.int16)
-    known = values[present]
-    if not len(known):
-        return binned
-    if binning == "range":
-        edges = np.linspace(known.min(), known.max(), num_bins + 1)[1:-1]
-    else:
-        edges = frequency_edges(known, num_bins)
-    binned[present] = np.searchsorted(edges, known, side="right")
-    return binned
+def _present(values: np.ndarray, is_real: bool) -> np.ndarray:
+    """(N,) which values are not missing."""
+    present = ~np.isnan(values) if np.issubdtype(values.dtype, np.floating) else None
+    if is_real and present is not None:
+        return present
+    return values >= 0 if present is None else present & (values >= 0)
 
 
 def frequency_edges(values: np.ndarray, num_bins: int) -> np.ndarray:

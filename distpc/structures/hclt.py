@@ -13,11 +13,20 @@ from distpc.errors import DataError
 from distpc.structures.builder import GraphBuilder
 from distpc.structures.chow_liu import chow_liu_tree
 from distpc.structures.discretize import MISSING, discretize
+from distpc.structures.layers import check_layer, check_size, mix
 from distpc.structures.region_graph import RegionGraph
 from distpc.structures.tree import Tree
 
 
-def hclt_graph(tree: Tree, num_states: int) -> RegionGraph:
+def hclt_graph(
+    tree: Tree,
+    num_states: int,
+    *,
+    layer: str = "cp",
+    tied: bool = False,
+    blocks: int | None = None,
+    family: str | None = None,
+) -> RegionGraph:
     """The region graph of an HCLT.
 
     Variable v has an input region, and a product region with latent v over it and over one sum
@@ -26,10 +35,26 @@ def hclt_graph(tree: Tree, num_states: int) -> RegionGraph:
     Args:
         tree: over the V variables.
         num_states: K, states of every latent.
+        layer: of the transitions: cp for dense matrices, or monarch.
+        tied: whether all variables share one emission, and all edges one transition matrix.
+        blocks: of Monarch transitions, a divisor of K; default: the nearest to sqrt(K).
+        family: of the inputs.
+
+    Raises:
+        StructureError: naming the argument that does not fit.
     """
+    num_states = check_size("num_states", num_states)
+    check_layer(layer, ("cp", "monarch"))
     builder = GraphBuilder()
-    emissions = [builder.input(num_states, variable) for variable in range(tree.num_nodes)]
-    return builder.finish(builder.hidden_tree(tree, emissions), tree.num_nodes)
+    tie = "emission" if tied else None
+    emissions = [builder.input(num_states, v, tie, family) for v in range(tree.num_nodes)]
+    top = builder.hidden_tree(
+        tree,
+        emissions,
+        transition_ties=["transition"] * tree.num_nodes if tied else None,
+        mix=lambda units, child, name: mix(builder, layer, units, child, name, blocks),
+    )
+    return builder.finish(top, tree.num_nodes)
 
 
 def hclt(

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distpc.errors import StructureError
 from distpc.structures.builder import GraphBuilder
+from distpc.structures.layers import check_size
 from distpc.structures.region_graph import RegionGraph
 from distpc.structures.tree import Tree
 
@@ -35,9 +37,18 @@ class HcltLeaf:
 
 
 def group_ranges(num_clusters: int, num_groups: int) -> list[range]:
-    """Clusters of each group: consecutive, sizes differing by at most one."""
+    """Clusters of each group: consecutive, sizes differing by at most one.
+
+    Raises:
+        StructureError: more groups than clusters, or none.
+    """
     if not 1 <= num_groups <= num_clusters:
-        raise ValueError(f"{num_groups} groups for {num_clusters} clusters")
+        raise StructureError(
+            "clusters cannot be cut into so many groups",
+            where="num_groups",
+            found=num_groups,
+            expected=f"1 .. {num_clusters}",
+        )
     edges = [num_clusters * group // num_groups for group in range(num_groups + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
@@ -52,7 +63,23 @@ def patch_graph(
         tree: over the Z patches.
         num_clusters: K, values of a patch latent.
         leaf: hidden Chow-Liu leaf densities; default: a product over the patch's variables.
+
+    Raises:
+        StructureError: patches, tree and clusters that do not fit together.
     """
+    num_clusters = check_size("num_clusters", num_clusters)
+    if variables.ndim != 2 or len(variables) != tree.num_nodes:
+        raise StructureError(
+            "a patch circuit's tree has a node a patch",
+            where="tree",
+            found=f"{tree.num_nodes} nodes, variables of shape {variables.shape}",
+        )
+    if leaf is not None and leaf.tree.num_nodes != variables.shape[1]:
+        raise StructureError(
+            "the tree inside a patch has a node a variable",
+            where="leaf",
+            found=f"{leaf.tree.num_nodes} nodes, {variables.shape[1]} variables a patch",
+        )
     builder = GraphBuilder()
     emissions = []
     for row in variables.tolist():

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distpc.errors import StructureError
+from distpc.structures.determinism import INDICATOR, is_deterministic
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -117,12 +118,42 @@ class RegionGraph:
         """Variables below each region."""
         return tuple(self._scopes)
 
+    @property
+    def is_smooth(self) -> bool:
+        """Whether sums mix units of one scope: always, by construction.
+
+        A sum has one child, and a concat over several scopes is refused.
+        """
+        return True
+
+    @property
+    def is_decomposable(self) -> bool:
+        """Whether the factors of a product share no variable: always, by construction.
+
+        A product whose children share one is refused.
+        """
+        return True
+
+    @cached_property
+    def is_deterministic(self) -> bool:
+        """Whether every sum unit mixes units of disjoint supports, whatever the weights are.
+
+        Supports are told apart by indicator inputs alone.
+        """
+        return is_deterministic(self)
+
+    @cached_property
+    def indicated(self) -> dict[int, int]:
+        """Categories of each variable that has indicator inputs (one unit a category)."""
+        found = ((r.variable, r.num_units) for r in self.regions if r.family == INDICATOR)
+        return {variable: units for variable, units in found if variable is not None}
+
     @cached_property
     def is_structured_decomposable(self) -> bool:
         """Whether all products with one scope split it in the same way."""
         splits: dict[frozenset[int], frozenset[frozenset[int]]] = {}
         for scope, region in zip(self._scopes, self.regions, strict=True):
-            if region.kind in ("product", "kronecker"):
+            if region.kind in ("product", "kronecker") and len(region.children) > 1:
                 split = frozenset(self._scopes[child] for child in region.children)
                 if splits.setdefault(scope, split) != split:
                     return False
@@ -146,17 +177,26 @@ class RegionGraph:
         Raises:
             StructureError: another format version, or a broken graph.
         """
+        if not isinstance(value, dict):
+            raise StructureError("no region graph", found=type(value).__name__)
         if value.get("format_version") not in READABLE_VERSIONS:
             raise StructureError(
                 "a region graph has a format version that this code does not read",
                 found=value.get("format_version"),
                 expected=" or ".join(map(str, READABLE_VERSIONS)),
             )
-        regions = [
-            Region(**{**region, "children": tuple(region.get("children", ()))})
-            for region in value["regions"]
-        ]
-        return cls(regions, value["num_variables"])
+        try:
+            regions = [
+                Region(**{**region, "children": tuple(region.get("children", ()))})
+                for region in value["regions"]
+            ]
+            return cls(regions, value["num_variables"])
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise StructureError(
+                "a region graph has other fields than this code reads",
+                found=f"{type(error).__name__}: {error}",
+                expected="what RegionGraph.to_json writes",
+            ) from error
 
     def _check(self) -> None:
         if not self.regions:

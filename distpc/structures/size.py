@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from distpc.structures.determinism import INDICATOR
 from distpc.structures.region_graph import RegionGraph
 
 GAUSSIAN_STATISTICS = 3
@@ -18,7 +19,7 @@ def num_parameters(graph: RegionGraph, num_categories: Sequence[int | None]) -> 
     """
     ties: set[str] = set()
     total = 0
-    for region in graph.regions:
+    for index, region in enumerate(graph.regions):
         if region.kind not in ("input", "sum"):
             continue
         if region.tie is not None:
@@ -26,9 +27,11 @@ def num_parameters(graph: RegionGraph, num_categories: Sequence[int | None]) -> 
                 continue
             ties.add(region.tie)
         if region.kind == "sum":
-            total += region.num_units * graph.regions[region.children[0]].num_units
+            total += region.num_units * graph.fan_in(index)
         else:
             assert region.variable is not None
+            if region.family == INDICATOR:
+                continue
             categories = num_categories[region.variable]
             total += region.num_units * (GAUSSIAN_STATISTICS if categories is None else categories)
     return total

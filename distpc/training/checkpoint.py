@@ -1,6 +1,7 @@
 """Checkpoints that are complete or absent, of any ZeRO stage, resumable on any number of ranks.
 
     checkpoints/step-00000120/statistics.safetensors   whole parameters by name
+                              rule.safetensors         the optimizer's own tensors, if it has any
                               state.json                written last: facts, sizes, digests
 
 A folder is written under a temporary name and renamed when all of it is on the disk.
@@ -24,6 +25,7 @@ from distpc.errors import ArtifactError
 
 FORMAT_VERSION = 1
 STATISTICS = "statistics.safetensors"
+RULE_STATE = "rule.safetensors"
 STATE = "state.json"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -63,6 +65,11 @@ class Checkpoint:
     def statistics(self) -> dict[str, Tensor]:
         """All parameters by name, on the CPU."""
         return _read_tensors(self.path / STATISTICS)
+
+    def rule_state(self) -> dict[str, Tensor]:
+        """The optimizer's own tensors, on the CPU; empty where it had none."""
+        path = self.path / RULE_STATE
+        return _read_tensors(path) if path.is_file() else {}
 
 
 class Checkpoints:
@@ -112,7 +119,12 @@ class Checkpoints:
             )
         return checkpoint
 
-    def save(self, facts: TrainingFacts, statistics: Mapping[str, Tensor]) -> Path:
+    def save(
+        self,
+        facts: TrainingFacts,
+        statistics: Mapping[str, Tensor],
+        rule_state: Mapping[str, Tensor] | None = None,
+    ) -> Path:
         """Write the checkpoint of `facts.step`, and remove older ones; for one process alone.
 
         Raises:
@@ -125,6 +137,8 @@ class Checkpoints:
         draft.mkdir(parents=True)
         with _removed_on_error(draft):
             _write_tensors(draft / STATISTICS, statistics)
+            if rule_state:
+                _write_tensors(draft / RULE_STATE, rule_state)
             files = {
                 file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
                 for file in sorted(draft.iterdir())

@@ -1,4 +1,4 @@
-"""Stage `finetune`: online EM on the data alone, over DeepSpeed ranks."""
+"""Stage `finetune`: training on the data alone, over DeepSpeed ranks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from distpc.training.checkpoint import Checkpoint, Checkpoints, TrainingFacts, c
 from distpc.training.last_good import LAST_GOOD
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.rules import Rule, Smoothing, make_rule, refuse_shards
 from distpc.training.samples import take_rows
 from distpc.training.start import MARGINAL_SAMPLES, smooth_over_neighbours, start_near_data_
 from distpc.training.trainer import Parts, Trainer
@@ -74,12 +75,16 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     barrier(mesh)
     found = checkpoints.newest()
     facts = TrainingFacts() if found is None else found.facts
+    # The trainer goes on in the same facts.
+    resumed_at_step = facts.step
     circuit = starting_circuit(ctx, spec, index, random_rows=found is None)
     # Both before the engine is made: under ZeRO-3 no whole parameter is left after it.
     num_parameters = circuit.num_parameters
     if found is not None:
         _load(circuit, found)
     parts = _assemble(ctx, spec, index, mesh, circuit, checkpoints, facts)
+    if found is not None:
+        parts.optimizer.load_rule_state(found.rule_state())
     trainer = Trainer(ctx.config.finetune, spec, index.num_samples("train"), parts, facts)
     with parts.monitor:
         trainer.run()
@@ -88,7 +93,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
         extra = {
             "num_parameters": num_parameters,
             "zero_stage": ctx.config.parallel.zero_stage,
-            "resumed_at_step": 0 if found is None else found.facts.step,
+            "resumed_at_step": resumed_at_step,
             "deepspeed": parts.engine.config_json,
         }
         write_json(ctx.out / RESULTS, {**results, **extra})
@@ -99,7 +104,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
 def starting_circuit(
     ctx: StageContext, spec: DatasetSpec, index: ShardIndex, *, random_rows: bool = True
 ) -> Circuit:
-    """The circuit that training starts from, equal on every rank, with its smoothing set.
+    """The circuit that training starts from, equal on every rank, as its rule wants it.
 
     Args:
         ctx: of the stage.
@@ -118,10 +123,22 @@ def starting_circuit(
         )
         if random_rows:
             start_near_data_(circuit, take_rows(index, "train", MARGINAL_SAMPLES))
-    circuit.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
-    rows = take_rows(index, "train", MARGINAL_SAMPLES)
-    smooth_over_neighbours(circuit, rows, config.leaf_width)
+    smooth_over_neighbours(circuit, take_rows(index, "train", MARGINAL_SAMPLES), config.leaf_width)
+    rule_of(ctx, circuit, index).start()
     return circuit
+
+
+def rule_of(ctx: StageContext, circuit: Circuit, index: ShardIndex) -> Rule:
+    """The configured rule, for a circuit.
+
+    Raises:
+        TrainingError: it cannot train the circuit, or not under the ZeRO stage.
+    """
+    config = ctx.config.finetune
+    smoothing = Smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
+    rule = make_rule(config.rule, circuit, smoothing, config.momentum)
+    refuse_shards(rule, ctx.config.parallel.zero_stage)
+    return rule
 
 
 def identity_of(ctx: StageContext) -> dict[str, Any]:
@@ -139,17 +156,24 @@ def _assemble(
     facts: TrainingFacts,
 ) -> Parts:
     config, parallel = ctx.config.finetune, ctx.config.parallel
+    rule = rule_of(ctx, circuit, index)
     whole = circuit
     if parallel.zero_stage == 3 and mesh.is_main:
         whole = Circuit(circuit.graph, circuit.num_categories)
         whole.load_state_dict(circuit.state_dict())
-        whole.set_smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
-    optimizer = CircuitOptimizer(circuit.parameter_groups(), step_size=config.step_size)
+        whole.set_smoothing(*circuit.smoothing)
+    optimizer = CircuitOptimizer(
+        circuit.parameter_groups(),
+        step_size=config.step_size,
+        rule=rule,
+        gradient_learning_rate=config.gradient_learning_rate,
+        gradient_clip=config.gradient_clip,
+    )
     loader = Loader(
         index,
         spec,
         "train",
-        global_batch=config.batch_size,
+        global_batch=index.num_samples("train") if rule.needs_all_data else config.batch_size,
         mesh_rank=mesh.rank,
         num_ranks=mesh.world_size,
         seed=ctx.config.seed,
@@ -196,6 +220,7 @@ def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
     best = Checkpoints(ctx.out / CHECKPOINTS, identity_of(ctx)).at(results["best_step"])
     circuit = starting_circuit(ctx, spec, index, random_rows=False)
     _load(circuit, best)
+    rule_of(ctx, circuit, index).finish()
     training = {
         "step": results["best_step"],
         "epoch": results["best_epoch"],

@@ -68,6 +68,9 @@ def _save(
     state = checkpoints.at(int(best["step"])).statistics()
     check_shapes(checkpoints.folder, state, circuit.state_dict())
     circuit.load_state_dict(state)
+    if not any(circuit.smoothing[:2]):
+        # Rules that smooth in their update leave rows of any sum: back to the flow scale.
+        circuit.rescale_to_uses_()
     training = {
         "stage": "finetune",
         "step": int(best["step"]),

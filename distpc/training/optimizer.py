@@ -1,68 +1,76 @@
-"""The optimizer of a circuit's statistics: online EM.
+"""The optimizer of a circuit: a training rule for statistics, Adam for what follows gradients.
 
-It is an optimizer because DeepSpeed wraps one; its rule is element-wise, so that any flat shard of
-a parameter can be updated alone, which is what every ZeRO stage does.
+It is an optimizer because DeepSpeed wraps one. Online EM and Adam are element-wise, so that any
+flat shard of a parameter can be updated alone, which is what every ZeRO stage does; the other rules
+need whole parameters (ZeRO 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from distpc.errors import TrainingError
+from distpc.errors import ArtifactError, TrainingError
+from distpc.training.rules.adam import adam_direction
+from distpc.training.rules.base import Rule
+from distpc.training.rules.online_em import online_em_
 
 
 class CircuitOptimizer(torch.optim.Optimizer):
-    """Online EM for statistics.
+    """Updates statistics by a rule, and parameters with gradients by Adam.
 
-    A parameter S holds running means of expected flows per sample. The circuit's backward pass
-    leaves `S.grad = -(mean flow of the batch)`, so that
+    The circuit's backward pass leaves `S.grad = -(mean flow of the batch)` in statistics and true
+    gradients in the rest. `grad is None` means that the batch did not reach a parameter: a flow
+    (or gradient) of zero.
 
-        S <- (1 - step) * S + step * flow  =  (1 - step) * S - step * S.grad
-
-    is the stochastic-approximation E-step of online EM (O. Cappe and E. Moulines, "On-line
-    expectation-maximization algorithm for latent data models", J. R. Statist. Soc. B 71, 2009).
-    The M-step is the row normalisation that the circuit does when it reads S. `grad is None` means
-    that the batch did not reach S, which is a flow of zero. There is no optimizer state.
+    Gradients are clipped entry by entry, not by their norm: a norm over the shards of all ranks is
+    out of an optimizer's reach, and DeepSpeed's own clipping would rescale flows as well.
 
     Args:
         groups: mapping from kind to parameters, as `parameter_groups()` of a circuit gives it:
-            "em" holds statistics, "gradient" has to be empty.
-        step_size: in (0, 1].
-
-    Raises:
-        TrainingError: there are parameters that online EM cannot train.
+            "em" holds statistics, "gradient" what follows gradients.
+        step_size: of the rule, in (0, 1].
+        rule: of the circuit that the parameters belong to; None is online EM, which needs none.
+        gradient_learning_rate: of Adam, for the group "gradient".
+        gradient_clip: largest entry of a gradient of that group.
     """
 
     def __init__(
         self,
-        groups: Mapping[str, Sequence[torch.nn.Parameter]],
+        groups: Mapping[str, Sequence[Parameter]],
         *,
         step_size: float = 0.1,
+        rule: Rule | None = None,
+        gradient_learning_rate: float = 0.01,
+        gradient_clip: float = 1.0,
     ) -> None:
         unknown = set(groups) - {"em", "gradient"}
         if unknown:
             raise ValueError(f"unknown kinds of parameters: {sorted(unknown)}")
-        others = groups.get("gradient", ())
-        if others:
-            raise TrainingError(
-                "a circuit has parameters that online EM cannot train",
-                found=f"{len(others)} parameters that follow gradients",
-                expected="statistics alone",
-                fix="build the circuit from categorical or Gaussian inputs",
-            )
         # "lr" is the name under which torch and DeepSpeed expect a group's rate.
-        super().__init__(list(groups.get("em", ())), {"lr": step_size})
+        rates = {"em": step_size, "gradient": gradient_learning_rate}
+        of_kinds = [
+            {"params": list(groups[kind]), "kind": kind, "lr": rate}
+            for kind, rate in rates.items()
+            if groups.get(kind)
+        ]
+        super().__init__(of_kinds or [{"params": [], "kind": "em"}], {"lr": step_size})
+        self.rule = rule
+        self.gradient_clip = gradient_clip
         self._watching = False
         self._found_nonfinite = False
+        self._updated: set[Tensor] = set()
 
     def set_step_size(self, step_size: float) -> None:
-        """Set the step of online EM for the steps to come."""
+        """Set the step size of the rule for the steps to come; Adam's rate stays."""
         for group in self.param_groups:
-            group["lr"] = step_size
+            if group["kind"] == "em":
+                group["lr"] = step_size
 
     def watch(self) -> None:
         """Look for NaN and infinity in what the coming steps write, until `end_watch`.
@@ -81,16 +89,105 @@ class CircuitOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter (or shard) from its `.grad`; closures are not supported."""
         if closure is not None:
-            raise ValueError("online EM takes one pass over a batch: closures are not supported")
+            raise ValueError("a step takes one pass over a batch: closures are not supported")
+        if self.rule is not None:
+            self.rule.begin_step()
         for group in self.param_groups:
             for parameter in group["params"]:
-                _online_em(parameter, group["lr"])
+                if parameter in self._updated:
+                    continue
+                if group["kind"] == "em":
+                    self._update(parameter, group["lr"])
+                elif parameter.grad is not None:
+                    gradient = parameter.grad.clamp(-self.gradient_clip, self.gradient_clip)
+                    direction = adam_direction(gradient, self.state[parameter])
+                    parameter.add_(direction, alpha=-group["lr"])
                 if self._watching:
                     # A sum is non-finite where one of its terms is, and needs no mask in memory.
                     self._found_nonfinite |= not bool(torch.isfinite(parameter.sum()))
+        self._updated.clear()
 
+    @contextmanager
+    def updates_in_backward(self) -> Iterator[None]:
+        """Inside, statistics are updated during the backward pass, each parameter as soon as its
+        flow is complete, and the flow is freed at once; `step` does the rest.
 
-def _online_em(statistics: Tensor, step_size: float) -> None:
-    statistics.mul_(1.0 - step_size)
-    if statistics.grad is not None:
-        statistics.add_(statistics.grad, alpha=-step_size)
+        That saves the memory of the gradients: one copy of S and the flow of one bank, instead of
+        two copies. The result is that of the update in `step`, provided that there is one backward
+        pass a step; what a pass should not have learnt from can no longer be dropped after it.
+
+        Raises:
+            TrainingError: the rule needs whole circuits at its step, or all of the data.
+        """
+        if self.rule is not None and self.rule.needs_whole_rows:
+            raise TrainingError(
+                "statistics cannot be updated in the backward pass by this rule",
+                where="update_in_backward",
+                found=self.rule.name,
+                expected="online_em",
+                fix="leave update_in_backward off, or train by online EM",
+            )
+        groups = [group for group in self.param_groups if group["kind"] == "em"]
+        handles = [
+            parameter.register_post_accumulate_grad_hook(lambda p, g=group: self._update_now(p, g))
+            for group in groups
+            for parameter in group["params"]
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._updated.clear()
+
+    @torch.no_grad()
+    def _update_now(self, parameter: Parameter, group: dict[str, Any]) -> None:
+        self._update(parameter, group["lr"])
+        parameter.grad = None
+        self._updated.add(parameter)
+
+    def _update(self, parameter: Parameter, step_size: float) -> None:
+        if self.rule is None:
+            online_em_(parameter, step_size)
+        else:
+            state = self.state[parameter] if self.rule.keeps_state else {}
+            self.rule.update(parameter, state, step_size)
+
+    def rule_state(self) -> dict[str, Tensor]:
+        """What rule and Adam keep beside the parameters, for a checkpoint: tensors by name.
+
+        Whole and the same on every rank where parameters are (ZeRO 0); elsewhere a rank has its
+        own shards.
+        """
+        return {
+            f"{number}.{name}": value
+            for number, parameter in enumerate(self._parameters())
+            for name, value in self.state.get(parameter, {}).items()
+        }
+
+    def load_rule_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `rule_state` gave.
+
+        Raises:
+            ArtifactError: it is the state of other parameters.
+        """
+        parameters = self._parameters()
+        for key, value in tensors.items():
+            number, _, name = key.partition(".")
+            parameter = parameters[int(number)] if int(number) < len(parameters) else None
+            if parameter is None or (value.dim() and value.shape != parameter.shape):
+                raise ArtifactError(
+                    "a checkpoint's optimizer state belongs to another circuit",
+                    where=key,
+                    found=f"shape {tuple(value.shape)}",
+                    expected="no such parameter"
+                    if parameter is None
+                    else f"shape {tuple(parameter.shape)}",
+                    fix="remove the stage's folder, or choose another --out",
+                )
+            # Counts of steps stay on the CPU.
+            device = parameter.device if value.dim() else "cpu"
+            self.state[parameter][name] = value.to(device, copy=True)
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]

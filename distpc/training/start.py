@@ -1,4 +1,4 @@
-"""What training takes from the data before it starts: marginals, scales, kernels."""
+"""What training takes from the data before it starts: marginals, scales, a kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.gaussian import GaussianBank
-from distpc.circuits.inputs import CategoricalBank
+from distpc.circuits.inputs import CategoricalBank, TableBank
 from distpc.circuits.neighbours import neighbour_kernel
 
 MARGINAL_SAMPLES = 20_000
@@ -77,8 +77,9 @@ def start_near_data_(circuit: Circuit, batches: Iterable[np.ndarray | Tensor]) -
 
     Every categorical row is multiplied by its variable's marginal, so that rows differ by the
     circuit's own noise alone and no state begins where there is no data: the tuned EM baseline of
-    the measured prototypes. Tied rows take the marginal of all their variables together. Real
-    variables are standardised. Statistics are then scaled to the expected uses of their rows.
+    the measured prototypes. Other families over categories do alike (`start_near_`). Tied rows
+    take the marginal of all their variables together. Real variables are standardised. Statistics
+    are then scaled to the expected uses of their rows.
 
     Args:
         circuit: with random parameters.
@@ -96,9 +97,10 @@ def start_near_data_(circuit: Circuit, batches: Iterable[np.ndarray | Tensor]) -
             owners.setdefault(key, index)
     for key, index in owners.items():
         smoothed = pooled[key] + 1.0 / len(pooled[key])
-        rows = circuit.statistics_of(index)
-        # The scale of a row does not matter before the last line.
-        rows.mul_((smoothed / smoothed.sum()).to(rows))
+        bank, table = circuit.bank_of(index)
+        assert isinstance(bank, TableBank)
+        # The scale of statistics does not matter before the last line.
+        bank.start_near_(table, (smoothed / smoothed.sum()).to(circuit.device))
     circuit.rescale_to_uses_()
 
 
@@ -116,8 +118,8 @@ def smooth_over_neighbours(
 ) -> None:
     """Let training spread the flows of categorical inputs over neighbouring values.
 
-    Frequencies of values are those of all variables together. Tables of
-    another number of categories than most variables have keep their flows.
+    Frequencies of values are those of all variables together. Tables of another number of
+    categories than most variables have keep their flows.
 
     Args:
         circuit: whose later backward passes spread flows.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,17 +16,26 @@ from distpc.data.patches import PatchGrid
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError
 from distpc.structures.chow_liu import maximum_spanning_tree
-from distpc.structures.discretize import discretize
-from distpc.structures.hclt import hclt_graph
+from distpc.structures.discretize import Bins, discretize
 from distpc.structures.mutual_information import mutual_information
 from distpc.structures.patches import HcltLeaf, patch_graph
 from distpc.structures.region_graph import RegionGraph
+from distpc.structures.registry import STRUCTURES
 from distpc.structures.size import depth, num_parameters
 from distpc.structures.tree import Tree
 from distpc.training.samples import LatentSource, take_rows
 
 GRAPH = "region_graph.json"
 TREES = "tree.json"
+
+LEARNT = ("hclt", "chow_liu")
+"""Kinds with a tree over the variables that is learnt from the data."""
+
+SAME_INPUTS = ("factorised", "hclt", "hmm")
+"""Kinds whose variables, when tied, all share their inputs."""
+
+_BIN_SAMPLES = 20_000
+"""Samples from which bins of ordered values are found; all are counted."""
 
 _MAX_POOLED_PATCHES = 200_000
 """Patches from which the tree inside a patch is learnt; all positions are pooled."""
@@ -41,10 +52,11 @@ def run(ctx: StageContext) -> None:
     check_fit(ctx.config, index.spec)
     trees: dict[str, Tree] = {}
     information: dict[str, float] = {}
-    if ctx.config.structure.kind == "hclt":
-        found = _pixel_information(ctx, index)
-        trees["variables"], information["variables"] = _tree(found)
-        graph = hclt_graph(trees["variables"], ctx.config.structure.num_states)
+    if ctx.config.structure.kind != "patches":
+        if ctx.config.structure.kind in LEARNT:
+            found = _pixel_information(ctx, index)
+            trees["variables"], information["variables"] = _tree(found)
+        graph = _build(ctx.config, index.spec, trees.get("variables"))
     else:
         grid = PatchGrid.of(index.spec, ctx.config.data.patch_size_pixels)
         trees["patches"], information["patches"] = _tree(_latent_information(ctx, grid))
@@ -76,8 +88,8 @@ def sketch(config: RunConfig, spec: DatasetSpec) -> RegionGraph:
         ConfigError: the structure does not fit the data.
     """
     check_fit(config, spec)
-    if config.structure.kind == "hclt":
-        return hclt_graph(Tree.balanced(spec.num_variables), config.structure.num_states)
+    if config.structure.kind != "patches":
+        return _build(config, spec, Tree.balanced(spec.num_variables))
     grid = PatchGrid.of(spec, config.data.patch_size_pixels)
     leaf = Tree.balanced(grid.variables_per_patch) if config.structure.leaf == "hclt" else None
     return _patch_circuit(config, grid, Tree.balanced(grid.num_patches), leaf)
@@ -97,6 +109,27 @@ def check_fit(config: RunConfig, spec: DatasetSpec) -> None:
             found="real columns",
             fix="use structure.kind=hclt with teacher.kind=none",
         )
+    if STRUCTURES[structure.kind].needs_image and spec.image_shape is None:
+        raise ConfigError(
+            "a structure of rectangles needs images",
+            where="structure.kind",
+            found=f"{structure.kind}, and {spec.kind} data",
+            fix="use structure.kind=rat or hclt",
+        )
+    if structure.kind == "chow_liu" and not spec.is_discrete:
+        raise ConfigError(
+            "Chow-Liu trees need categorical values",
+            where="structure.kind",
+            found="real columns",
+            fix="use structure.kind=hclt",
+        )
+    if structure.tied and structure.kind in SAME_INPUTS and len(set(spec.num_categories)) > 1:
+        raise ConfigError(
+            "tied variables need equally many categories",
+            where="structure.tied",
+            found=f"{sorted(map(str, set(spec.num_categories)))} categories",
+            fix="set structure.tied=false",
+        )
     if structure.leaf == "hclt" and structure.leaf_num_groups > clusters:
         raise ConfigError(
             "there are more groups of clusters than clusters",
@@ -104,6 +137,43 @@ def check_fit(config: RunConfig, spec: DatasetSpec) -> None:
             found=structure.leaf_num_groups,
             expected=f"1 .. {clusters} (latents.num_clusters)",
         )
+
+
+def _build(config: RunConfig, spec: DatasetSpec, tree: Tree | None) -> RegionGraph:
+    """The graph of any kind but patches; `tree` over the variables, where the kind has one."""
+    settings = config.structure
+    kind = settings.kind
+    arguments: dict[str, Any] = {"num_states": settings.num_states, "tied": settings.tied}
+    if kind == "factorised":
+        arguments = {"num_variables": spec.num_variables, "tied": settings.tied}
+    elif kind == "chow_liu":
+        arguments = {"tree": tree, "num_categories": spec.num_categories}
+    else:
+        arguments["layer"] = settings.layer
+    if kind == "hclt":
+        arguments["tree"] = tree
+    elif kind == "hmm":
+        arguments["length"] = spec.num_variables
+    elif kind == "rat":
+        arguments.update(
+            num_variables=spec.num_variables,
+            num_repetitions=settings.num_repetitions,
+            max_depth=settings.max_depth,
+            seed=config.seed,
+        )
+    elif kind == "quad_tree":
+        arguments["num_splits"] = settings.num_splits
+    elif kind == "poon_domingos":
+        arguments.update(
+            delta=settings.delta_pixels,
+            max_products=settings.max_products,
+            max_depth=settings.max_depth,
+        )
+    if STRUCTURES[kind].needs_image:
+        arguments["image_shape"] = spec.image_shape
+    if settings.num_input_units is not None:
+        arguments["num_input_units"] = settings.num_input_units
+    return STRUCTURES[kind].build(**arguments)
 
 
 def _patch_circuit(
@@ -122,20 +192,34 @@ def _tree(information: np.ndarray) -> tuple[Tree, float]:
     return tree, sum(float(information[parent, child]) for parent, child in tree.edges())
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """Batches that are read anew every time they are walked."""
+
+    read: Callable[[], Iterator[np.ndarray]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.read()
+
+
 def _pixel_information(ctx: StageContext, index: ShardIndex) -> np.ndarray:
-    """(V, V) mutual information of variables, ordered values in bins."""
+    """(V, V) mutual information of variables, ordered values in bins, batch by batch."""
     settings = ctx.config.structure
-    rows = np.concatenate(list(take_rows(index, "train", settings.max_samples)))
-    binned, sizes = discretize(rows, index.spec.num_categories, settings.num_bins)
-    return mutual_information(binned, sizes, pseudocount=settings.pseudocount)
+    first = take_rows(index, "train", min(settings.max_samples, _BIN_SAMPLES))
+    bins = Bins.of(np.concatenate(list(first)), index.spec.num_categories, settings.num_bins)
+    batches = _Batches(lambda: take_rows(index, "train", settings.max_samples))
+    return mutual_information(
+        bins.stream(batches), bins.num_values, pseudocount=settings.pseudocount
+    )
 
 
 def _latent_information(ctx: StageContext, grid: PatchGrid) -> np.ndarray:
     """(Z, Z) mutual information of patch latents."""
+    settings = ctx.config.structure
     source = LatentSource.of(ctx, grid.num_patches)
     sizes = [source.num_clusters] * grid.num_patches
-    batches = _first_latents(source, ctx.config.structure.max_samples)
-    return mutual_information(batches, sizes, pseudocount=ctx.config.structure.pseudocount)
+    batches = _Batches(lambda: _first_latents(source, settings.max_samples))
+    return mutual_information(batches, sizes, pseudocount=settings.pseudocount)
 
 
 def _first_latents(source: LatentSource, max_samples: int) -> Iterator[np.ndarray]:

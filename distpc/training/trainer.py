@@ -27,7 +27,7 @@ from distpc.training.guard import Guard
 from distpc.training.last_good import with_last_good
 from distpc.training.monitor import Monitor, peak_memory_bytes
 from distpc.training.optimizer import CircuitOptimizer
-from distpc.training.schedule import LinearSchedule
+from distpc.training.schedule import make_schedule
 from distpc.training.validation import Validation
 
 
@@ -55,7 +55,7 @@ class Parts:
 
 
 class Trainer:
-    """Online EM on the data alone.
+    """Training on the data alone, by the rule of the optimizer.
 
     Args:
         config: the finetune section.
@@ -80,7 +80,14 @@ class Trainer:
         self.parts = parts
         self.facts = facts
         self.guard = Guard(config.max_divergence_bits)
-        self.schedule = LinearSchedule(config.step_size, config.final_step_size, self.total)
+        self.schedule = make_schedule(
+            config.schedule,
+            config.step_size,
+            config.final_step_size,
+            self.total,
+            warmup_samples=config.warmup_samples,
+            milestones=config.milestones,
+        )
         self._saved_at = time.monotonic()
         self._started_at = time.monotonic()
         self._started_samples = facts.samples
@@ -303,7 +310,9 @@ class Trainer:
         state = parts.engine.full_state()
         self._check_statistics(facts.step, state)
         if mesh.is_main:
-            parts.checkpoints.save(facts, state)
+            # Under ZeRO it would be one rank's shards: Adam's moments then start afresh.
+            whole = parts.engine.zero_stage == 0
+            parts.checkpoints.save(facts, state, parts.optimizer.rule_state() if whole else {})
             if parts.whole is not parts.circuit:
                 parts.whole.load_state_dict(state)
         self._saved_at = time.monotonic()

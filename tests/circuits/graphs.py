@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import exact_weights, log_prob_exact
+from distpc.circuits.families import FAMILIES
 from distpc.structures.builder import GraphBuilder
+from distpc.structures.determinism import INDICATOR
 from distpc.structures.region_graph import Region, RegionGraph
 
 
@@ -182,7 +185,8 @@ def exact_flows(circuit: Circuit, loss_of: Callable[[Tensor], Tensor], *args, **
         tensor.requires_grad_()
     loss_of(log_prob_exact(circuit, *args, weights=weights, **kwargs)).backward()
     return {
-        region: tensor.detach() * tensor.grad
+        # A weight of 0 has no flow, however steep the likelihood is there.
+        region: torch.where(tensor.detach() == 0, 0.0, tensor.detach() * tensor.grad)
         for region, tensor in weights.items()
         if tensor.grad is not None
     }
@@ -208,3 +212,34 @@ def random_evidence(circuit: Circuit, batch: int, seed: int, missing: float = 0.
     for z, size in enumerate(circuit.latent_sizes):
         latents[:, z] = torch.randint(-1, size, (batch,), generator=generator)
     return x, latents
+
+
+def with_family(graph: RegionGraph, name: str) -> tuple[RegionGraph, list[int | None]]:
+    """The graph with inputs of one family, and variables that fit it."""
+    family = FAMILIES[name]
+    regions = [replace(r, family=name) if r.kind == "input" else r for r in graph.regions]
+    units = {r.variable: r.num_units for r in regions if r.kind == "input"}
+    is_tied = any(r.tie is not None for r in regions if r.kind == "input")
+    sizes: list[int | None] = []
+    for variable in range(graph.num_variables):
+        if family.is_real:
+            sizes.append(None)
+        elif family.units_are_categories:
+            sizes.append(units[variable])
+        else:
+            sizes.append(family.num_categories or (2 if is_tied else 2 + variable % 2))
+    return RegionGraph(regions, graph.num_variables), sizes
+
+
+def indicator_circuit(graph: RegionGraph, seed: int = 0, noise: float = 2.0) -> Circuit:
+    """A circuit whose indicators are point masses, also where the family is not there."""
+    sizes = [graph.indicated[variable] for variable in range(graph.num_variables)]
+    if INDICATOR in FAMILIES:
+        return Circuit(graph, sizes, seed=seed, init_noise=noise)
+    plain = [replace(r, family=None) if r.kind == "input" else r for r in graph.regions]
+    circuit = Circuit(RegionGraph(plain, graph.num_variables), sizes, seed=seed, init_noise=noise)
+    for index, region in enumerate(plain):
+        if region.kind == "input":
+            circuit.statistics_of(index)[:] = torch.eye(region.num_units)
+    circuit.rescale_to_uses_()
+    return circuit

@@ -12,7 +12,7 @@ from scipy import stats
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import log_prob_exact
 from distpc.circuits.gaussian import VARIANCE_FLOOR
-from distpc.circuits.inputs import scatter_rows
+from distpc.circuits.look_up import scatter_rows
 from distpc.errors import EvidenceError
 from distpc.structures.region_graph import Region, RegionGraph
 

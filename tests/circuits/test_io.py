@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distpc.circuits import load_model, save_model
 from distpc.circuits.circuit import Circuit
 from distpc.errors import ModelFileError
 
-from .graphs import hclt, random_evidence, small_circuit
+from .graphs import SMALL, hclt, random_evidence, small_circuit
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("name", ["grouped-patches", "hclt", "shared-child"])
+@pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_round_trip_is_bit_equal(name: str, tmp_path: Path) -> None:
     circuit = small_circuit(name, seed=3)
     circuit.set_smoothing(0.5, 0.1, 100)
@@ -92,6 +96,62 @@ def test_other_versions_are_refused(saved: Path, version: int | None) -> None:
     with pytest.raises(ModelFileError, match="format version") as caught:
         load_model(saved)
     assert caught.value.expected == "1"
+    assert ("newer" in str(caught.value.fix)) == (version == 2)
+
+
+def test_region_graphs_of_either_format_are_read(tmp_path: Path) -> None:
+    circuit = small_circuit("hclt")
+    save_model(circuit, tmp_path, dataset={}, training={})
+    graph = json.loads((tmp_path / "circuit.json").read_text())["graph"]
+    assert graph["format_version"] == 2
+    edit(tmp_path, graph={**graph, "format_version": 1})
+    x, _ = random_evidence(circuit, 5, 0)
+    assert torch.equal(load_model(tmp_path)(x), circuit(x))
+    edit(tmp_path, graph={**graph, "format_version": 3})
+    with pytest.raises(ModelFileError, match="description") as caught:
+        load_model(tmp_path)
+    assert "format version" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_in_tensors_names_the_layer(saved: Path, value: float) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    name = sorted(name for name in tensors if "sum" in name)[-1]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, saved / "model.safetensors")
+    content = (saved / "model.safetensors").read_bytes()
+    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit(saved, tensors={"file": "model.safetensors", **facts})
+    with pytest.raises(ModelFileError, match="NaN") as caught:
+        load_model(saved)
+    assert f"layer '{name}'" in str(caught.value.where)
+    assert caught.value.found == f"1 of {tensors[name].numel()} entries"
+
+
+REFUSE_HEAVY = """
+import sys
+heavy = {"ray", "deepspeed", "pydantic", "webdataset", "tensorboard", "cirkit", "pyjuice", "triton"}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        # torch itself asks whether triton is there, and lives without.
+        if name.split(".")[0] in heavy:
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
+sys.meta_path.insert(0, Refuse())
+import distpc.structures, distpc.circuits.exchange.pyjuice, distpc.circuits.exchange.cirkit
+from distpc.training.optimizer import CircuitOptimizer
+from distpc.circuits import load_model
+circuit = load_model(sys.argv[1])
+(-circuit([[0] * circuit.num_variables]).sum()).backward()
+CircuitOptimizer(circuit.parameter_groups()).step()
+assert not heavy & {name.split(".")[0] for name in sys.modules}, sorted(sys.modules)
+"""
+
+
+def test_models_load_and_train_without_heavy_libraries(saved: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE_HEAVY, str(saved)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,31 @@ def test_the_command_takes_arrays_and_folders(model_dir, circuit, x, tmp_path):
         assert (image.height, image.width) == tile_size(4 * 5, 5, 8, 8, headers=True)
 
 
+def test_completions_by_the_most_probable_values_and_by_means(circuit, x):
+    observed = observed_mask("left", spec_of(circuit))
+    best = complete(circuit, x, observed, n=4, seed=0, fill="mpe")
+    assert torch.equal(best.values, circuit.mpe(x, observed).x[:, None])
+    mean = complete(circuit, x, observed, n=4, seed=0, fill="mean")
+    assert mean.values.dtype == torch.int64
+    assert mean.values.shape == (6, 1, 64)
+    assert torch.equal(mean.values[:, 0, observed], x[:, observed])
+    samples = complete(circuit, x, observed, n=400, seed=0).values.double()
+    assert (samples.mean(1) - mean.values[:, 0]).abs().max() < 2.0
+    with pytest.raises(EvidenceError, match="unknown completion"):
+        complete(circuit, x, observed, n=1, seed=0, fill="zeros")
+
+
+def test_fewer_images_than_asked_for_are_refused(model_dir, x, tmp_path):
+    np.save(tmp_path / "x.npy", x.numpy())
+    out = tmp_path / "c.npy"
+    with pytest.raises(EvidenceError, match="fewer images than are asked for") as caught:
+        inpaint_command(model_dir, tmp_path / "x.npy", n=7, out=out)
+    assert "6 images" in str(caught.value)
+    assert not out.exists()
+    inpaint_command(model_dir, tmp_path / "x.npy", num_completions=2, out=out, fill="mpe")
+    assert np.load(out).shape == (6, 1, 64)
+
+
 def test_refusals(model_dir, tmp_path):
     out = tmp_path / "c.png"
     np.save(tmp_path / "wide.npy", np.zeros((2, 65), dtype=int))

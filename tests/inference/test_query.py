@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import log_prob_exact
-from distpc.circuits.io import load_model
+from distpc.circuits.io import load_model, save_model
 from distpc.errors import EvidenceError
 from distpc.inference.query import query_command
+from distpc.structures.region_graph import Region, RegionGraph
 
 from .conftest import load_split
 
@@ -75,6 +77,81 @@ def test_conditionals_of_missing_cells(model_dir, rows, data_path, tmp_path):
     assert p[2, column] == pytest.approx(expected, abs=1e-5)
 
 
+def test_most_probable_values_of_missing_cells(model_dir, rows, data_path, tmp_path):
+    values = np.load(ask(model_dir, data_path, "mpe", tmp_path / "out.npy"))
+    there = ~np.isnan(rows)
+    assert (values[there] == rows[there]).all()
+    found = load_model(model_dir).mpe(torch.from_numpy(rows))
+    assert (values == found.x.numpy()).all()
+    out = ask(model_dir, data_path, "mpe", tmp_path / "out.csv")
+    with out.open(newline="") as handle:
+        header, *lines = list(csv.reader(handle))
+    assert header == [*map(str, range(64)), "log_prob"]
+    assert np.array_equal(np.array(lines)[:, :64].astype(int), values)
+    log_prob = [float(line[64]) for line in lines]
+    assert log_prob == pytest.approx(found.log_prob.tolist(), abs=1e-5)
+
+
+def test_expectations_of_missing_cells(model_dir, rows, data_path, tmp_path):
+    both = np.load(ask(model_dir, data_path, "expectation", tmp_path / "out.npy"))
+    p = np.load(ask(model_dir, data_path, "conditional", tmp_path / "p.npy")).astype(float)
+    numbers = np.arange(17)
+    mean = (p * numbers).sum(-1)
+    assert both[..., 0] == pytest.approx(mean, abs=1e-3)
+    variance = (p * (numbers - mean[..., None]) ** 2).sum(-1)
+    assert both[..., 1] == pytest.approx(variance, abs=1e-3)
+    out = ask(model_dir, data_path, "expectation", tmp_path / "out.csv")
+    with out.open(newline="") as handle:
+        lines = list(csv.DictReader(handle))
+    assert len(lines) == int(np.isnan(rows).sum())
+    for line in lines[::31]:
+        cell = both[int(line["row"]), int(line["column"])]
+        assert [float(line["mean"]), float(line["variance"])] == pytest.approx(cell, rel=1e-5)
+
+
+def test_rows_that_are_impossible_stay_unanswered(tmp_path):
+    graph = RegionGraph(
+        [
+            Region("input", 1, variable=0),
+            Region("input", 1, variable=1),
+            Region("product", 1, (0, 1)),
+        ],
+        2,
+    )
+    circuit = Circuit(graph, [2, 3])
+    circuit.statistics_of(0)[:] = torch.tensor([[1.0, 0.0]])
+    circuit.statistics_of(1)[:] = torch.tensor([[0.25, 0.5, 0.25]])
+    save_model(circuit, tmp_path / "model", dataset={}, training={})
+    (tmp_path / "rows.csv").write_text("1,\n0,\n")
+    found = ask(tmp_path / "model", tmp_path / "rows.csv", "mpe", tmp_path / "out.csv").read_text()
+    assert found.splitlines()[1:] == ["1,,-inf", "0,1,-0.693147181"]
+    both = np.load(
+        ask(tmp_path / "model", tmp_path / "rows.csv", "expectation", tmp_path / "out.npy")
+    )
+    assert np.isnan(both[0]).all()
+    assert both[1, 1] == pytest.approx([1.0, 0.5], abs=1e-6)
+
+
+def test_questions_about_the_model(model_dir, tmp_path, capsys):
+    query_command(model_dir, what="entropy", num_samples=200, seed=1)
+    header, *lines = list(csv.reader(capsys.readouterr().out.splitlines()))
+    assert header == ["quantity", "nats"]
+    values = {name: float(value) for name, value in lines}
+    assert values["H(X | Z), lower bound"] < values["H(X), estimate"]
+    assert values["H(X), estimate"] < values["H(X, Z), upper bound"]
+    assert "H(X), exact" not in values
+    query_command(model_dir, what="mutual_information", out=tmp_path / "pairs.npy")
+    query_command(model_dir, what="mutual_information", out=tmp_path / "pairs.csv")
+    pairs = np.load(tmp_path / "pairs.npy")
+    assert pairs.shape == (64, 64)
+    with (tmp_path / "pairs.csv").open(newline="") as handle:
+        lines = list(csv.DictReader(handle))
+    assert len(lines) == 64 * 63 // 2
+    for line in lines[::101]:
+        cell = pairs[int(line["first"]), int(line["second"])]
+        assert float(line["nats"]) == pytest.approx(cell, rel=1e-6)
+
+
 def test_without_a_file_the_lines_are_printed(model_dir, rows, data_path, capsys):
     query_command(model_dir, data_path)
     header, *lines = capsys.readouterr().out.splitlines()
@@ -115,7 +192,13 @@ def test_refusals_name_the_cell(model_dir, rows, data_path, tmp_path):
     with pytest.raises(EvidenceError, match="row 3, column 7"):
         query_command(model_dir, tmp_path / "bad.npy", "log_prob", tmp_path / "out.npy")
     with pytest.raises(EvidenceError, match="log_prob or conditional"):
-        query_command(model_dir, data_path, "entropy", tmp_path / "out.npy")
+        query_command(model_dir, data_path, "meaning", tmp_path / "out.npy")
+    with pytest.raises(EvidenceError, match="question about the model"):
+        query_command(model_dir, data_path, "entropy", tmp_path / "out.csv")
+    with pytest.raises(EvidenceError, match="question about rows"):
+        query_command(model_dir, None, "mpe", tmp_path / "out.npy")
+    with pytest.raises(EvidenceError, match="entropies have names"):
+        query_command(model_dir, None, "entropy", tmp_path / "out.npy")
     with pytest.raises(EvidenceError, match=r"\.npy or \.csv"):
         query_command(model_dir, data_path, "log_prob", tmp_path / "out.txt")
     assert not (tmp_path / "out.npy").exists()

@@ -1,31 +1,12 @@
-import gzip
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.sparse.csgraph import minimum_spanning_tree
 
+from distpc.errors import DataError, StructureError
 from distpc.structures import ChowLiuModel, chow_liu_tree
 from distpc.structures.chow_liu import maximum_spanning_tree
-
-FOLDERS = [parent / "shared" / "data" / "debd" for parent in Path(__file__).parents[2:]]
-DEBD = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
-
-
-def read(name, split):
-    with gzip.open(DEBD / f"{name}.{split}.data.gz", "rt") as handle:
-        return np.loadtxt(handle, delimiter=",", dtype=np.int64)
-
-
-@pytest.mark.skipif(not DEBD.is_dir(), reason="the binary data sets are not beside the checkout")
-@pytest.mark.parametrize(
-    "name, expected", [("nltcs", -6.7590), ("plants", -16.5240), ("bnetflix", -60.2503)]
-)
-def test_published_likelihoods(name, expected):
-    train = read(name, "train")
-    model = ChowLiuModel.fit(train, [2] * train.shape[1], pseudocount=1.0)
-    assert model.log_prob(read(name, "test")).mean() == pytest.approx(expected, abs=1e-3)
 
 
 def test_weight_is_that_of_another_algorithm():
@@ -60,3 +41,23 @@ def test_probabilities_sum_to_one():
     model = ChowLiuModel.fit(rows, [2, 2, 3])
     worlds = np.array(list(itertools.product(range(2), range(2), range(3))))
     assert np.exp(model.log_prob(worlds)).sum() == pytest.approx(1.0)
+
+
+def test_missing_values_and_batches():
+    rng = np.random.default_rng(1)
+    rows = rng.integers(-1, 3, (300, 5))
+    whole = ChowLiuModel.fit(rows, [3] * 5)
+    parts = ChowLiuModel.fit([rows[:100], rows[100:]], [3] * 5)
+    assert whole.tree == parts.tree
+    np.testing.assert_array_equal(whole.root_log_prob, parts.root_log_prob)
+    root = rows[:, whole.tree.root]
+    counts = np.bincount(root[root >= 0], minlength=3) + 3.0
+    np.testing.assert_allclose(np.exp(whole.root_log_prob), counts / counts.sum())
+
+
+def test_what_cannot_be_fitted_is_refused():
+    with pytest.raises(DataError):
+        ChowLiuModel.fit(np.zeros((0, 2), dtype=int), [2, 2])
+    with pytest.raises(StructureError) as caught:
+        maximum_spanning_tree(np.full((2, 2), np.nan))
+    assert caught.value.where == "weights"

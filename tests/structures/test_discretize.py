@@ -1,6 +1,6 @@
 import numpy as np
 
-from distpc.structures.discretize import discretize, frequency_edges
+from distpc.structures.discretize import Bins, discretize, frequency_edges
 
 
 def test_few_values_stay_and_missing_is_kept():
@@ -35,3 +35,14 @@ def test_real_columns_by_range_and_frequency():
 def test_float_categories_and_empty_columns():
     rows, _ = discretize(np.array([[1.0, np.nan], [np.nan, np.nan]]), [2, None], 4)
     assert rows.tolist() == [[1, -1], [-1, -1]]
+
+
+def test_bins_of_a_sample_apply_to_a_stream_again_and_again():
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.integers(-1, 200, 900), rng.integers(-1, 3, 900)], axis=1)
+    rows, num_values = discretize(x, [200, 3], 8)
+    bins = Bins.of(x, [200, 3], 8)
+    stream = bins.stream([x[:400], x[400:]])
+    for _ in range(2):
+        np.testing.assert_array_equal(np.concatenate(list(stream)), rows)
+    assert bins.num_values.tolist() == num_values.tolist() == [8, 3]

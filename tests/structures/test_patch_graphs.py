@@ -67,7 +67,7 @@ def test_one_variable_patches():
 def test_ranges_cover_the_clusters():
     ranges = group_ranges(10, 3)
     assert [value for clusters in ranges for value in clusters] == list(range(10))
-    with pytest.raises(ValueError):
+    with pytest.raises(StructureError):
         group_ranges(2, 3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,12 @@ def prepare(folder: Path, **finetune_fields: Any) -> StageContext:
     return StageContext(config, folder / "finetune", inputs, "finetune", folder / "tb")
 
 
-def variant(ctx: StageContext, name: str, **parallel: Any) -> StageContext:
-    """The same fine-tuning in a folder of its own, with other parallel fields."""
+def variant(
+    ctx: StageContext, name: str, finetune: dict[str, Any] | None = None, **parallel: Any
+) -> StageContext:
+    """The same fine-tuning in a folder of its own, with other finetune or parallel fields."""
     values = ctx.config.model_dump(mode="json")
+    values["finetune"].update(finetune or {})
     values["parallel"].update(parallel)
     out = ctx.out.parent / name
     out.mkdir(exist_ok=True)
@@ -77,6 +81,16 @@ def train_each(payload: dict[str, Any], mesh: Mesh) -> None:
         finetune.train_rank(context, mesh)
     if "poisoned" in payload:
         train_poisoned(payload["poisoned"], mesh)
+
+
+def train_and_resume(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Rank target of one rank: fine-tunings, some of which then go on from an early checkpoint."""
+    train_each(payload, mesh)
+    for done, again in payload["resumed"]:
+        checkpoints = Path(done["out"]) / finetune.CHECKPOINTS
+        for early in sorted(checkpoints.iterdir())[: payload["early_checkpoints"]]:
+            shutil.copytree(early, Path(again["out"]) / finetune.CHECKPOINTS / early.name)
+        finetune.train_rank(again, mesh)
 
 
 def train_poisoned(payload: dict[str, Any], mesh: Mesh) -> None:

@@ -98,7 +98,8 @@ def test_missing_is_a_value_of_every_column_and_other_negatives_are_not() -> Non
     integers = as_samples(circuit, x.astype(np.int64), "data")
     torch.testing.assert_close(integers[1], found[1], equal_nan=True)
     whole = Circuit(graph, [1, 20, 20])
-    assert as_samples(whole, np.full((2, 3), -1), "data").tolist() == [[-1] * 3] * 2
+    rows = [[0, -1, -1], [-1] * 3]
+    assert as_samples(whole, np.array(rows), "data").tolist() == rows
     x = np.zeros((4, 3), dtype=np.int64)
     x[3, 1] = -7
     for values in (x, x.astype(np.float32)):
@@ -106,6 +107,13 @@ def test_missing_is_a_value_of_every_column_and_other_negatives_are_not() -> Non
             as_samples(whole, values, "data")
         assert caught.value.where == "data, row 3, column 1"
         assert float(caught.value.found or 0) == -7
+
+
+@pytest.mark.parametrize("missing", [-1, np.nan])
+def test_refuses_a_table_without_any_value(missing: float) -> None:
+    with pytest.raises(DataError, match="no value at all") as caught:
+        fit(tree(), np.full((4, V), missing), progress=False)
+    assert caught.value.found == f"{4 * V} missing values"
 
 
 def test_stops_at_poisoned_statistics(capsys: pytest.CaptureFixture[str]) -> None:

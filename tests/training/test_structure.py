@@ -1,15 +1,21 @@
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 from distill_runs import NUM_CLUSTERS, Runs, make_config
 
+from distpc.circuits import Circuit
+from distpc.config.schema import StructureConfig
 from distpc.data.index import ShardIndex
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError
 from distpc.structures import PatchLayout, RegionGraph, Tree
+from distpc.structures.registry import STRUCTURES
 from distpc.structures.size import num_parameters
 from distpc.training import structure
+from distpc.training.fit import fit
+from distpc.training.samples import take_rows
 from distpc.training.structure import sketch
 
 
@@ -70,6 +76,73 @@ def test_patch_circuit_of_digits(runs, groups):
 def test_the_same_data_give_the_same_graph(runs):
     first, second = (runs.variant(name) for name in ("one", "two"))
     assert read(first)[0].regions == read(second)[0].regions
+
+
+WITHOUT_TEACHER = {"teacher": {"kind": "none"}, "finetune": {"initialization": "random"}}
+KINDS = [
+    {"kind": "factorised"},
+    {"kind": "chow_liu"},
+    {"kind": "hmm", "num_states": 3, "tied": True},
+    {"kind": "hmm", "num_states": 4, "layer": "monarch"},
+    {"kind": "quad_tree", "num_states": 3, "num_splits": 4},
+    {"kind": "quad_graph", "num_states": 3, "num_input_units": 4, "layer": "tucker"},
+    {"kind": "rat", "num_states": 3, "num_repetitions": 2, "max_depth": 3},
+    {"kind": "poon_domingos", "num_states": 2, "delta_pixels": 4, "max_products": 2},
+]
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=lambda fields: fields["kind"])
+def test_every_kind_makes_the_graph_that_was_sketched(runs, fields):
+    name = "-".join(map(str, fields.values()))
+    ctx = runs.variant(name, structure=fields, **WITHOUT_TEACHER)
+    graph, trees, facts = read(ctx)
+    assert graph.num_variables == 64
+    assert sorted(trees) == (["variables"] if fields["kind"] == "chow_liu" else [])
+    drawn = sketch(ctx.config, spec_of(ctx))
+    assert num_parameters(drawn, spec_of(ctx).num_categories) == facts["num_parameters"]
+
+
+def test_a_quad_tree_learns_digits_through_the_stage(runs):
+    fields = {"kind": "quad_tree", "num_states": 4, "tied": True}
+    ctx = runs.variant("trained", structure=fields, **WITHOUT_TEACHER)
+    graph, _, _ = read(ctx)
+    index = ShardIndex.load(ctx.input("index").path)
+    x = np.concatenate(list(take_rows(index, "train", 500)))
+    circuit = Circuit(graph, index.spec.num_categories)
+    before = circuit.log_prob(x).mean()
+    fit(circuit, x, epochs=3, batch_size=100)
+    assert circuit.log_prob(x).mean() > before + 1
+
+
+def test_kinds_are_registered_and_fields_fit_them():
+    kinds = get_args(StructureConfig.model_fields["kind"].annotation)
+    assert set(kinds) == set(STRUCTURES) - {"mixture"}
+    for fields, word in [
+        ({"kind": "hmm", "layer": "tucker"}, "layer"),
+        ({"kind": "quad_tree", "layer": "tucker", "num_splits": 4}, "num_splits"),
+        ({"kind": "factorised", "layer": "monarch"}, "layer"),
+        ({"kind": "hclt", "num_input_units": 3}, "num_input_units"),
+        ({"kind": "chow_liu", "tied": True}, "tied"),
+    ]:
+        with pytest.raises(ConfigError, match=word):
+            make_config(structure=fields, **WITHOUT_TEACHER)
+    with pytest.raises(ConfigError, match=r"teacher\.kind"):
+        make_config(structure={"kind": "hmm"}, finetune={"initialization": "random"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"kind": "quad_graph"}, "structure.kind"),
+        ({"kind": "chow_liu"}, "structure.kind"),
+        ({"kind": "hmm", "tied": True}, "structure.tied"),
+    ],
+)
+def test_kinds_that_do_not_fit_the_data_are_refused(fields, where):
+    real = DatasetSpec("table", "array", 3, (2, None, 4))
+    with pytest.raises(ConfigError) as caught:
+        sketch(make_config(structure=fields, **WITHOUT_TEACHER), real)
+    assert caught.value.where == where
 
 
 def test_structures_that_do_not_fit_are_refused():
