@@ -27,7 +27,7 @@ class Blocks:
         """(E, B, K) -> (T * b, E / T * B, K / b)."""
         units = values.shape[-1]
         if self.count == 1:
-            return values.reshape(num_tables, -1, units)
+            return values if len(values) == num_tables else values.reshape(num_tables, -1, units)
         if self.strided:
             grouped = values.reshape(num_tables, -1, units // self.count, self.count)
             grouped = grouped.permute(0, 3, 1, 2)
@@ -39,7 +39,7 @@ class Blocks:
     def join_units(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `split_units`: (T * b, E / T * B, K / b) -> (E, B, K), given `shape`."""
         if self.count == 1:
-            return values.view(shape)
+            return values if values.shape == shape else values.view(shape)
         grouped = values.view(-1, self.count, *values.shape[1:])
         grouped = grouped.permute(0, 2, 3, 1) if self.strided else grouped.permute(0, 2, 1, 3)
         return grouped.reshape(shape)

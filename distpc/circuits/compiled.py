@@ -104,12 +104,15 @@ class _Compiler:
         steps += [self._plan(kind, rows, detail, places) for kind, rows, detail in folds]
         root = places[self.root]
         assert root is not None
+        fanouts = deal(steps)
+        is_tree = all(len(parents) == 1 for parents in self.parents[: self.root])
         return Schedule(
             steps=tuple(steps),
             banks=tuple(self.banks),
-            fanouts=deal(steps),
+            fanouts=fanouts,
             places=tuple(places),
             root=root,
+            reads_once=is_tree and all(region.kind != "concat" for region in self.regions),
         )
 
     def _check(self) -> None:

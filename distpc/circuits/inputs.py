@@ -20,6 +20,9 @@ from distpc.circuits.statistics import random_statistics, read_out
 _TABLES_AT_ONCE = 32
 """Tables whose flows are spread over neighbours together, to bound memory."""
 
+ENOUGH = 1e-9
+"""Smoothing of an entry, in uses per sample, that keeps four factors far above underflow."""
+
 
 class TableBank(Bank):
     """Units over categories, whatever their family: tables that values are looked up in.
@@ -113,6 +116,11 @@ class TableBank(Bank):
         raise NotImplementedError
 
     @property
+    def is_bounded_below(self) -> bool:
+        """Whether `read` gives probabilities none of which comes near 0."""
+        return False
+
+    @property
     def num_rows(self) -> int:
         """Rows of all tables."""
         return sum(self.sizes)
@@ -156,6 +164,11 @@ class CategoricalBank(TableBank):
         self.register_buffer("starts", torch.tensor(self.offsets), persistent=False)
         self.pseudocount = 0.0
         self.register_buffer("kernel", None, persistent=False)
+
+    @property
+    def is_bounded_below(self) -> bool:
+        # Of a table with K units a unit is expected to be used once in K, rarely far more often.
+        return self.pseudocount > ENOUGH * max(self.sizes)
 
     def source(self, dtype: torch.dtype) -> Tensor:
         return self.statistics
@@ -245,11 +258,8 @@ class CategoricalBank(TableBank):
         for start, count, size in self.blocks:
             rows, tables = slice(start, start + count * size), slice(first, first + count)
             shape = (count, size, statistics.shape[1])
-            torch.addcmul(
-                shift[tables].unsqueeze(1),
-                statistics[rows].view(shape),
-                scale[tables].unsqueeze(1),
-                out=table[rows].view(shape),
-            )
+            part = table[rows].view(shape)
+            torch.mul(statistics[rows].view(shape), scale[tables].unsqueeze(1), out=part)
+            part.add_(shift[tables].unsqueeze(1))
             first += count
         return table

@@ -74,7 +74,8 @@ class RescaleFunction(torch.autograd.Function):
 
 
 def mark_constant(ctx: Any, *outputs: Tensor | None) -> None:
-    """Outputs that no gradient goes through."""
+    """Outputs that no gradient goes through, nor zeros in its place."""
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
 
 
@@ -102,15 +103,27 @@ class ProductLayer(nn.Module):
         self.factors = [Factor(term.piece, term.rows, term.targets) for term in plan.terms]
         # Registered, so that their indices move to the circuit's device.
         self.registered = nn.ModuleList(self.factors)
-        self.reads_once = [
-            uses_each_row_once(plan, piece) for piece in range(len(plan.requests[0].pieces))
-        ]
+        self.flow_rows = nn.ModuleList(
+            [self._flow_rows(plan, piece) for piece in range(len(plan.requests[0].pieces))]
+        )
         pairs = list(zip(plan.terms, self.factors, strict=True))
         self.in_logs = [f for term, f in pairs if term.in_logs]
         direct = [[f for t, f in pairs if not t.in_logs and t.number == n] for n in range(4)]
         self.first, self.second, self.rest = direct[0], direct[1], direct[2] + direct[3]
         # Rows with a second factor, where they come before those without one.
         self.num_paired = self._paired_rows()
+
+    def _flow_rows(self, plan: ProductPlan, piece: int) -> nn.Module:
+        """The product that uses each row of a piece; Identity where some are used repeatedly."""
+        product_of = {
+            row: target
+            for term in plan.terms
+            if term.piece == piece
+            for row, target in zip(term.rows, term.targets, strict=True)
+        }
+        if not uses_each_row_once(plan, piece):
+            return nn.Identity()
+        return Rows([product_of[row] for row in range(len(product_of))])
 
     def _paired_rows(self) -> int:
         """Rows whose first two factors can be multiplied without being copied first."""
@@ -189,19 +202,15 @@ class ProductLayer(nn.Module):
 
     def pass_flow(self, flow: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The flow of each piece (of `sizes` rows): that of its product, row by row."""
-        factors: list[list[Factor]] = [[] for _ in sizes]
-        for factor in self.factors:
-            factors[factor.piece].append(factor)
         flows = []
-        for size, own, once in zip(sizes, factors, self.reads_once, strict=True):
-            if len(own) == 1 and own[0].rows.slice == slice(0, size):
-                flows.append(own[0].targets.take(flow))
+        for number, (size, rows) in enumerate(zip(sizes, self.flow_rows, strict=True)):
+            if isinstance(rows, Rows):
+                flows.append(rows.take(flow))
                 continue
-            shape = (size, *flow.shape[1:])
-            total = flow.new_empty(shape) if once else flow.new_zeros(shape)
-            for factor in own:
-                deliver = factor.rows.put_ if once else factor.rows.add_
-                deliver(total, factor.targets.take(flow))
+            total = flow.new_zeros(size, *flow.shape[1:])
+            for factor in self.factors:
+                if factor.piece == number:
+                    factor.rows.add_(total, factor.targets.take(flow))
             flows.append(total)
         return flows
 
@@ -257,10 +266,11 @@ class ConcatFunction(torch.autograd.Function):
     def forward(
         ctx: Any, mask: Tensor | None, scales: Sequence[Scale], *groups: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        tops = [s.log + g.amax(-1).log() for s, g in zip(scales, groups, strict=True)]
+        logs = [scale.log for scale in scales if scale.log is not None]
+        tops = [log + g.amax(-1).log() for log, g in zip(logs, groups, strict=True)]
         common = torch.stack(tops).amax(0)
         common = torch.where(common.isneginf(), 0.0, common)
-        shifts = [(scale.log - common).clamp_max(80.0).exp() for scale in scales]
+        shifts = [(log - common).clamp_max(80.0).exp() for log in logs]
         out = torch.cat(
             [
                 group * shift.to(group.dtype).unsqueeze(-1)

@@ -43,11 +43,16 @@ class LookUpFunction(torch.autograd.Function):
         dtype = torch.float64 if in_logs else source.dtype
         table = bank.read(source, index.view(-1) if is_sparse else None, dtype)
         if width == 1 and mask is None and not in_logs:
-            values, scale = scaled_rows_(table, bank.reads_logs)
+            if bank.is_bounded_below:
+                # The products and sums that follow can do without a maximum of 1.
+                values, scale = table, table.new_zeros(1, 2, dtype=torch.float64)
+            else:
+                values, scale = scaled_rows_(table, bank.reads_logs)
+                scale = scale if is_sparse else scale[index.view(-1)]
             if not is_sparse:
                 values = nn.functional.embedding(index.view(-1), values)
-                scale = scale[index.view(-1)]
-            values, scale = values.view(shape), scale.view(*shape[:2], 2)
+            values = values.view(shape)
+            scale = scale.expand(len(index) * batch, 2).view(*shape[:2], 2)
         else:
             logs = table if bank.reads_logs else table.log_()
             if not is_sparse:

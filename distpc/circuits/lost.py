@@ -52,11 +52,11 @@ class Scale(NamedTuple):
     """The likelihood of unit k is values[e, b, k] * exp(log[e, b]).
 
     Attributes:
-        log: (E, B) float64.
+        log: (E, B) float64; None where the pass adds up log-scales sample by sample.
         lost: (E, B) float64; None: nothing.
     """
 
-    log: Tensor
+    log: Tensor | None
     lost: Tensor | None
 
     @classmethod
@@ -67,14 +67,18 @@ class Scale(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Scale:
         """Both halves rearranged by rows."""
-        return Scale(change(self.log), None if self.lost is None else change(self.lost))
+        return Scale(
+            None if self.log is None else change(self.log),
+            None if self.lost is None else change(self.lost),
+        )
 
     def divided(self, log_top: Tensor) -> Scale:
         """The scale of values that were divided by exp(log_top) (E, B)."""
+        log = log_top if self.log is None else self.log + log_top
         if self.lost is None:
-            return Scale(self.log + log_top, None)
+            return Scale(log, None)
         # A bound that is 0 stays 0, whatever the top; any other becomes large enough.
-        return Scale(self.log + log_top, self.lost * (-log_top).clamp_max(MAX_NATS).exp_())
+        return Scale(log, self.lost * (-log_top).clamp_max(MAX_NATS).exp_())
 
     def losing(self, more: Tensor | None) -> Scale:
         """With `more` (E, B) lost."""
@@ -133,7 +137,7 @@ def mix(scale: Scale, smallest: Tensor | None, out: Tensor, look: Callable[[], T
         return scale
     log, lost = scale
     smallest = look() if smallest is None else smallest
-    least = smallest.double().repeat_interleave(len(log) // len(smallest)).unsqueeze(-1)
+    least = smallest.double().repeat_interleave(len(out) // len(smallest)).unsqueeze(-1)
     if lost is not None:
         lost = torch.where(lost <= TRUST * least, 0.0, lost)
         lost = lost if may_hold(lost) else None
@@ -147,6 +151,7 @@ def concat_lost(scale: Scale, common: Tensor) -> Tensor:
     """The bound (E, B) of a group that is brought to the common log-scale (E, B)."""
     if scale.lost is None:
         return torch.zeros_like(common)
+    assert scale.log is not None
     # Here alone a bound may shrink, which one beyond the first order must not.
     lost = torch.where(scale.lost > LARGE, torch.inf, scale.lost)
     return lost * (scale.log - common).clamp_(-MAX_NATS, MAX_NATS).exp_()

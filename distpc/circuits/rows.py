@@ -36,7 +36,7 @@ class Rows(nn.Module):
     def put_(self, tensor: Tensor, values: Tensor) -> None:
         """Overwrite the selected rows."""
         if self.slice is not None:
-            tensor[self.slice] = values
+            tensor[self.slice].copy_(values)
         else:
             assert self.index is not None
             tensor.index_copy_(0, self.index, values)
@@ -44,7 +44,7 @@ class Rows(nn.Module):
     def add_(self, tensor: Tensor, values: Tensor) -> None:
         """Add to the selected rows; repeats add up."""
         if self.slice is not None:
-            tensor[self.slice] += values
+            tensor[self.slice].add_(values)
         else:
             assert self.index is not None
             tensor.index_add_(0, self.index, values)

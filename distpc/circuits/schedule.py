@@ -149,6 +149,8 @@ class Schedule:
         places: for each region, the (step, row) of its message; None for inputs that are only
             evaluated inside a product.
         root: (step, row) of the root.
+        reads_once: whether every message enters the likelihood exactly once, as in a tree: its
+            log-scale then needs no routing.
     """
 
     steps: tuple[StepPlan, ...]
@@ -156,3 +158,4 @@ class Schedule:
     fanouts: tuple[Fanout, ...]
     places: tuple[tuple[int, int] | None, ...]
     root: tuple[int, int]
+    reads_once: bool = False

@@ -54,17 +54,24 @@ def read_out(
         is_empty = weights.sum(dim, keepdim=True) <= 0
         weights = torch.where(is_empty, inside, weights, out=out)
         return weights.div_(weights.sum(dim, keepdim=True))
-    fan_in = statistics.shape[dim]
-    total = statistics.sum(dim, keepdim=True).add_(smoothing * fan_in)
     if smoothing > 0:
-        # Without empty rows; a product is faster than a quotient.
-        return torch.add(statistics, smoothing, out=out).mul_(total.reciprocal_())
+        # No row is empty; a product is faster than a quotient.
+        scale = row_scale(statistics, smoothing, dim)
+        return torch.add(statistics, smoothing, out=out).mul_(scale)
+    fan_in = statistics.shape[dim]
+    total = statistics.sum(dim, keepdim=True)
     is_empty = total <= 0
     # As tensors: `where` of two Python numbers would round them to float32.
     uniform, floor = (total.new_full((), value) for value in (1.0 / fan_in, smoothing))
     floor = torch.where(is_empty, uniform, floor)
     weights = torch.add(statistics, floor, out=out)
     return weights.div_(torch.where(is_empty, 1.0, total))
+
+
+def row_scale(statistics: Tensor, smoothing: float, dim: int = -1) -> Tensor:
+    """1 / (sum_c S[n, c] + eps * fan_in), what (S + eps) is multiplied by; eps > 0."""
+    total = statistics.sum(dim, keepdim=True).add_(smoothing * statistics.shape[dim])
+    return total.reciprocal_()
 
 
 def random_statistics(shape: tuple[int, ...], noise: float, generator: torch.Generator) -> Tensor:

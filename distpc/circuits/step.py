@@ -78,7 +78,7 @@ class Step(nn.Module):
         if len(pieces) == 1 and isinstance(self.orders[request], nn.Identity):
             return pieces[0]
         values = torch.cat([piece.values for piece in pieces])
-        scale = _concatenated([piece.scale for piece in pieces])
+        scale = _concatenated(pieces)
         order = self.orders[request]
         if isinstance(order, Rows):
             values = order.take(values)
@@ -98,21 +98,25 @@ class Step(nn.Module):
         parts = values.split(self.deal_sizes)
         if scale is None:
             return [Message(part, None) for part in parts]
-        logs = scale.log.split(self.deal_sizes)
-        if scale.lost is None:
-            return [Message(part, Scale(log, None)) for part, log in zip(parts, logs, strict=True)]
-        lost = scale.lost.split(self.deal_sizes)
+        nothing = [None] * len(parts)
+        logs = nothing if scale.log is None else scale.log.split(self.deal_sizes)
+        lost = nothing if scale.lost is None else scale.lost.split(self.deal_sizes)
         return [Message(p, Scale(*halves)) for p, *halves in zip(parts, logs, lost, strict=True)]
 
 
-def _concatenated(scales: list[Scale | None]) -> Scale | None:
-    known = [scale for scale in scales if scale is not None]
+def _concatenated(pieces: list[Message]) -> Scale | None:
+    known = [piece.scale for piece in pieces if piece.scale is not None]
+    all_values = [piece.values for piece in pieces]
     if not known:
         return None
-    log = torch.cat([scale.log for scale in known])
+    logs = [scale.log for scale in known if scale.log is not None]
+    log = torch.cat(logs) if logs else None
     if all(scale.lost is None for scale in known):
         return Scale(log, None)
-    lost = [torch.zeros_like(s.log) if s.lost is None else s.lost for s in known]
+    lost = [
+        values.new_zeros(values.shape[:2], dtype=torch.float64) if s.lost is None else s.lost
+        for values, s in zip(all_values, known, strict=True)
+    ]
     return Scale(log, torch.cat(lost))
 
 

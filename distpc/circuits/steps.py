@@ -57,7 +57,8 @@ class SumStep(Step):
         values, smallest = bank(values, in_logs)
         if scale is None:
             return Message(values, None)
-        scale = mix(scale, smallest, values.detach(), bank.smallest_weights)
+        if scale.lost is not None or smallest is not None:
+            scale = mix(scale, smallest, values.detach(), bank.smallest_weights)
         if not self.rescale:
             return Message(values, scale)
         values, log_top, is_weak = RescaleFunction.apply(values)
@@ -99,8 +100,8 @@ class ProductStep(Step):
             of_factors *= (-log_top).clamp_max(MAX_NATS).exp_()
         for factor in self.layer.factors:
             scale = scales[factor.piece]
-            assert scale is not None
-            factor.targets.add_(log_top, factor.rows.take(scale.log))
+            if scale is not None and scale.log is not None:
+                factor.targets.add_(log_top, factor.rows.take(scale.log))
         return Scale(log_top, of_factors).losing(lost)
 
 
@@ -121,8 +122,11 @@ class KroneckerStep(Step):
             logs = (left.values.unsqueeze(-1) + right.values.unsqueeze(-2)).flatten(-2)
             return Message(logs if mask is None else torch.where(mask, logs, -torch.inf), None)
         out, log_top, lost, is_weak = KroneckerFunction.apply(mask, left.values, right.values)
-        scale = Scale(left.scale.log + right.scale.log, left.scale.lost)
-        scale = scale.losing(right.scale.lost).divided(log_top).losing(lost)
+        log = left.scale.log
+        if log is not None and right.scale.log is not None:
+            log = log + right.scale.log
+        scale = Scale(log, left.scale.lost).losing(right.scale.lost)
+        scale = scale.divided(log_top).losing(lost)
         return Message(out, scale, is_weak)
 
 
@@ -194,6 +198,7 @@ def run_steps(
     inbox: dict[int, dict[tuple[int, int], Message]] = defaultdict(dict)
     is_weak = torch.zeros(evidence.codes.shape[1], dtype=torch.bool, device=evidence.codes.device)
     outputs: list[Tensor] = []
+    added: list[Tensor] = []
     root: Message | None = None
     for number, step in enumerate(steps):
         arrived = inbox.pop(number, {})
@@ -208,6 +213,9 @@ def run_steps(
             message = seal(message)
         if message.is_weak is not None:
             is_weak |= message.is_weak
+        if schedule.reads_once and message.scale is not None and message.scale.log is not None:
+            added.append(message.scale.log)
+            message = message._replace(scale=Scale(None, message.scale.lost))
         if keep:
             if torch.is_grad_enabled() and not message.values.requires_grad:
                 message.values.requires_grad_()
@@ -224,4 +232,5 @@ def run_steps(
     is_weak |= ~(values.detach() >= WEAK)
     if root.scale.lost is not None:
         is_weak |= is_untrustworthy(root.scale.lost[row], values.detach())
-    return Pass(RootFunction.apply(values, root.scale.log[row]), is_weak, outputs)
+    log_scale = root.scale.log[row] if root.scale.log is not None else torch.cat(added).sum(0)
+    return Pass(RootFunction.apply(values, log_scale), is_weak, outputs)

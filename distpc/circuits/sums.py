@@ -6,7 +6,7 @@ Messages and flows are explained in `layers`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from distpc.circuits.bank import Bank
 from distpc.circuits.blocks import Blocks
 from distpc.circuits.lost import TINY
-from distpc.circuits.statistics import Masked, random_statistics, read_out
+from distpc.circuits.statistics import Masked, random_statistics, read_out, row_scale
 
 SURE = 1e-25
 """With more smoothing than this no weight, and so no unit of a sum, comes near TINY."""
@@ -32,12 +32,15 @@ class SumFunction(torch.autograd.Function):
         ctx: Any, u: Tensor, statistics: Tensor, smoothing: float | Masked, blocks: Blocks
     ) -> tuple[Tensor, Tensor | None]:
         num_tables, num_units, _ = statistics.shape
-        theta = read_out(statistics, smoothing)
-        products = torch.matmul(blocks.split_units(u, num_tables), blocks.split_rows(theta).mT)
+        # One number a row, kept for backward, saves it a pass over S.
+        scale = row_scale(statistics, smoothing) if _is_sure(smoothing, blocks) else None
+        theta = _weights(statistics, smoothing, scale)
+        products = torch.bmm(blocks.split_units(u, num_tables), blocks.split_rows(theta).mT)
         out = blocks.join_units(products, (*u.shape[:2], num_units))
-        ctx.save_for_backward(u, statistics, out)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, statistics, out, scale)
         ctx.smoothing, ctx.blocks = smoothing, blocks
-        if _is_sure(smoothing, blocks):
+        if scale is not None:
             return out, None
         smallest = _smallest(theta, blocks)
         ctx.mark_non_differentiable(smallest)
@@ -46,23 +49,25 @@ class SumFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, flow: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        u, statistics, out = ctx.saved_tensors
+        u, statistics, out, scale = ctx.saved_tensors
         num_tables, blocks = len(statistics), ctx.blocks
-        theta = read_out(statistics, ctx.smoothing)
-        if _is_sure(ctx.smoothing, blocks):
-            ratio = flow / out
-        else:
-            # A unit at 0 has flow 0, so the clamp makes its ratio 0.
-            ratio = out.clamp_min(TINY)
-            torch.div(flow, ratio, out=ratio)
+        theta = _weights(statistics, ctx.smoothing, scale)
+        # Where a unit may be 0 it has flow 0, so the clamp makes its ratio 0.
+        ratio = flow / (out if scale is not None else out.clamp_min(TINY))
         ratio = blocks.split_units(ratio, num_tables)
-        flow_u = torch.matmul(ratio, blocks.split_rows(theta))
+        flow_u = torch.bmm(ratio, blocks.split_rows(theta))
         flow_u = blocks.join_units(flow_u, u.shape).mul_(u)
-        flow_s = torch.matmul(ratio.mT, blocks.split_units(u, num_tables))
+        flow_s = torch.bmm(ratio.mT, blocks.split_units(u, num_tables))
         return flow_u, blocks.join_rows(flow_s, num_tables).mul_(theta), None, None
 
 
-def _is_sure(floor: float | Masked, blocks: Blocks) -> bool:
+def _weights(statistics: Tensor, floor: float | Masked, scale: Tensor | None) -> Tensor:
+    if scale is None or isinstance(floor, Masked):
+        return read_out(statistics, floor)
+    return torch.add(statistics, floor).mul_(scale)
+
+
+def _is_sure(floor: float | Masked, blocks: Blocks) -> TypeGuard[float]:
     """Whether no unit of a sum can come near TINY."""
     return isinstance(floor, float) and floor > SURE and blocks.count == 1
 
