@@ -21,6 +21,8 @@ from distpc.circuits.sums import SumBank
 from distpc.errors import StructureError
 from distpc.structures.region_graph import RegionGraph
 
+FLOAT = torch.float32
+
 
 class Evaluation(NamedTuple):
     """A batch's log-likelihoods and how they came about.
@@ -183,6 +185,17 @@ class Circuit(nn.Module):
         for bank in self.bank_list:
             count = pseudocount if isinstance(bank, SumBank) else leaf_pseudocount
             bank.set_smoothing(count, num_samples)
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """Of the matrix products of sums in training, see `SumBank`; float32 unless set."""
+        return next((b.matmul_dtype for b in self.bank_list if isinstance(b, SumBank)), FLOAT)
+
+    @matmul_dtype.setter
+    def matmul_dtype(self, dtype: torch.dtype) -> None:
+        for bank in self.bank_list:
+            if isinstance(bank, SumBank):
+                bank.matmul_dtype = dtype
 
     @property
     def bank_list(self) -> list[Bank]:

@@ -29,17 +29,24 @@ class SumFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, statistics: Tensor, smoothing: float | Masked, blocks: Blocks
+        ctx: Any,
+        u: Tensor,
+        statistics: Tensor,
+        smoothing: float | Masked,
+        blocks: Blocks,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         num_tables, num_units, _ = statistics.shape
         # One number a row, kept for backward, saves it a pass over S.
         scale = row_scale(statistics, smoothing) if _is_sure(smoothing, blocks) else None
-        theta = _weights(statistics, smoothing, scale)
-        products = torch.bmm(blocks.split_units(u, num_tables), blocks.split_rows(theta).mT)
+        theta, norm = _rounded(_weights(statistics, smoothing, scale), dtype)
+        grouped = blocks.split_units(u.to(dtype), num_tables)
+        products = torch.bmm(grouped, blocks.split_rows(theta).mT).to(u.dtype)
         out = blocks.join_units(products, (*u.shape[:2], num_units))
+        _divide_rows_(out, norm)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, statistics, out, scale)
-        ctx.smoothing, ctx.blocks = smoothing, blocks
+        ctx.smoothing, ctx.blocks, ctx.dtype = smoothing, blocks, dtype
         if scale is not None:
             return out, None
         smallest = _smallest(theta, blocks)
@@ -50,15 +57,31 @@ class SumFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, flow: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         u, statistics, out, scale = ctx.saved_tensors
-        num_tables, blocks = len(statistics), ctx.blocks
-        theta = _weights(statistics, ctx.smoothing, scale)
+        num_tables, blocks, dtype = len(statistics), ctx.blocks, ctx.dtype
+        theta, norm = _rounded(_weights(statistics, ctx.smoothing, scale), dtype)
         # Where a unit may be 0 it has flow 0, so the clamp makes its ratio 0.
         ratio = flow / (out if scale is not None else out.clamp_min(TINY))
-        ratio = blocks.split_units(ratio, num_tables)
-        flow_u = torch.bmm(ratio, blocks.split_rows(theta))
+        _divide_rows_(ratio, norm)
+        ratio = blocks.split_units(ratio.to(dtype), num_tables)
+        flow_u = torch.bmm(ratio, blocks.split_rows(theta)).to(u.dtype)
         flow_u = blocks.join_units(flow_u, u.shape).mul_(u)
-        flow_s = torch.bmm(ratio.mT, blocks.split_units(u, num_tables))
-        return flow_u, blocks.join_rows(flow_s, num_tables).mul_(theta), None, None
+        flow_s = torch.bmm(ratio.mT, blocks.split_units(u.to(dtype), num_tables))
+        flow_s = blocks.join_rows(flow_s, num_tables).to(statistics.dtype).mul_(theta)
+        return flow_u, flow_s, None, None, None
+
+
+def _rounded(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weights in the type of the products, and their row sums where rounding moved those."""
+    if theta.dtype == dtype:
+        return theta, None
+    theta = theta.to(dtype)
+    return theta, theta.sum(-1, dtype=torch.float32)
+
+
+def _divide_rows_(values: Tensor, norm: Tensor | None) -> None:
+    """Divide units (E, B, K') by the sums (T, K') of their rows of weights."""
+    if norm is not None:
+        values.view(len(norm), -1, values.shape[-1]).div_(norm.unsqueeze(1))
 
 
 def _weights(statistics: Tensor, floor: float | Masked, scale: Tensor | None) -> Tensor:
@@ -85,6 +108,8 @@ class SumBank(Bank):
         statistics: S, shape (T, K', fan_in).
         smoothing: eps of the read-out.
         mask: bool (T, K', fan_in), False where an edge is pruned; None: no edge is.
+        matmul_dtype: of the matrix products in training. bfloat16 rounds weights and messages;
+            what adds up inside a product, statistics, scales and reported likelihoods stay float32.
     """
 
     mask: Tensor | None
@@ -101,6 +126,7 @@ class SumBank(Bank):
         self.blocks = Blocks(blocks, strided)
         self.statistics = nn.Parameter(torch.empty(num_tables, num_units, fan_in))
         self.smoothing = 0.0
+        self.matmul_dtype = torch.float32
         self.register_buffer("mask", None)
 
     @property
@@ -115,7 +141,8 @@ class SumBank(Bank):
         """
         if in_logs:
             return LogSumFunction.apply(u, self.statistics, self.floor, self.blocks), None
-        return SumFunction.apply(u, self.statistics, self.floor, self.blocks)
+        dtype = self.matmul_dtype if torch.is_grad_enabled() else u.dtype
+        return SumFunction.apply(u, self.statistics, self.floor, self.blocks, dtype)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """theta, shape (T, K', fan_in)."""

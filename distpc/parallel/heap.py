@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """From glibc's malloc.h."""
@@ -21,8 +23,12 @@ MMAP_BYTES = 2**25
 """Larger tensors are mapped and unmapped one by one; it is the most that glibc takes."""
 
 
-def settle() -> None:
-    """Call once all long-lived objects exist; harmless where the C library is another one."""
+@contextmanager
+def steady() -> Iterator[None]:
+    """Enter once all long-lived objects exist; harmless where the C library is another one.
+
+    The C library goes on keeping memory afterwards.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -33,3 +39,7 @@ def settle() -> None:
         mallopt(M_TOP_PAD, MMAP_BYTES)
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

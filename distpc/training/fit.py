@@ -12,6 +12,7 @@ from torch import Tensor
 from distpc.circuits.circuit import Circuit
 from distpc.data.plan import SamplePlan, num_steps
 from distpc.errors import ConfigError, TrainingError
+from distpc.parallel.heap import steady
 from distpc.parallel.progress import Progress
 from distpc.training.arrays import Array, as_samples
 from distpc.training.figures import Figures, tally
@@ -120,6 +121,7 @@ def fit(
         samples_per_update=len(x) if chosen.needs_all_data else min(batch_size, len(x)),
     )
     with ExitStack() as stack:
+        stack.enter_context(steady())
         if update_in_backward:
             stack.enter_context(optimizer.updates_in_backward())
         else:

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from distpc.errors import ArtifactError, TrainingError
 from distpc.training.rules.adam import adam_direction
 from distpc.training.rules.base import Rule
-from distpc.training.rules.online_em import online_em_
+from distpc.training.rules.online_em import OnlineEM, online_em_
 
 
 class CircuitOptimizer(torch.optim.Optimizer):
@@ -93,8 +93,13 @@ class CircuitOptimizer(torch.optim.Optimizer):
         if self.rule is not None:
             self.rule.begin_step()
         for group in self.param_groups:
+            if group["kind"] == "em" and (self.rule is None or isinstance(self.rule, OnlineEM)):
+                waiting = [p for p in group["params"] if p not in self._updated]
+                online_em_(waiting, group["lr"])
+                self._updated.update(waiting)
             for parameter in group["params"]:
                 if parameter in self._updated:
+                    self._watch(parameter)
                     continue
                 if group["kind"] == "em":
                     self._update(parameter, group["lr"])
@@ -102,10 +107,13 @@ class CircuitOptimizer(torch.optim.Optimizer):
                     gradient = parameter.grad.clamp(-self.gradient_clip, self.gradient_clip)
                     direction = adam_direction(gradient, self.state[parameter])
                     parameter.add_(direction, alpha=-group["lr"])
-                if self._watching:
-                    # A sum is non-finite where one of its terms is, and needs no mask in memory.
-                    self._found_nonfinite |= not bool(torch.isfinite(parameter.sum()))
+                self._watch(parameter)
         self._updated.clear()
+
+    def _watch(self, parameter: Parameter) -> None:
+        if self._watching:
+            # A sum is non-finite where one of its terms is, and needs no mask in memory.
+            self._found_nonfinite |= not bool(torch.isfinite(parameter.sum()))
 
     @contextmanager
     def updates_in_backward(self) -> Iterator[None]:
@@ -148,7 +156,7 @@ class CircuitOptimizer(torch.optim.Optimizer):
 
     def _update(self, parameter: Parameter, step_size: float) -> None:
         if self.rule is None:
-            online_em_(parameter, step_size)
+            online_em_([parameter], step_size)
         else:
             state = self.state[parameter] if self.rule.keeps_state else {}
             self.rule.update(parameter, state, step_size)

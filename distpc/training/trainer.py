@@ -19,6 +19,7 @@ from distpc.data.spec import MISSING, DatasetSpec
 from distpc.errors import TrainingError
 from distpc.parallel.collectives import broadcast_object, gather_objects, sum_across
 from distpc.parallel.engine import Engine
+from distpc.parallel.heap import steady
 from distpc.parallel.mesh import Mesh
 from distpc.parallel.progress import Progress
 from distpc.training.checkpoint import Checkpoints, TrainingFacts
@@ -99,7 +100,7 @@ class Trainer:
             TrainingError: the same on every rank, naming where the best model so far was left.
         """
         parts = self.parts
-        with Progress("finetune", self.total, "samples") as progress:
+        with steady(), Progress("finetune", self.total, "samples") as progress:
             try:
                 self._run(progress)
             except TrainingError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.nn import Parameter
+from torch.optim.sgd import sgd
 
 from distpc.training.rules.base import Rule
 
@@ -32,11 +34,29 @@ class OnlineEM(Rule):
         """Nothing: the statistics are running means of flows."""
 
     def update(self, statistics: Parameter, state: dict[str, Any], step_size: float) -> None:
-        online_em_(statistics, step_size)
+        online_em_([statistics], step_size)
 
 
-def online_em_(statistics: Parameter, step_size: float) -> None:
-    """The update alone, of any flat piece of S from its `.grad`; None is a flow of zero."""
-    statistics.mul_(1.0 - step_size)
-    if statistics.grad is not None:
-        statistics.add_(statistics.grad, alpha=-step_size)
+def online_em_(statistics: Sequence[Parameter], step_size: float) -> None:
+    """The update alone, of any flat pieces of S from their `.grad`; None is a flow of zero.
+
+    It is gradient descent with weight decay 1, for which torch has one kernel.
+    """
+    flows = [piece.grad for piece in statistics if piece.grad is not None]
+    reached = [piece for piece in statistics if piece.grad is not None]
+    for piece in statistics:
+        if piece.grad is None:
+            piece.mul_(1.0 - step_size)
+    if reached:
+        sgd(
+            reached,  # type: ignore[arg-type]
+            flows,
+            [None] * len(reached),
+            fused=True,
+            lr=step_size,
+            weight_decay=1.0,
+            momentum=0.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
