@@ -17,6 +17,9 @@ from distpc.circuits.bank import Bank
 from distpc.circuits.look_up import LookUpFunction
 from distpc.circuits.statistics import random_statistics, read_out
 
+_TABLES_AT_ONCE = 32
+"""Tables whose flows are spread over neighbours together, to bound memory."""
+
 ENOUGH = 1e-9
 """Smoothing of an entry, in uses per sample, that keeps four factors far above underflow."""
 
@@ -101,6 +104,10 @@ class TableBank(Bank):
         rows = nn.functional.embedding(index.clamp_max(self.num_rows - 1), source)
         return rows.to(dtype).masked_fill_((index == self.num_rows).unsqueeze(1), 0.0)
 
+    def shared_out_(self, flow: Tensor) -> Tensor:
+        """What backward hands to `source` of the entries' flows (sum of sizes, K)."""
+        return flow
+
     def start_near_(self, table: int, shares: Tensor) -> None:
         """Move a random table's units to where the data are: `shares` (C,) of its categories.
 
@@ -143,16 +150,20 @@ class CategoricalBank(TableBank):
         statistics: S, shape (sum of sizes, K): the tables one below the other.
         pseudocount: leaf pseudocount / number of samples.
         starts: `offsets` as a tensor.
+        kernel: (C, C) shares of a flow that each value gets (see `neighbours`), for the tables of
+            C categories; None: each value keeps its own.
     """
 
     reads_logs = False
     starts: Tensor
+    kernel: Tensor | None
 
     def __init__(self, sizes: Sequence[int], num_units: int) -> None:
         super().__init__(sizes, num_units)
         self.statistics = nn.Parameter(torch.empty(sum(sizes), num_units))
         self.register_buffer("starts", torch.tensor(self.offsets), persistent=False)
         self.pseudocount = 0.0
+        self.register_buffer("kernel", None, persistent=False)
 
     @property
     def is_bounded_below(self) -> bool:
@@ -214,6 +225,16 @@ class CategoricalBank(TableBank):
         """Random statistics."""
         shape = tuple(self.statistics.shape)
         self.statistics.data = random_statistics(shape, noise, generator)
+
+    def shared_out_(self, flow: Tensor) -> Tensor:
+        if self.kernel is None:
+            return flow
+        for start, count, size in self.blocks:
+            if size == len(self.kernel):
+                tables = flow[start : start + count * size].view(count, size, -1)
+                for part in tables.split(_TABLES_AT_ONCE):
+                    part.copy_(torch.matmul(self.kernel.to(part.dtype), part))
+        return flow
 
     def _shift_and_scale(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
         """(T, K) each: theta = S * scale + shift."""

@@ -36,7 +36,7 @@ class LookUpFunction(torch.autograd.Function):
         in_logs: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.save_for_backward(index)
-        ctx.like = source.shape, source.dtype
+        ctx.like, ctx.bank = (source.shape, source.dtype), bank
         num_rows, batch, width = index.shape
         shape = (num_rows, batch, source.shape[1])
         is_sparse = 2 * index.numel() < bank.num_rows
@@ -75,7 +75,7 @@ class LookUpFunction(torch.autograd.Function):
         (num_rows, num_units), dtype = ctx.like
         flow = flow.reshape(-1, num_units).to(dtype)
         flow_rows = scatter_rows(flow, index.view(-1, index.shape[-1]), num_rows)
-        return flow_rows, None, None, None, None
+        return ctx.bank.shared_out_(flow_rows), None, None, None, None
 
 
 def scaled_rows_(rows: Tensor, is_log: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

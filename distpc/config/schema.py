@@ -246,6 +246,9 @@ class FinetuneConfig(Section):
     split, whatever the rule and its batches. Rule adam does not smooth."""
     leaf_pseudocount: float = Field(default=1.0, ge=0)
     """Samples' worth of smoothing an input row, spread over its categories."""
+    leaf_width: float = Field(default=0.0, ge=0)
+    """Smoothing of categorical input rows over neighbouring values, for values that have an order
+    (grey values): standard deviation in values by which flows are spread; 0 spreads nothing."""
     gradient_learning_rate: float = Field(default=0.01, gt=0)
     """Adam's learning rate for parameters that follow gradients (discretised logistic inputs)."""
     gradient_clip: float = Field(default=1.0, gt=0)

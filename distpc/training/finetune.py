@@ -25,7 +25,7 @@ from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.rules import Rule, Smoothing, make_rule, refuse_shards
 from distpc.training.samples import take_rows
-from distpc.training.start import MARGINAL_SAMPLES, start_near_data_
+from distpc.training.start import MARGINAL_SAMPLES, smooth_over_neighbours, start_near_data_
 from distpc.training.trainer import Parts, Trainer
 from distpc.training.validation import Validation
 
@@ -123,6 +123,7 @@ def starting_circuit(
         )
         if random_rows:
             start_near_data_(circuit, take_rows(index, "train", MARGINAL_SAMPLES))
+    smooth_over_neighbours(circuit, take_rows(index, "train", MARGINAL_SAMPLES), config.leaf_width)
     rule_of(ctx, circuit, index).start()
     return circuit
 

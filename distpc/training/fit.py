@@ -20,7 +20,7 @@ from distpc.training.guard import Guard
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.rules import Smoothing, make_rule
 from distpc.training.schedule import Schedule, make_schedule
-from distpc.training.start import standardise_if_new
+from distpc.training.start import MARGINAL_SAMPLES, smooth_over_neighbours, standardise_if_new
 
 
 def fit(
@@ -36,6 +36,7 @@ def fit(
     momentum: float = 0.9,
     pseudocount: float = 0.1,
     leaf_pseudocount: float = 1.0,
+    leaf_width: float = 0.0,
     gradient_learning_rate: float = 0.01,
     gradient_clip: float = 1.0,
     update_in_backward: bool = False,
@@ -60,6 +61,8 @@ def fit(
         momentum: of the flows (rule anemone).
         pseudocount: samples' worth of smoothing a sum row, of the whole data set's samples.
         leaf_pseudocount: samples' worth of smoothing an input row.
+        leaf_width: smoothing of categorical input rows over neighbouring values, for values that
+            have an order: standard deviation in values; 0 for none.
         gradient_learning_rate: of Adam, for parameters that follow gradients.
         gradient_clip: largest entry of their gradients.
         update_in_backward: rule online_em alone: update each table during the backward pass, as
@@ -91,6 +94,7 @@ def fit(
             ("momentum", momentum, 0 <= momentum < 1, "0 or more, below 1"),
             ("pseudocount", pseudocount, 0 <= pseudocount < math.inf, "0 or more"),
             ("leaf_pseudocount", leaf_pseudocount, 0 <= leaf_pseudocount < math.inf, "0 or more"),
+            ("leaf_width", leaf_width, 0 <= leaf_width < math.inf, "0 or more"),
             ("gradient_learning_rate", gradient_learning_rate, gradient_learning_rate > 0, "> 0"),
             ("gradient_clip", gradient_clip, gradient_clip > 0, "above 0"),
         ]
@@ -125,6 +129,7 @@ def fit(
         bar = stack.enter_context(Progress("fit", fitting.total, "samples")) if progress else None
         try:
             standardise_if_new(circuit, x)
+            smooth_over_neighbours(circuit, [x[:MARGINAL_SAMPLES]], leaf_width)
             chosen.start()
             fitting.run(SamplePlan([len(x)], seed), bar)
         except TrainingError:

@@ -1,4 +1,4 @@
-"""Where training from random parameters starts: near the data's own marginals."""
+"""What training takes from the data before it starts: marginals, scales, a kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.gaussian import GaussianBank
-from distpc.circuits.inputs import TableBank
+from distpc.circuits.inputs import CategoricalBank, TableBank
+from distpc.circuits.neighbours import neighbour_kernel
 
 MARGINAL_SAMPLES = 20_000
 """Samples from which marginals are counted; a histogram of one variable needs no more."""
@@ -110,3 +111,28 @@ def standardise_if_new(circuit: Circuit, x: Tensor) -> None:
     if banks and is_new:
         marginals = marginals_of([x], circuit.num_categories)
         circuit.standardise(marginals.centre, marginals.spread)
+
+
+def smooth_over_neighbours(
+    circuit: Circuit, batches: Iterable[np.ndarray | Tensor], width: float
+) -> None:
+    """Let training spread the flows of categorical inputs over neighbouring values.
+
+    Frequencies of values are those of all variables together. Tables of another number of
+    categories than most variables have keep their flows.
+
+    Args:
+        circuit: whose later backward passes spread flows.
+        batches: (B, V) samples.
+        width: standard deviation in values; 0 for no spreading.
+    """
+    banks = [bank for bank in circuit.bank_list if isinstance(bank, CategoricalBank)]
+    kernel: Tensor | None = None
+    if width > 0 and banks:
+        categories = [count for count in circuit.num_categories if count is not None]
+        size = max(categories, key=categories.count)
+        found = marginals_of(batches, circuit.num_categories).counts
+        alike = [counts for counts in found if counts is not None and len(counts) == size]
+        kernel = neighbour_kernel(torch.stack(alike).sum(0), width)
+    for bank in banks:
+        bank.kernel = None if kernel is None else kernel.to(bank.statistics.device)

@@ -1,8 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import torch
-from runs import hidden_tree
+from runs import hidden_tree, prepare
 
 from distpc.circuits.circuit import Circuit
+from distpc.data.index import ShardIndex
+from distpc.data.spec import DatasetSpec
+from distpc.training.finetune import starting_circuit
 from distpc.training.start import marginals_of, start_near_data_
 
 
@@ -50,3 +55,15 @@ def test_statistics_are_on_the_scale_of_their_uses() -> None:
     )
     # Tied at two positions, so used twice a sample.
     torch.testing.assert_close(circuit.statistics_of(emission).sum(), torch.tensor(2.0))
+
+
+def test_a_resumed_run_spreads_flows_as_a_new_one_does(tmp_path: Path) -> None:
+    ctx = prepare(tmp_path, leaf_width=1.5)
+    spec = DatasetSpec.load(ctx.input("shards").path)
+    index = ShardIndex.load(ctx.input("index").path)
+    kernels = [
+        starting_circuit(ctx, spec, index, random_rows=is_new).bank_list[-1].kernel
+        for is_new in (True, False)
+    ]
+    assert kernels[0].shape == (17, 17) and float(kernels[0].diagonal().min()) < 0.5
+    assert torch.equal(*kernels)
