@@ -160,8 +160,7 @@ def _refuse_unlike(checkpoints: Checkpoints, mesh: Mesh) -> None:
             )
 
 
-def code_fingerprint() -> str:
+def code_fingerprint(package: Path = Path(__file__).parents[2]) -> str:
     """16 hexadecimal digits that change with any source file of the package."""
-    package = Path(__file__).parents[2]
     files = sorted(package.rglob("*.py"))
     return fingerprint([[str(f.relative_to(package)), f.read_text()] for f in files])
