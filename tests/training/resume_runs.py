@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,11 @@ def misuse(folder: Path, mesh: Mesh) -> None:
     told["not shared"] = _told(elsewhere.wait)
     unlike = Checkpoints(folder, {"fingerprint": "other" if is_second else "this"})
     told["unlike"] = _told(lambda: Saver(unlike, mesh))
+    found, model = plain.at(1), Net()
+    odd = replace(found, slots={"first.weight": {"exp_avg": (2, 2)}})
+    engine = Engine(model, torch.optim.AdamW(model.parameters()), mesh=mesh)
+    told["other state"] = _told(lambda: load_optimizer(engine, odd))
+    told["other circuit"] = _told(lambda: load_parameters(model, found))
     # The saver is of use again once the cause is mended.
     saver.save(TrainingFacts(step=5), [mine])
     told["mended"] = _told(saver.wait)

@@ -176,6 +176,8 @@ def test_moments_of_adam_move_between_stages_and_ranks(
 
 
 EXPECTED: dict[str, tuple[str, str]] = {
+    "other state": ("ArtifactError", "optimizer state belongs to another circuit"),
+    "other circuit": ("ArtifactError", "belongs to another circuit: parameter 'first.bias'"),
     "full disk": ("ResourceError", "no space left on the disk"),
     "range": ("ArtifactError", "lacks elements of 'sums.0'"),
     "not shared": ("ResourceError", "1 of 2 shards; none of rank 1"),
