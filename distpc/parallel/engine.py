@@ -14,6 +14,7 @@ from torch import nn
 from distpc.errors import TrainingError
 from distpc.parallel import collectives
 from distpc.parallel.mesh import Mesh
+from distpc.parallel.places import Place, places_of
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -148,6 +149,15 @@ class Engine:
     def num_steps(self) -> int:
         """Steps taken by this engine."""
         return self._engine.global_steps
+
+    def places(self, *, owned: bool) -> list[Place]:
+        """Where this rank keeps elements of the model and of the optimizer's tensors.
+
+        Args:
+            owned: True for each element of the model on exactly one rank, as a checkpoint wants;
+                False for all whose optimizer state this rank keeps, as a resumed one wants.
+        """
+        return places_of(self._named_tensors(), self._engine.optimizer, self.mesh, owned=owned)
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """Every parameter and persistent buffer whole, as CPU tensors, on rank 0 only.

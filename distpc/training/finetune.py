@@ -19,7 +19,13 @@ from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh
 from distpc.structures.region_graph import RegionGraph
-from distpc.training.checkpoint import Checkpoint, Checkpoints, TrainingFacts, check_shapes
+from distpc.training.checkpoint import (
+    Checkpoints,
+    Saver,
+    TrainingFacts,
+    load_optimizer,
+    load_parameters,
+)
 from distpc.training.last_good import LAST_GOOD
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
@@ -70,10 +76,8 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     checkpoints = Checkpoints(
         ctx.out / CHECKPOINTS, identity_of(ctx), ctx.config.finetune.keep_checkpoints
     )
-    if mesh.is_main:
-        checkpoints.clean()
-    barrier(mesh)
-    found = checkpoints.newest()
+    saver = Saver(checkpoints, mesh)
+    found = checkpoints.resume(mesh)
     facts = TrainingFacts() if found is None else found.facts
     # The trainer goes on in the same facts.
     resumed_at_step = facts.step
@@ -81,10 +85,10 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     # Both before the engine is made: under ZeRO-3 no whole parameter is left after it.
     num_parameters = circuit.num_parameters
     if found is not None:
-        _load(circuit, found)
-    parts = _assemble(ctx, spec, index, mesh, circuit, checkpoints, facts)
+        load_parameters(circuit, found)
+    parts = _assemble(ctx, spec, index, mesh, circuit, saver, facts)
     if found is not None:
-        parts.optimizer.load_rule_state(found.rule_state())
+        load_optimizer(parts.engine, found)
     trainer = Trainer(ctx.config.finetune, spec, index.num_samples("train"), parts, facts)
     with parts.monitor:
         trainer.run()
@@ -152,7 +156,7 @@ def _assemble(
     index: ShardIndex,
     mesh: Mesh,
     circuit: Circuit,
-    checkpoints: Checkpoints,
+    saver: Saver,
     facts: TrainingFacts,
 ) -> Parts:
     config, parallel = ctx.config.finetune, ctx.config.parallel
@@ -194,19 +198,14 @@ def _assemble(
             batch_size=config.micro_batch_size,
             cache_bytes=ctx.config.data.cache_bytes,
         ),
-        checkpoints=checkpoints,
+        checkpoints=saver.checkpoints,
+        saver=saver,
         monitor=Monitor(
             ctx.tensorboard / "finetune", spec, enabled=mesh.is_main, first_step=facts.step + 1
         ),
         mesh=mesh,
         last_good=ctx.out.parent / LAST_GOOD,
     )
-
-
-def _load(circuit: Circuit, checkpoint: Checkpoint) -> None:
-    state = checkpoint.statistics()
-    check_shapes(checkpoint.path, state, circuit.state_dict())
-    circuit.load_state_dict(state)
 
 
 def _has_model(ctx: StageContext) -> bool:
@@ -219,7 +218,7 @@ def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
     index = ShardIndex.load(ctx.input("index").path)
     best = Checkpoints(ctx.out / CHECKPOINTS, identity_of(ctx)).at(results["best_step"])
     circuit = starting_circuit(ctx, spec, index, random_rows=False)
-    _load(circuit, best)
+    load_parameters(circuit, best)
     rule_of(ctx, circuit, index).finish()
     training = {
         "step": results["best_step"],

@@ -10,7 +10,7 @@ from distpc.data.spec import DatasetSpec
 from distpc.errors import DistpcError, TrainingError
 from distpc.parallel.collectives import broadcast_object
 from distpc.parallel.mesh import Mesh
-from distpc.training.checkpoint import Checkpoints, check_shapes
+from distpc.training.checkpoint import Checkpoints, load_parameters
 
 LAST_GOOD = "last_good_model"
 """Folder beside the stage's own, which is emptied as soon as a setting changes."""
@@ -65,9 +65,7 @@ def _save(
     if newest is None or newest.facts.best is None:
         return None
     best = newest.facts.best
-    state = checkpoints.at(int(best["step"])).statistics()
-    check_shapes(checkpoints.folder, state, circuit.state_dict())
-    circuit.load_state_dict(state)
+    load_parameters(circuit, checkpoints.at(int(best["step"])))
     if not any(circuit.smoothing[:2]):
         # Rules that smooth in their update leave rows of any sum: back to the flow scale.
         circuit.rescale_to_uses_()

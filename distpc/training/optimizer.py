@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from distpc.errors import ArtifactError, TrainingError
+from distpc.errors import TrainingError
 from distpc.training.rules.adam import adam_direction
 from distpc.training.rules.base import Rule
 from distpc.training.rules.online_em import OnlineEM, online_em_
@@ -160,42 +160,3 @@ class CircuitOptimizer(torch.optim.Optimizer):
         else:
             state = self.state[parameter] if self.rule.keeps_state else {}
             self.rule.update(parameter, state, step_size)
-
-    def rule_state(self) -> dict[str, Tensor]:
-        """What rule and Adam keep beside the parameters, for a checkpoint: tensors by name.
-
-        Whole and the same on every rank where parameters are (ZeRO 0); elsewhere a rank has its
-        own shards.
-        """
-        return {
-            f"{number}.{name}": value
-            for number, parameter in enumerate(self._parameters())
-            for name, value in self.state.get(parameter, {}).items()
-        }
-
-    def load_rule_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `rule_state` gave.
-
-        Raises:
-            ArtifactError: it is the state of other parameters.
-        """
-        parameters = self._parameters()
-        for key, value in tensors.items():
-            number, _, name = key.partition(".")
-            parameter = parameters[int(number)] if int(number) < len(parameters) else None
-            if parameter is None or (value.dim() and value.shape != parameter.shape):
-                raise ArtifactError(
-                    "a checkpoint's optimizer state belongs to another circuit",
-                    where=key,
-                    found=f"shape {tuple(value.shape)}",
-                    expected="no such parameter"
-                    if parameter is None
-                    else f"shape {tuple(parameter.shape)}",
-                    fix="remove the stage's folder, or choose another --out",
-                )
-            # Counts of steps stay on the CPU.
-            device = parameter.device if value.dim() else "cpu"
-            self.state[parameter][name] = value.to(device, copy=True)
-
-    def _parameters(self) -> list[Parameter]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]

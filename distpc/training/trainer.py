@@ -22,7 +22,7 @@ from distpc.parallel.engine import Engine
 from distpc.parallel.heap import steady
 from distpc.parallel.mesh import Mesh
 from distpc.parallel.progress import Progress
-from distpc.training.checkpoint import Checkpoints, TrainingFacts
+from distpc.training.checkpoint import Checkpoints, Piece, Saver, TrainingFacts, take_snapshot
 from distpc.training.figures import Figures, bits_per_value, tally
 from distpc.training.guard import Guard
 from distpc.training.last_good import with_last_good
@@ -39,7 +39,8 @@ class Parts:
     Attributes:
         circuit: the module inside the engine.
         whole: a circuit that holds whole parameters on rank 0: the same object, except under
-            ZeRO-3, where it is a copy that `full_state` is loaded into.
+            ZeRO-3, where it is a copy that validations load `full_state` into.
+        checkpoints, saver: where checkpoints are, and what writes them.
         last_good: folder for the best model so far, should training have to stop.
     """
 
@@ -50,6 +51,7 @@ class Parts:
     loader: Loader
     validation: Validation
     checkpoints: Checkpoints
+    saver: Saver
     monitor: Monitor
     mesh: Mesh
     last_good: Path
@@ -98,12 +100,14 @@ class Trainer:
 
         Raises:
             TrainingError: the same on every rank, naming where the best model so far was left.
+            ResourceError: the disk is full; checkpoints that were there stay.
         """
         parts = self.parts
         with steady(), Progress("finetune", self.total, "samples") as progress:
             try:
                 self._run(progress)
             except TrainingError as error:
+                parts.saver.settle()
                 raise with_last_good(
                     error, parts.checkpoints, parts.whole, self.spec, parts.last_good, parts.mesh
                 ) from error
@@ -127,6 +131,7 @@ class Trainer:
                 self._validate(progress, last=ended)
             elif wants_checkpoint:
                 self._save()
+        parts.saver.wait()
 
     def results(self) -> dict[str, Any]:
         """Figures for the report (JSON values); a collective of all ranks."""
@@ -159,7 +164,7 @@ class Trainer:
         watched = self.guard.wants_statistics(step)
         if watched:
             parts.optimizer.watch()
-        totals = torch.zeros(len(Figures.NAMES) + 1, dtype=torch.float64, device=parts.mesh.device)
+        totals = torch.zeros(len(Figures.NAMES) + 2, dtype=torch.float64, device=parts.mesh.device)
         for x, is_real in self._micro_batches(batch):
             x = x.to(parts.mesh.device)
             likelihoods = self._forward(x)
@@ -168,11 +173,14 @@ class Trainer:
             kept = torch.where(usable, likelihoods, torch.zeros_like(likelihoods))
             parts.engine.backward(-kept.sum(), global_count=batch.global_size)
             if is_real:
-                totals[:-1] += tally(likelihoods.detach(), x, self.spec.kind)
-        late = time.monotonic() - self._saved_at >= self.config.checkpoint_every_seconds
-        totals[-1] = float(parts.mesh.is_main and late)
+                totals[:-2] += tally(likelihoods.detach(), x, self.spec.kind)
+        totals[-2] = float(parts.saver.has_failed)
+        totals[-1] = float(parts.mesh.is_main and self._is_late())
         totals = sum_across(totals, parts.mesh)
-        figures = Figures.of(totals[:-1])
+        figures = Figures.of(totals[:-2])
+        if totals[-2] > 0:
+            # Raises on every rank what went wrong on one.
+            parts.saver.wait()
         if figures.not_a_number:
             # Where the statistics are the cause, they name the layer and the row.
             self._check_statistics(facts.step, parts.engine.full_state())
@@ -186,6 +194,12 @@ class Trainer:
         if watched and self._found_by_any_rank():
             self._check_statistics(step, parts.engine.full_state())
         return figures, bool(totals[-1] > 0)
+
+    def _is_late(self) -> bool:
+        """Whether a checkpoint is due; a slow disk puts it off rather than holding up training."""
+        every = self.config.checkpoint_every_seconds
+        put_off = every > 0 and self.parts.saver.is_busy
+        return time.monotonic() - self._saved_at >= every and not put_off
 
     def _forward(self, x: Tensor) -> Tensor:
         """(B,) nats through the engine, every rank making the same passes.
@@ -285,6 +299,11 @@ class Trainer:
         if facts.best is None or rank < (facts.best["impossible"], facts.best["bits"]):
             facts.best = facts.valid
         self._save()
+        if parts.engine.zero_stage == 3:
+            # For figures and pictures of the circuit as a whole.
+            state = parts.engine.full_state()
+            if parts.mesh.is_main:
+                parts.whole.load_state_dict(state)
         self._report_validation(progress, last)
 
     def _report_validation(self, progress: Progress, last: bool) -> None:
@@ -306,17 +325,22 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """Leave a checkpoint of the present state, unless the state is not finite."""
-        parts, facts, mesh = self.parts, self.facts, self.parts.mesh
-        state = parts.engine.full_state()
-        self._check_statistics(facts.step, state)
-        if mesh.is_main:
-            # Under ZeRO it would be one rank's shards: Adam's moments then start afresh.
-            whole = parts.engine.zero_stage == 0
-            parts.checkpoints.save(facts, state, parts.optimizer.rule_state() if whole else {})
-            if parts.whole is not parts.circuit:
-                parts.whole.load_state_dict(state)
+        """Start a checkpoint of the present state, unless the state is not finite."""
+        parts, facts = self.parts, self.facts
+        # Before the copy: at most one is in memory.
+        parts.saver.wait()
+        pieces = take_snapshot(parts.engine)
+        if self._is_poisoned(pieces):
+            self._check_statistics(facts.step, parts.engine.full_state())
+        parts.saver.save(facts, pieces)
         self._saved_at = time.monotonic()
+
+    def _is_poisoned(self, pieces: list[Piece]) -> bool:
+        """Whether any rank's share holds a NaN or an infinity; a collective."""
+        # A sum is non-finite where one of its terms is, and needs no mask in memory.
+        found = any(not bool(torch.isfinite(piece.values.sum())) for piece in pieces)
+        mesh = self.parts.mesh
+        return bool(sum_across(torch.tensor(float(found), device=mesh.device), mesh) > 0)
 
     def _samples_per_second(self) -> float:
         seconds = max(time.monotonic() - self._started_at, 1e-9)
