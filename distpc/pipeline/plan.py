@@ -1,0 +1,258 @@
+"""Which layout of ranks a run should take on a cluster: memory, traffic and time of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from distpc.circuits.footprint import Footprint
+from distpc.errors import ResourceError
+from distpc.parallel.memory import Layout, share
+from distpc.parallel.traffic import Links, bytes_sent
+from distpc.training.needs import peak_bytes
+
+GIB = 2**30
+SLACK = 1.05
+"""Of layouts within this factor of the fastest, the simplest is taken."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run may use.
+
+    Attributes:
+        hosts: machines.
+        gpus_per_host: devices, and so ranks, of one.
+        memory_bytes: of one device that the run may fill.
+        link_gbps: gigabits a second that one device sends to other hosts.
+        host_link_gbps: gigabits a second that one device sends within its host.
+        device_tflops: 1e12 floating-point operations a second that a device reaches in products
+            of matrices.
+    """
+
+    hosts: int
+    gpus_per_host: int
+    memory_bytes: int
+    link_gbps: float = 400.0
+    host_link_gbps: float = 3600.0
+    device_tflops: float = 50.0
+
+    @property
+    def num_ranks(self) -> int:
+        """R, one rank a device."""
+        return self.hosts * self.gpus_per_host
+
+    @property
+    def links(self) -> Links:
+        """In bytes."""
+        return Links(self.gpus_per_host, self.host_link_gbps * 1e9 / 8, self.link_gbps * 1e9 / 8)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained.
+
+    Attributes:
+        costs: the circuit's sizes.
+        batch: samples of a global batch.
+        state_copies: tensors of a parameter's size that the training rule keeps.
+        needs_whole_rows: whether the rule cannot work on shards of ZeRO.
+        message_bytes: of one entry of a message inside sums: 4, or 2 in bfloat16.
+    """
+
+    costs: Footprint
+    batch: int
+    state_copies: int = 0
+    needs_whole_rows: bool = False
+    message_bytes: int = 4
+
+
+@dataclass(frozen=True)
+class Option:
+    """One layout, with the largest micro-batch that fits.
+
+    Attributes:
+        layout: of the ranks.
+        micro_batch: samples that one rank puts through the circuit at once.
+        memory: bytes of one rank at its peak, by what they are for.
+        sent: bytes that one rank sends in a step.
+        compute_seconds, link_seconds: of a step.
+        fits: whether the memory is there.
+    """
+
+    layout: Layout
+    micro_batch: int
+    memory: dict[str, int]
+    sent: int
+    compute_seconds: float
+    link_seconds: float
+    fits: bool
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether training cannot run it yet: sums shared by ranks."""
+        return self.layout.node_axis > 1
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one rank."""
+        return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, nothing hidden behind anything."""
+        return self.compute_seconds + self.link_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "node_axis": self.layout.node_axis,
+            "data_axis": self.layout.data_axis,
+            "zero_stage": self.layout.zero_stage,
+            "micro_batch": self.micro_batch,
+            "bytes_per_rank": {**self.memory, "total": self.peak},
+            "bytes_sent_per_step": self.sent,
+            "compute_seconds": self.compute_seconds,
+            "link_seconds": self.link_seconds,
+            "step_seconds": self.seconds,
+            "fits": self.fits,
+            "runnable": not self.is_planned,
+        }
+
+
+def options(job: Job, cluster: Cluster) -> list[Option]:
+    """All layouts of the cluster's ranks, fitting ones first, by rising time of a step.
+
+    Raises:
+        ResourceError: fewer samples than ranks.
+    """
+    if cluster.num_ranks > job.batch:
+        raise ResourceError(
+            "there are more devices than samples in a global batch",
+            where="finetune.batch_size",
+            found=f"{job.batch} samples",
+            expected=f"at least {cluster.num_ranks}: {cluster.hosts} x {cluster.gpus_per_host}",
+            fix="raise finetune.batch_size, or plan for fewer nodes",
+        )
+    found = [_option(job, cluster, layout) for layout in _layouts(job, cluster.num_ranks)]
+    return sorted(found, key=lambda o: (not o.fits, o.seconds if o.fits else o.peak))
+
+
+def choose(found: list[Option], cluster: Cluster, *, planned: bool = False) -> Option:
+    """The simplest of the layouts that are nearly as fast as the fastest that fits.
+
+    Args:
+        found: of `options`.
+        cluster: that they are for.
+        planned: whether layouts that cannot run yet may be chosen.
+
+    Raises:
+        ResourceError: none fits; with the least that one needs.
+    """
+    usable = [option for option in found if option.fits and (planned or not option.is_planned)]
+    if usable:
+        fastest = min(option.seconds for option in usable)
+        near = [option for option in usable if option.seconds <= SLACK * fastest]
+        return min(near, key=lambda o: (o.layout.node_axis, o.layout.zero_stage))
+    allowed = [option for option in found if planned or not option.is_planned]
+    least = min(allowed, key=lambda option: option.peak)
+    coming = [option for option in found if option.fits]
+    fix = "more or larger devices, fewer states, or block-diagonal sums (structure.layer=monarch)"
+    if coming:
+        fix += (
+            f"; the planned layout {coming[0].layout.name} would fit, but is not runnable yet "
+            "(--planned shows it)"
+        )
+    raise ResourceError(
+        "no layout fits this circuit onto the cluster",
+        where=f"{cluster.hosts} x {cluster.gpus_per_host} devices",
+        found=f"{cluster.memory_bytes / GIB:.1f} GiB usable on a device",
+        expected=f"at least {least.peak / GIB:.1f} GiB ({least.layout.name}, "
+        f"micro-batch {least.micro_batch}): "
+        + ", ".join(f"{name} {size / GIB:.1f}" for name, size in least.memory.items() if size),
+        fix=fix,
+    )
+
+
+def reason(chosen: Option, found: list[Option]) -> str:
+    """Why this layout, in a sentence or two."""
+    others = [o for o in found if o.fits and o is not chosen]
+    texts = []
+    faster = [o for o in others if o.seconds < chosen.seconds and not o.is_planned]
+    slower = [o for o in others if not o.is_planned and o not in faster]
+    simpler = [
+        o
+        for o in found
+        if not o.fits
+        and o.layout.zero_stage < chosen.layout.zero_stage
+        and o.layout.node_axis == chosen.layout.node_axis
+    ]
+    if faster:
+        texts.append(
+            f"within {100 * (SLACK - 1):.0f} % of the fastest ({faster[0].layout.name}) and simpler"
+        )
+    elif slower:
+        gain = slower[0].seconds / chosen.seconds
+        texts.append(f"fastest that fits: the next, {slower[0].layout.name}, takes {gain:.2f} x")
+    else:
+        texts.append("the only one that fits")
+    if simpler:
+        need = min(simpler, key=lambda o: o.peak)
+        texts.append(f"{need.layout.name} would need {need.peak / GIB:.1f} GiB")
+    planned = [o for o in others if o.is_planned and o.seconds < chosen.seconds]
+    if planned:
+        texts.append(
+            f"planned, not runnable yet: {planned[0].layout.name} would take "
+            f"{planned[0].seconds / chosen.seconds:.2f} x as long"
+        )
+    return "; ".join(texts)
+
+
+def _layouts(job: Job, num_ranks: int) -> Iterator[Layout]:
+    for node_axis in range(1, num_ranks + 1):
+        if num_ranks % node_axis or job.costs.state_units % node_axis:
+            continue
+        data_axis = num_ranks // node_axis
+        stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(4)
+        for stage in stages:
+            yield Layout(node_axis, data_axis, stage)
+
+
+def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
+    """With the largest micro-batch that fits, or of one sample where none does."""
+    local = share(job.batch, layout.data_axis)
+    pieces = 1
+    while True:
+        micro_batch = share(local, pieces)
+        memory = peak_bytes(
+            job.costs,
+            layout,
+            micro_batch=micro_batch,
+            num_micro_batches=pieces,
+            state_copies=job.state_copies,
+            message_bytes=job.message_bytes,
+        )
+        fits = sum(memory.values()) <= cluster.memory_bytes
+        if fits or micro_batch == 1:
+            break
+        pieces *= 2
+    traffic = bytes_sent(
+        layout,
+        num_parameters=job.costs.num_parameters,
+        gathered=job.costs.gathered,
+        local_batch=local,
+        num_micro_batches=pieces,
+        message_bytes=job.message_bytes,
+    )
+    # A multiply-add is two operations; backward takes two products for forward's one.
+    operations = 6 * job.costs.multiply_adds * local / layout.node_axis
+    return Option(
+        layout,
+        micro_batch,
+        memory,
+        traffic.total,
+        operations / (cluster.device_tflops * 1e12),
+        traffic.seconds(layout, cluster.links),
+        fits,
+    )
