@@ -154,6 +154,12 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         help="gigabits/s that a device sends within its machine (default 3600)",
     )
     parser.add_argument(
+        "--latency-us",
+        type=_amount,
+        default=20.0,
+        help="microseconds of any collective operation, however small (default 20)",
+    )
+    parser.add_argument(
         "--device-tflops",
         type=_amount,
         default=50.0,
@@ -360,15 +366,16 @@ def _run(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from distpc.config import load_config
-    from distpc.pipeline.plan import GIB, Cluster
+    from distpc.pipeline.plan import Cluster
     from distpc.pipeline.plan_command import plan_command
 
     cluster = Cluster(
         hosts=options.nodes,
         gpus_per_host=options.gpus_per_node,
-        memory_bytes=max(0, int((options.gpu_memory_gib - options.reserve_gib) * GIB)),
+        memory_bytes=max(0, int((options.gpu_memory_gib - options.reserve_gib) * 2**30)),
         link_gbps=options.link_gbps,
         host_link_gbps=options.node_link_gbps,
+        latency_us=options.latency_us,
         device_tflops=options.device_tflops,
     )
     text = plan_command(

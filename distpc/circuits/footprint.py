@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from distpc.circuits.schedule import (
     BankPlan,
@@ -35,6 +36,7 @@ class StepCost:
         kept: bytes a sample that its forward pass leaves for the backward pass.
         flow: bytes a sample of the flow that arrives at it.
         passed: bytes a sample of the flows that it passes on.
+        viewed: bytes of those that are the memory of its own flow.
         scratch: bytes a sample that its backward pass needs for a moment.
         gathered: entries a sample of the message that a sum reads, which ranks that share its rows
             have to gather; 0 elsewhere.
@@ -45,6 +47,7 @@ class StepCost:
     kept: int = 0
     flow: int = 0
     passed: int = 0
+    viewed: int = 0
     scratch: int = 0
     gathered: int = 0
     multiply_adds: int = 0
@@ -68,6 +71,16 @@ class Footprint:
     def num_parameters(self) -> int:
         """Entries of all parameters."""
         return sum(self.banks)
+
+    @property
+    def num_banks(self) -> int:
+        """Parameters."""
+        return len(self.banks)
+
+    @property
+    def num_sums(self) -> int:
+        """Steps of sums over messages of several units."""
+        return sum(step.gathered > 0 for step in self.steps)
 
     @property
     def largest_bank(self) -> int:
@@ -99,8 +112,18 @@ def footprint(graph: RegionGraph, schedule: Schedule) -> Footprint:
     """
     units = [graph.regions[plan.regions[0]].num_units for plan in schedule.steps]
     kept_outputs = _outputs_that_sums_keep(schedule)
+    passed = [_passed_flows(plan, units) for plan in schedule.steps]
+    arrived: dict[int, int] = defaultdict(int)
+    for flows in passed:
+        for flow in flows:
+            arrived[flow.source] += FLOAT_BYTES * flow.entries
     steps = [
-        _step_cost(schedule, number, plan, units, number in kept_outputs)
+        replace(
+            _step_cost(schedule, number, plan, units, number in kept_outputs),
+            flow=arrived[number],
+            passed=FLOAT_BYTES * sum(flow.entries for flow in passed[number]),
+            viewed=FLOAT_BYTES * sum(flow.entries for flow in passed[number] if flow.is_view),
+        )
         for number, plan in enumerate(schedule.steps)
     ]
     wide = [count for count in units if count > 1]
@@ -130,6 +153,7 @@ def shared(costs: Footprint, ranks: int, message_bytes: int = FLOAT_BYTES) -> Fo
                 kept=max(0, step.kept // ranks - saved) + whole,
                 flow=step.flow // ranks,
                 passed=step.passed // ranks,
+                viewed=step.viewed // ranks,
                 scratch=step.scratch // ranks + whole,
                 multiply_adds=step.multiply_adds // ranks,
             )
@@ -161,7 +185,7 @@ def backward_peak(
     peak = messages + flows
     for step in reversed(costs.steps):
         bank = 0 if step.bank is None else FLOAT_BYTES * costs.banks[step.bank]
-        moment = messages + flows + arrived + (step.scratch + step.passed) * batch
+        moment = messages + flows + arrived + (step.scratch + step.passed - step.viewed) * batch
         peak = max(peak, moment + bank_copies * bank)
         messages -= step.kept * batch
         arrived += (step.passed - step.flow) * batch
@@ -193,39 +217,65 @@ def _entries(plan: BankPlan) -> int:
     return sum(plan.sizes) * plan.num_units
 
 
+class _Flow(NamedTuple):
+    """What a step passes to one that it reads, in entries a sample."""
+
+    source: int
+    entries: int
+    is_view: bool
+
+
+def _passed_flows(plan: StepPlan, units: list[int]) -> list[_Flow]:
+    """The flow that a step passes to each piece that it reads.
+
+    A product hands its own flow on as views where it can; they share one piece of memory.
+    """
+    flows = [
+        _Flow(
+            piece.source,
+            len(piece.rows) * units[piece.source],
+            isinstance(plan, ProductPlan) and _is_view(plan, number, len(piece.rows)),
+        )
+        for request in plan.requests
+        for number, piece in enumerate(request.pieces)
+    ]
+    total = sum(flow.entries for flow in flows if flow.is_view)
+    own = len(plan.regions) * units[flows[0].source] if flows else 0
+    return [
+        flow._replace(entries=own * flow.entries // total) if flow.is_view else flow
+        for flow in flows
+    ]
+
+
+def _is_view(plan: ProductPlan, piece: int, num_rows: int) -> bool:
+    """Whether a product's flow to a piece is a slice of its own."""
+    terms = [term for term in plan.terms if term.piece == piece]
+    if len(terms) != 1 or terms[0].rows != tuple(range(num_rows)):
+        return False
+    targets = terms[0].targets
+    return targets == tuple(range(targets[0], targets[0] + len(targets)))
+
+
 def _step_cost(
     schedule: Schedule, number: int, plan: StepPlan, units: list[int], is_kept: bool
 ) -> StepCost:
+    """All but the flows."""
     rows = len(plan.regions)
     message = FLOAT_BYTES * rows * units[number]
-    read = _entries_read(plan, units)
+    kept = message if is_kept else 0
     # A message with several readers is dealt to them, which concatenates their flows.
     scratch = message if len(schedule.fanouts[number].sizes) > 1 else 0
     if isinstance(plan, InputPlan):
-        kept = _INDEX_BYTES * rows * len(plan.bags[0])
-        return StepCost(plan.bank, kept + message * is_kept, message, 0, scratch)
-    if isinstance(plan, SumPlan):
-        bank = schedule.banks[plan.bank]
-        copied = FLOAT_BYTES * read if _is_copied(plan) else 0
-        return StepCost(
-            plan.bank,
-            kept=message + copied,
-            flow=message,
-            passed=FLOAT_BYTES * read,
-            scratch=scratch + message,
-            gathered=read if units[number] > 1 else 0,
-            multiply_adds=rows * bank.num_units * bank.sizes[0],
-        )
-    passed = FLOAT_BYTES * read
-    if isinstance(plan, ProductPlan) and len(plan.terms) == 1:
-        passed = 0
-    return StepCost(None, message * is_kept, message, passed, scratch)
-
-
-def _entries_read(plan: StepPlan, units: list[int]) -> int:
-    """Entries a sample of all messages that a step reads."""
-    rows: dict[int, int] = defaultdict(int)
-    for request in plan.requests:
-        for piece in request.pieces:
-            rows[piece.source] += len(piece.rows)
-    return sum(count * units[source] for source, count in rows.items())
+        return StepCost(plan.bank, kept + _INDEX_BYTES * rows * len(plan.bags[0]), scratch=scratch)
+    if not isinstance(plan, SumPlan):
+        return StepCost(None, kept, scratch=scratch)
+    bank = schedule.banks[plan.bank]
+    read = sum(len(piece.rows) * units[piece.source] for piece in plan.requests[0].pieces)
+    return StepCost(
+        plan.bank,
+        # Its own message too, and the one that it reads where that is a copy.
+        kept=message + (FLOAT_BYTES * read if _is_copied(plan) else 0),
+        scratch=scratch + message,
+        gathered=read if units[number] > 1 else 0,
+        multiply_adds=rows * bank.num_units * bank.sizes[0],
+    )

@@ -67,13 +67,16 @@ def bytes_per_rank(num_parameters: int, layout: Layout, *, state_copies: int = 0
     }
 
 
-def engine_bytes(num_parameters: int, largest: int, layout: Layout) -> tuple[int, int]:
+def engine_bytes(
+    num_parameters: int, largest: int, layout: Layout, *, accumulates: bool
+) -> tuple[int, int]:
     """Bytes of one rank that only a part of a step takes.
 
     Args:
         num_parameters: entries of the statistics on one rank of the node axis.
         largest: entries of the largest parameter there, which is gathered and reduced as a whole.
         layout: of the ranks.
+        accumulates: whether a step has several backward passes.
 
     Returns:
         Bytes during the backward pass, beside messages and the flows that stay; and after it, when
@@ -89,7 +92,8 @@ def engine_bytes(num_parameters: int, largest: int, layout: Layout) -> tuple[int
     if layout.zero_stage == 1:
         return 0, max(own + bucket, 2 * part)
     if layout.zero_stage == 2:
-        return max(2 * bucket, part + bucket), 2 * part
+        # A bucket and what is reduced of it, or its share beside those of earlier passes.
+        return max(2 * bucket, (1 + accumulates) * part + bucket), 2 * part
     # Blocks in use and blocks fetched ahead; then weights and flows of one, or a bucket's flows
     # with what is scattered of them.
     gathered = min(max(2 * setting, bank), own)

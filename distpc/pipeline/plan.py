@@ -9,10 +9,9 @@ from typing import Any
 from distpc.circuits.footprint import Footprint
 from distpc.errors import ResourceError
 from distpc.parallel.memory import Layout, share
-from distpc.parallel.traffic import Links, bytes_sent
+from distpc.parallel.traffic import Links, traffic
 from distpc.training.needs import peak_bytes
 
-GIB = 2**30
 SLACK = 1.05
 """Of layouts within this factor of the fastest, the simplest is taken."""
 
@@ -27,6 +26,7 @@ class Cluster:
         memory_bytes: of one device that the run may fill.
         link_gbps: gigabits a second that one device sends to other hosts.
         host_link_gbps: gigabits a second that one device sends within its host.
+        latency_us: microseconds that any collective operation takes, however small.
         device_tflops: 1e12 floating-point operations a second that a device reaches in products
             of matrices.
     """
@@ -36,6 +36,7 @@ class Cluster:
     memory_bytes: int
     link_gbps: float = 400.0
     host_link_gbps: float = 3600.0
+    latency_us: float = 20.0
     device_tflops: float = 50.0
 
     @property
@@ -46,7 +47,8 @@ class Cluster:
     @property
     def links(self) -> Links:
         """In bytes."""
-        return Links(self.gpus_per_host, self.host_link_gbps * 1e9 / 8, self.link_gbps * 1e9 / 8)
+        within, between = self.host_link_gbps * 1e9 / 8, self.link_gbps * 1e9 / 8
+        return Links(self.gpus_per_host, within, between, self.latency_us / 1e6)
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,22 @@ class Option:
         }
 
 
+def in_bytes(amount: float) -> str:
+    """Bytes in a unit that suits them."""
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.3g} {unit}"
+        amount /= 1024
+    return f"{amount:,.1f} GiB"
+
+
+def in_words(memory: dict[str, int]) -> str:
+    """Bytes by what they are for."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {in_bytes(size)}" for name, size in memory.items() if size
+    )
+
+
 def options(job: Job, cluster: Cluster) -> list[Option]:
     """All layouts of the cluster's ranks, fitting ones first, by rising time of a step.
 
@@ -167,10 +185,9 @@ def choose(found: list[Option], cluster: Cluster, *, planned: bool = False) -> O
     raise ResourceError(
         "no layout fits this circuit onto the cluster",
         where=f"{cluster.hosts} x {cluster.gpus_per_host} devices",
-        found=f"{cluster.memory_bytes / GIB:.1f} GiB usable on a device",
-        expected=f"at least {least.peak / GIB:.1f} GiB ({least.layout.name}, "
-        f"micro-batch {least.micro_batch}): "
-        + ", ".join(f"{name} {size / GIB:.1f}" for name, size in least.memory.items() if size),
+        found=f"{in_bytes(cluster.memory_bytes)} usable on a device",
+        expected=f"at least {in_bytes(least.peak)} ({least.layout.name}, "
+        f"micro-batch {least.micro_batch}): " + in_words(least.memory),
         fix=fix,
     )
 
@@ -199,7 +216,7 @@ def reason(chosen: Option, found: list[Option]) -> str:
         texts.append("the only one that fits")
     if simpler:
         need = min(simpler, key=lambda o: o.peak)
-        texts.append(f"{need.layout.name} would need {need.peak / GIB:.1f} GiB")
+        texts.append(f"{need.layout.name} would need {in_bytes(need.peak)}")
     planned = [o for o in others if o.is_planned and o.seconds < chosen.seconds]
     if planned:
         texts.append(
@@ -237,10 +254,9 @@ def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
         if fits or micro_batch == 1:
             break
         pieces *= 2
-    traffic = bytes_sent(
+    sent = traffic(
+        job.costs,
         layout,
-        num_parameters=job.costs.num_parameters,
-        gathered=job.costs.gathered,
         local_batch=local,
         num_micro_batches=pieces,
         message_bytes=job.message_bytes,
@@ -251,8 +267,8 @@ def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
         layout,
         micro_batch,
         memory,
-        traffic.total,
+        sent.total,
         operations / (cluster.device_tflops * 1e12),
-        traffic.seconds(layout, cluster.links),
+        sent.seconds(layout, cluster.links),
         fits,
     )

@@ -11,7 +11,16 @@ from distpc.config import RunConfig
 from distpc.config.sources import SizesSource
 from distpc.data.shards import colored, source_spec
 from distpc.data.spec import DatasetSpec
-from distpc.pipeline.plan import GIB, Cluster, Job, Option, choose, options, reason
+from distpc.pipeline.plan import (
+    Cluster,
+    Job,
+    Option,
+    choose,
+    in_bytes,
+    in_words,
+    options,
+    reason,
+)
 from distpc.training.needs import host_bytes, state_copies
 from distpc.training.structure import sketch
 
@@ -88,28 +97,25 @@ def _lines(
     config: RunConfig, job: Job, cluster: Cluster, found: list[Option], chosen: Option
 ) -> list[str]:
     layout = chosen.layout
-    memory = ", ".join(
-        f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in chosen.memory.items() if size
-    )
     lines = [
         f"circuit    {config.structure.kind}, {job.costs.num_parameters:,} parameters "
-        f"({4 * job.costs.num_parameters / GIB:.1f} GiB), "
-        f"{6 * job.costs.multiply_adds * job.batch / 1e12:,.1f} TFLOP a step "
+        f"({in_bytes(4 * job.costs.num_parameters)}), "
+        f"{6 * job.costs.multiply_adds * job.batch / 1e12:,.3g} TFLOP a step "
         f"of {job.batch:,} samples",
         f"cluster    {cluster.hosts} x {cluster.gpus_per_host} devices, "
-        f"{cluster.memory_bytes / GIB:.1f} GiB usable each, {cluster.device_tflops:g} TFLOP/s, "
+        f"{in_bytes(cluster.memory_bytes)} usable each, {cluster.device_tflops:g} TFLOP/s, "
         f"links {cluster.link_gbps:g} Gb/s ({cluster.host_link_gbps:g} within a host)",
         "",
         *_table(found, chosen),
         "",
         f"take       {layout.name} (node axis x data axis), micro-batch {chosen.micro_batch}",
         f"why        {reason(chosen, found)}",
-        f"memory     {chosen.peak / GIB:.2f} GiB a rank at its peak: {memory}",
+        f"memory     {in_bytes(chosen.peak)} a rank at its peak: {in_words(chosen.memory)}",
     ]
     host = host_bytes(job.costs, layout.zero_stage)
     lines.append(
-        f"host       {host / GIB:.2f} GiB a rank to build the circuit, "
-        f"{cluster.gpus_per_host * host / GIB:,.1f} GiB a machine"
+        f"host       {in_bytes(host)} a rank to build the circuit, "
+        f"{in_bytes(cluster.gpus_per_host * host)} a machine"
     )
     if chosen.is_planned:
         lines.append("set        planned layout: not runnable yet")
@@ -123,7 +129,7 @@ def _lines(
 
 
 def _table(found: list[Option], chosen: Option) -> list[str]:
-    head = ("layout", "micro", "GiB/rank", "sent/step", "links", "compute", "step", "")
+    head = ("layout", "micro", "a rank", "sent", "links", "compute", "step", "")
     rows = [head]
     fitting = [option for option in found if option.fits][:_SHOWN]
     others = [option for option in found if not option.fits][: max(3, _SHOWN - len(fitting))]
@@ -137,8 +143,8 @@ def _table(found: list[Option], chosen: Option) -> list[str]:
             (
                 option.layout.name,
                 f"{option.micro_batch:,}",
-                f"{option.peak / GIB:,.2f}",
-                f"{option.sent / GIB:,.2f} GiB",
+                in_bytes(option.peak),
+                in_bytes(option.sent),
                 _time(option.link_seconds),
                 _time(option.compute_seconds),
                 _time(option.seconds),
@@ -158,7 +164,7 @@ def _table(found: list[Option], chosen: Option) -> list[str]:
 def _time(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:,.2f} s"
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def _values(
@@ -176,6 +182,7 @@ def _values(
             "usable_bytes": cluster.memory_bytes,
             "link_gbps": cluster.link_gbps,
             "node_link_gbps": cluster.host_link_gbps,
+            "latency_us": cluster.latency_us,
             "device_tflops": cluster.device_tflops,
         },
         "chosen": chosen.to_json(),

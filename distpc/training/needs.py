@@ -51,7 +51,9 @@ def peak_bytes(
         keeps_flows=flows_stay,
         has_flows=num_micro_batches > 1,
     )
-    during, after = engine_bytes(own.num_parameters, own.largest_bank, layout)
+    during, after = engine_bytes(
+        own.num_parameters, own.largest_bank, layout, accumulates=num_micro_batches > 1
+    )
     if passing + during >= after:
         return {**sizes, "messages_and_flows": passing, "buffers": during}
     return {**sizes, "messages_and_flows": 0, "buffers": after}
