@@ -47,7 +47,7 @@ def bytes_per_rank(num_parameters: int, layout: Layout, *, state_copies: int = 0
 
     ZeRO 1 and 2 hold a float32 master copy of a rank's share even though the engine runs in
     float32; under ZeRO 3 a rank keeps its share three times (statistics, copy and flows) and the
-    bucket that flows are reduced in. Found by measurement, tests/pipeline/test_plan_memory.py.
+    bucket that flows are reduced in. Found by measurement, tests/pipeline/test_plan_measured.py.
 
     Args:
         num_parameters: entries of the statistics S, tied ones counted once.

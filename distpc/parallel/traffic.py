@@ -89,13 +89,15 @@ def traffic(
     local_batch: int,
     num_micro_batches: int,
     message_bytes: int = FLOAT_BYTES,
+    scatters: bool = True,
 ) -> Traffic:
     """What one rank sends in a step.
 
     ZeRO 0 all-reduces flows once a step. ZeRO 1 and 2 all-reduce them too (DeepSpeed reduces whole
     buckets and keeps its share of them), ZeRO 2 after every micro-batch, and gather statistics
-    after the step. ZeRO 3 gathers statistics for each forward and backward pass and scatters flows,
-    for every micro-batch.
+    after the step. ZeRO 3 gathers statistics for each forward and backward pass (what was gathered
+    last is still there when backward begins) and scatters flows, for every micro-batch. Checked
+    against counted bytes in tests/pipeline/test_plan_measured.py.
 
     Args:
         costs: the circuit's sizes.
@@ -103,10 +105,17 @@ def traffic(
         local_batch: samples of a step on this rank.
         num_micro_batches: pieces that they are cut into.
         message_bytes: of one entry of a message: 4, or 2 in bfloat16.
+        scatters: whether flows can be scattered; gloo, on CPUs, all-reduces them instead.
     """
     own = FLOAT_BYTES * share(costs.num_parameters, layout.node_axis)
     n, m, pieces, stage = layout.data_axis, layout.node_axis, num_micro_batches, layout.zero_stage
-    payloads = {0: 2, 1: 2 + 1, 2: 2 * pieces + 1, 3: 3 * pieces}[stage]
+    still_there = min(FLOAT_BYTES * layout.reduce_bucket, own)
+    payload = {
+        0: 2 * own,
+        1: 3 * own,
+        2: (2 * pieces + 1) * own,
+        3: pieces * ((3 if scatters else 4) * own - still_there),
+    }[stage]
     buckets = share(own, FLOAT_BYTES * layout.reduce_bucket)
     operations = {
         0: 1,
@@ -117,7 +126,7 @@ def traffic(
     # Forward gathers the product below each sum, backward scatters the flow that comes back.
     messages = 2 * message_bytes * costs.gathered * local_batch * (m - 1) // m
     return Traffic(
-        parameters=payloads * own * (n - 1) // n,
+        parameters=payload * (n - 1) // n,
         messages=messages,
         num_collectives=operations * (n > 1) + 2 * costs.num_sums * pieces * (m > 1),
     )
