@@ -194,34 +194,28 @@ def choose(found: list[Option], cluster: Cluster, *, planned: bool = False) -> O
 
 def reason(chosen: Option, found: list[Option]) -> str:
     """Why this layout, in a sentence or two."""
-    others = [o for o in found if o.fits and o is not chosen]
-    texts = []
-    faster = [o for o in others if o.seconds < chosen.seconds and not o.is_planned]
-    slower = [o for o in others if not o.is_planned and o not in faster]
-    simpler = [
-        o
-        for o in found
-        if not o.fits
-        and o.layout.zero_stage < chosen.layout.zero_stage
-        and o.layout.node_axis == chosen.layout.node_axis
-    ]
-    if faster:
-        texts.append(
-            f"within {100 * (SLACK - 1):.0f} % of the fastest ({faster[0].layout.name}) and simpler"
-        )
-    elif slower:
-        gain = slower[0].seconds / chosen.seconds
-        texts.append(f"fastest that fits: the next, {slower[0].layout.name}, takes {gain:.2f} x")
+    fitting = [option for option in found if option.fits and option is not chosen]
+    usable = [option for option in fitting if chosen.is_planned or not option.is_planned]
+    fastest = min(usable, key=lambda option: option.seconds, default=None)
+    if fastest is None:
+        texts = ["the only one that fits"]
+    elif fastest.seconds < chosen.seconds:
+        texts = [f"simpler than the fastest, {fastest.layout.name}, and nearly as fast"]
     else:
-        texts.append("the only one that fits")
-    if simpler:
-        need = min(simpler, key=lambda o: o.peak)
-        texts.append(f"{need.layout.name} would need {in_bytes(need.peak)}")
-    planned = [o for o in others if o.is_planned and o.seconds < chosen.seconds]
-    if planned:
+        factor = fastest.seconds / chosen.seconds
+        texts = [f"the fastest that fits; the next, {fastest.layout.name}, takes {factor:.2f} x"]
+    axis, stage = chosen.layout.node_axis, chosen.layout.zero_stage
+    lacking = [
+        option
+        for option in found
+        if not option.fits and option.layout.node_axis == axis and option.layout.zero_stage < stage
+    ]
+    texts += [f"{o.layout.name} would need {in_bytes(o.peak)}" for o in lacking]
+    coming = [option for option in fitting if option.is_planned and option.seconds < chosen.seconds]
+    if coming and not chosen.is_planned:
+        factor = coming[0].seconds / chosen.seconds
         texts.append(
-            f"planned, not runnable yet: {planned[0].layout.name} would take "
-            f"{planned[0].seconds / chosen.seconds:.2f} x as long"
+            f"{coming[0].layout.name}, planned and not runnable yet, would take {factor:.2f} x"
         )
     return "; ".join(texts)
 

@@ -25,6 +25,7 @@ from distpc.training.needs import host_bytes, state_copies
 from distpc.training.structure import sketch
 
 _SHOWN = 12
+"""Rows of the table."""
 
 
 def plan_command(
@@ -100,7 +101,7 @@ def _lines(
     lines = [
         f"circuit    {config.structure.kind}, {job.costs.num_parameters:,} parameters "
         f"({in_bytes(4 * job.costs.num_parameters)}), "
-        f"{6 * job.costs.multiply_adds * job.batch / 1e12:,.3g} TFLOP a step "
+        f"{_tera(6 * job.costs.multiply_adds * job.batch)} TFLOP a step "
         f"of {job.batch:,} samples",
         f"cluster    {cluster.hosts} x {cluster.gpus_per_host} devices, "
         f"{in_bytes(cluster.memory_bytes)} usable each, {cluster.device_tflops:g} TFLOP/s, "
@@ -131,9 +132,10 @@ def _lines(
 def _table(found: list[Option], chosen: Option) -> list[str]:
     head = ("layout", "micro", "a rank", "sent", "links", "compute", "step", "")
     rows = [head]
-    fitting = [option for option in found if option.fits][:_SHOWN]
-    others = [option for option in found if not option.fits][: max(3, _SHOWN - len(fitting))]
-    for option in [*fitting, *others]:
+    # All that can run, and the best of those that are to come.
+    shown = [option for option in found if not option.is_planned]
+    shown += [option for option in found if option.is_planned][: _SHOWN - len(shown)]
+    for option in sorted(shown, key=found.index):
         notes = ["taken"] if option is chosen else []
         if not option.fits:
             notes.append("does not fit")
@@ -159,6 +161,11 @@ def _table(found: list[Option], chosen: Option) -> list[str]:
         lines.append("  ".join([*cells, row[-1]]).rstrip())
     left_out = len(found) - (len(rows) - 1)
     return lines if not left_out else [*lines, f"({left_out} more: --json)"]
+
+
+def _tera(amount: float) -> str:
+    tera = amount / 1e12
+    return f"{tera:,.0f}" if tera >= 10 else f"{tera:.2g}"
 
 
 def _time(seconds: float) -> str:
