@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   distpc run configs/digits.yaml
   distpc run configs/digits.yaml finetune.num_epochs=5 --out runs/short
   distpc run configs/fashion_mnist.yaml --dry-run
+  distpc plan configs/fashion_mnist.yaml --nodes 1 --gpus-per-node 8 --gpu-memory-gib 80
   distpc finetune configs/digits.yaml
   distpc sample runs/digits/model --num 64 --out samples.png
   distpc inpaint runs/digits/model --mask left --out completions.png
@@ -91,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _add_config(stage)
         stage.set_defaults(command=_run, stage=name)
+    _add_plan(commands)
     _add_sample(commands)
     _add_inpaint(commands)
     _add_query(commands)
@@ -110,6 +112,81 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the resolved config, the circuit's size, bytes per rank and what would run",
     )
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="memory, traffic and time of every layout on a cluster, and which to take",
+        epilog="examples:\n"
+        "  distpc plan configs/digits.yaml --nodes 1 --gpus-per-node 8 --gpu-memory-gib 80\n"
+        "  distpc plan configs/plan/hmm_32768.yaml --nodes 64 --gpus-per-node 8 "
+        "--gpu-memory-gib 80 --planned\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="YAML file of the run, see docs/config.md")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="fields to change"
+    )
+    parser.add_argument("--nodes", type=_count, required=True, help="machines")
+    parser.add_argument(
+        "--gpus-per-node", type=_count, required=True, help="devices of a machine, a rank each"
+    )
+    parser.add_argument(
+        "--gpu-memory-gib", type=_amount, required=True, help="memory of a device in GiB"
+    )
+    parser.add_argument(
+        "--reserve-gib",
+        type=_amount,
+        default=4.0,
+        help="of that, left for the runtime and the allocator (default 4)",
+    )
+    parser.add_argument(
+        "--link-gbps",
+        type=_amount,
+        default=400.0,
+        help="gigabits/s that a device sends to other machines (default 400)",
+    )
+    parser.add_argument(
+        "--node-link-gbps",
+        type=_amount,
+        default=3600.0,
+        help="gigabits/s that a device sends within its machine (default 3600)",
+    )
+    parser.add_argument(
+        "--latency-us",
+        type=_amount,
+        default=20.0,
+        help="microseconds of any collective operation, however small (default 20)",
+    )
+    parser.add_argument(
+        "--device-tflops",
+        type=_amount,
+        default=50.0,
+        help="TFLOP/s that a device reaches in matrix products (default 50: float32 of an H100)",
+    )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="count messages inside sums as two bytes an entry"
+    )
+    parser.add_argument(
+        "--planned", action="store_true", help="choose among layouts that cannot run yet, too"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, with every layout")
+    parser.set_defaults(command=_plan)
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, found {text}")
+    return count
+
+
+def _amount(text: str) -> float:
+    amount = float(text)
+    if not 0 < amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0, found {text}")
+    return amount
 
 
 def _add_model(
@@ -285,6 +362,30 @@ def _run(options: argparse.Namespace) -> None:
         pipeline.run_stage(options.stage)
     else:
         print(summarize(pipeline.run(), pipeline.folder))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from distpc.config import load_config
+    from distpc.pipeline.plan import Cluster
+    from distpc.pipeline.plan_command import plan_command
+
+    cluster = Cluster(
+        hosts=options.nodes,
+        gpus_per_host=options.gpus_per_node,
+        memory_bytes=max(0, int((options.gpu_memory_gib - options.reserve_gib) * 2**30)),
+        link_gbps=options.link_gbps,
+        host_link_gbps=options.node_link_gbps,
+        latency_us=options.latency_us,
+        device_tflops=options.device_tflops,
+    )
+    text = plan_command(
+        load_config(options.config, options.overrides),
+        cluster,
+        bfloat16=options.bfloat16,
+        planned=options.planned,
+        as_json=options.json,
+    )
+    print(text)
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -65,7 +65,19 @@ class ArraysSource(Section):
     """Values of every integer column are 0 .. num_categories - 1; default: found in the data."""
 
 
+class SizesSource(Section):
+    """Sizes without samples, for `distpc plan` alone: what a run would take, before data exist."""
+
+    kind: Literal["sizes"]
+    num_variables: int = Field(default=1, ge=1)
+    """Values in a sample: V. Steps of an hmm. Not used with image_shape."""
+    num_categories: int | None = Field(default=256, ge=2)
+    """Values of every variable; null for real ones."""
+    image_shape: tuple[int, int, int] | None = None
+    """Height, width and channels, where samples are images."""
+
+
 Source = Annotated[
-    DigitsSource | IdxSource | ImageFolderSource | TextSource | ArraysSource,
+    DigitsSource | IdxSource | ImageFolderSource | TextSource | ArraysSource | SizesSource,
     Field(discriminator="kind"),
 ]

@@ -30,22 +30,34 @@ def describe(pipeline: Pipeline, stage: str | None = None) -> str:
 
 
 def _circuit(pipeline: Pipeline) -> list[str]:
+    from distpc.circuits.compiled import compile_graph
+    from distpc.circuits.footprint import footprint
     from distpc.data.shards import source_spec
-    from distpc.parallel.memory import bytes_per_rank
-    from distpc.structures.size import num_parameters
+    from distpc.parallel.memory import Layout, share
+    from distpc.training.needs import peak_bytes, state_copies
     from distpc.training.structure import sketch
 
     config = pipeline.config
     spec = source_spec(config.data)
     graph = sketch(config, spec)
-    size = num_parameters(graph, spec.num_categories)
-    parallel = config.parallel
-    sizes = bytes_per_rank(size, parallel.zero_stage, parallel.num_ranks)
+    costs = footprint(graph, compile_graph(graph, spec.num_categories))
+    parallel, finetune = config.parallel, config.finetune
+    local = share(finetune.batch_size, parallel.num_ranks)
+    pieces = share(local, finetune.micro_batch_size)
+    sizes = peak_bytes(
+        costs,
+        Layout(1, parallel.num_ranks, parallel.zero_stage),
+        micro_batch=share(local, pieces),
+        num_micro_batches=pieces,
+        state_copies=state_copies(finetune),
+    )
     return [
         f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables",
-        f"circuit: {config.structure.kind}, {len(graph.regions)} regions, {size:,} parameters",
+        f"circuit: {config.structure.kind}, {len(graph.regions)} regions, "
+        f"{costs.num_parameters:,} parameters",
         f"ranks: {parallel.num_ranks} x ZeRO stage {parallel.zero_stage}; bytes per rank: "
-        + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+        + ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
+        + f", total {sum(sizes.values()):,}",
     ]
 
 

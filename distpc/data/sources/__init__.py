@@ -9,15 +9,17 @@ from distpc.config.sources import (
     DigitsSource,
     IdxSource,
     ImageFolderSource,
+    SizesSource,
     TextSource,
 )
 from distpc.data.sources.base import BadSampleError, Source
+from distpc.errors import DataError
 
 __all__ = ["BadSampleError", "Source", "open_source"]
 
 
 def open_source(
-    config: DigitsSource | IdxSource | ImageFolderSource | TextSource | ArraysSource,
+    config: DigitsSource | IdxSource | ImageFolderSource | TextSource | ArraysSource | SizesSource,
     scratch: Path,
 ) -> Source:
     """The source that `data.source` describes, checked as far as its headers go.
@@ -45,6 +47,13 @@ def open_source(
         from distpc.data.sources.text import Text
 
         return Text(config)
+    if isinstance(config, SizesSource):
+        raise DataError(
+            "the source states sizes and holds no samples",
+            where="data.source.kind",
+            found="sizes",
+            fix="plan it with distpc plan; to run, name a source of samples",
+        )
     from distpc.data.sources.arrays import Arrays
 
     return Arrays(config)

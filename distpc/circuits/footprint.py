@@ -1,0 +1,281 @@
+"""What training a circuit takes, from its schedule alone: memory, matrix products, messages.
+
+No tensor is made: sizes follow from the plans of `schedule`, so that circuits of any size can be
+planned. Bytes are of the tensors that the functions of `layers`, `sums` and `look_up` save or make;
+legend: E regions folded, B batch, K units.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from distpc.circuits.schedule import (
+    BankPlan,
+    InputPlan,
+    ProductPlan,
+    Schedule,
+    StepPlan,
+    SumPlan,
+)
+from distpc.structures.region_graph import RegionGraph
+
+FLOAT_BYTES = 4
+_INDEX_BYTES = 8
+_PER_UNIT = {"gaussian": 3, "binomial": 2, "logistic": 2, "indicator": 0}
+"""Entries of a unit, for the families whose statistics are no table over categories."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step of the schedule.
+
+    Attributes:
+        bank: its parameters, None for steps without any.
+        kept: bytes a sample that its forward pass leaves for the backward pass.
+        flow: bytes a sample of the flow that arrives at it.
+        passed: bytes a sample of the flows that it passes on.
+        viewed: bytes of those that are the memory of its own flow.
+        scratch: bytes a sample that its backward pass needs for a moment.
+        gathered: entries a sample of the message that a sum reads, which ranks that share its rows
+            have to gather; 0 elsewhere.
+        multiply_adds: a sample, of one pass.
+    """
+
+    bank: int | None
+    kept: int = 0
+    flow: int = 0
+    passed: int = 0
+    viewed: int = 0
+    scratch: int = 0
+    gathered: int = 0
+    multiply_adds: int = 0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A circuit's sizes.
+
+    Attributes:
+        banks: entries of each parameter.
+        state_units: units of the smallest wide region: shares of states are cut from these.
+        steps: in order of evaluation.
+    """
+
+    banks: tuple[int, ...]
+    state_units: int
+    steps: tuple[StepCost, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all parameters."""
+        return sum(self.banks)
+
+    @property
+    def num_banks(self) -> int:
+        """Parameters."""
+        return len(self.banks)
+
+    @property
+    def num_sums(self) -> int:
+        """Steps of sums over messages of several units."""
+        return sum(step.gathered > 0 for step in self.steps)
+
+    @property
+    def largest_bank(self) -> int:
+        """Entries of the largest parameter, which is gathered and read out as a whole."""
+        return max(self.banks)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of a sample's forward pass; backward takes twice as many."""
+        return sum(step.multiply_adds for step in self.steps)
+
+    @property
+    def gathered(self) -> int:
+        """Entries a sample of all messages that sums read."""
+        return sum(step.gathered for step in self.steps)
+
+    @property
+    def kept(self) -> int:
+        """Bytes a sample that one forward pass leaves for the backward pass."""
+        return sum(step.kept for step in self.steps)
+
+
+def footprint(graph: RegionGraph, schedule: Schedule) -> Footprint:
+    """The sizes of a compiled region graph.
+
+    Args:
+        graph: the structure.
+        schedule: of `compile_graph`.
+    """
+    units = [graph.regions[plan.regions[0]].num_units for plan in schedule.steps]
+    kept_outputs = _outputs_that_sums_keep(schedule)
+    passed = [_passed_flows(plan, units) for plan in schedule.steps]
+    arrived: dict[int, int] = defaultdict(int)
+    for flows in passed:
+        for flow in flows:
+            arrived[flow.source] += FLOAT_BYTES * flow.entries
+    steps = [
+        replace(
+            _step_cost(schedule, number, plan, units, number in kept_outputs),
+            flow=arrived[number],
+            passed=FLOAT_BYTES * sum(flow.entries for flow in passed[number]),
+            viewed=FLOAT_BYTES * sum(flow.entries for flow in passed[number] if flow.is_view),
+        )
+        for number, plan in enumerate(schedule.steps)
+    ]
+    wide = [count for count in units if count > 1]
+    banks = tuple(_entries(plan) for plan in schedule.banks)
+    return Footprint(banks, min(wide, default=1), tuple(steps))
+
+
+def shared(costs: Footprint, ranks: int, message_bytes: int = FLOAT_BYTES) -> Footprint:
+    """The share of one of several ranks that own rows of every sum, and as many states.
+
+    A rank computes its share of all messages, and gathers whole what its sums read.
+
+    Args:
+        costs: of the whole circuit.
+        ranks: on the node axis.
+        message_bytes: of one entry of a message that sums read: 4, or 2 in bfloat16.
+    """
+    if ranks == 1 and message_bytes == FLOAT_BYTES:
+        return costs
+    steps = []
+    for step in costs.steps:
+        whole = message_bytes * step.gathered if ranks > 1 else 0
+        saved = (FLOAT_BYTES - message_bytes) * step.gathered // ranks
+        steps.append(
+            replace(
+                step,
+                kept=max(0, step.kept // ranks - saved) + whole,
+                flow=step.flow // ranks,
+                passed=step.passed // ranks,
+                viewed=step.viewed // ranks,
+                scratch=step.scratch // ranks + whole,
+                multiply_adds=step.multiply_adds // ranks,
+            )
+        )
+    banks = tuple(-(-bank // ranks) for bank in costs.banks)
+    return replace(costs, banks=banks, steps=tuple(steps))
+
+
+def backward_peak(
+    costs: Footprint, batch: int, *, bank_copies: int, keeps_flows: bool, has_flows: bool
+) -> int:
+    """Most bytes of messages and flows at one moment of a forward and backward pass.
+
+    Walks through the backward pass: messages are freed step by step while flows of parameters
+    appear.
+
+    Args:
+        costs: the circuit's sizes.
+        batch: B of the pass.
+        bank_copies: copies of a step's parameters that its backward pass makes for a moment.
+        keeps_flows: whether flows of parameters stay where they appear; else they are reduced at
+            once, in buckets that are not counted here.
+        has_flows: whether those of an earlier micro-batch are there already.
+    """
+    messages = costs.kept * batch
+    flows = FLOAT_BYTES * costs.num_parameters if has_flows and keeps_flows else 0
+    arrived = FLOAT_BYTES * batch
+    seen: set[int] = set()
+    peak = messages + flows
+    for step in reversed(costs.steps):
+        bank = 0 if step.bank is None else FLOAT_BYTES * costs.banks[step.bank]
+        moment = messages + flows + arrived + (step.scratch + step.passed - step.viewed) * batch
+        peak = max(peak, moment + bank_copies * bank)
+        messages -= step.kept * batch
+        arrived += (step.passed - step.flow) * batch
+        if step.bank is not None and step.bank not in seen and keeps_flows and not has_flows:
+            flows += bank
+            seen.add(step.bank)
+    return peak
+
+
+def _outputs_that_sums_keep(schedule: Schedule) -> set[int]:
+    """Steps whose message, or a view of it, some sum saves for its backward pass."""
+    kept = set()
+    for plan in schedule.steps:
+        if isinstance(plan, SumPlan) and not _is_copied(plan):
+            kept.add(plan.requests[0].pieces[0].source)
+    return kept
+
+
+def _is_copied(plan: SumPlan) -> bool:
+    """Whether a sum reads a message that was gathered from several, or put into its order."""
+    return len(plan.requests[0].pieces) > 1 or plan.requests[0].order is not None
+
+
+def _entries(plan: BankPlan) -> int:
+    if plan.kind == "sum":
+        return sum(plan.num_units * fan_in for fan_in in plan.sizes)
+    if plan.kind in _PER_UNIT:
+        return len(plan.owners) * _PER_UNIT[plan.kind] * plan.num_units
+    return sum(plan.sizes) * plan.num_units
+
+
+class _Flow(NamedTuple):
+    """What a step passes to one that it reads, in entries a sample."""
+
+    source: int
+    entries: int
+    is_view: bool
+
+
+def _passed_flows(plan: StepPlan, units: list[int]) -> list[_Flow]:
+    """The flow that a step passes to each piece that it reads.
+
+    A product hands its own flow on as views where it can; they share one piece of memory.
+    """
+    flows = [
+        _Flow(
+            piece.source,
+            len(piece.rows) * units[piece.source],
+            isinstance(plan, ProductPlan) and _is_view(plan, number, len(piece.rows)),
+        )
+        for request in plan.requests
+        for number, piece in enumerate(request.pieces)
+    ]
+    total = sum(flow.entries for flow in flows if flow.is_view)
+    own = len(plan.regions) * units[flows[0].source] if flows else 0
+    return [
+        flow._replace(entries=own * flow.entries // total) if flow.is_view else flow
+        for flow in flows
+    ]
+
+
+def _is_view(plan: ProductPlan, piece: int, num_rows: int) -> bool:
+    """Whether a product's flow to a piece is a slice of its own."""
+    terms = [term for term in plan.terms if term.piece == piece]
+    if len(terms) != 1 or terms[0].rows != tuple(range(num_rows)):
+        return False
+    targets = terms[0].targets
+    return targets == tuple(range(targets[0], targets[0] + len(targets)))
+
+
+def _step_cost(
+    schedule: Schedule, number: int, plan: StepPlan, units: list[int], is_kept: bool
+) -> StepCost:
+    """All but the flows."""
+    rows = len(plan.regions)
+    message = FLOAT_BYTES * rows * units[number]
+    kept = message if is_kept else 0
+    # A message with several readers is dealt to them, which concatenates their flows.
+    scratch = message if len(schedule.fanouts[number].sizes) > 1 else 0
+    if isinstance(plan, InputPlan):
+        return StepCost(plan.bank, kept + _INDEX_BYTES * rows * len(plan.bags[0]), scratch=scratch)
+    if not isinstance(plan, SumPlan):
+        return StepCost(None, kept, scratch=scratch)
+    bank = schedule.banks[plan.bank]
+    read = sum(len(piece.rows) * units[piece.source] for piece in plan.requests[0].pieces)
+    return StepCost(
+        plan.bank,
+        # Its own message too, and the one that it reads where that is a copy.
+        kept=message + (FLOAT_BYTES * read if _is_copied(plan) else 0),
+        scratch=scratch + message,
+        gathered=read if units[number] > 1 else 0,
+        multiply_adds=rows * bank.num_units * bank.sizes[0],
+    )

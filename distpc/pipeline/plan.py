@@ -1,0 +1,268 @@
+"""Which layout of ranks a run should take on a cluster: memory, traffic and time of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from distpc.circuits.footprint import Footprint
+from distpc.errors import ResourceError
+from distpc.parallel.memory import Layout, share
+from distpc.parallel.traffic import Links, traffic
+from distpc.training.needs import peak_bytes
+
+SLACK = 1.05
+"""Of layouts within this factor of the fastest, the simplest is taken."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run may use.
+
+    Attributes:
+        hosts: machines.
+        gpus_per_host: devices, and so ranks, of one.
+        memory_bytes: of one device that the run may fill.
+        link_gbps: gigabits a second that one device sends to other hosts.
+        host_link_gbps: gigabits a second that one device sends within its host.
+        latency_us: microseconds that any collective operation takes, however small.
+        device_tflops: 1e12 floating-point operations a second that a device reaches in products
+            of matrices.
+    """
+
+    hosts: int
+    gpus_per_host: int
+    memory_bytes: int
+    link_gbps: float = 400.0
+    host_link_gbps: float = 3600.0
+    latency_us: float = 20.0
+    device_tflops: float = 50.0
+
+    @property
+    def num_ranks(self) -> int:
+        """R, one rank a device."""
+        return self.hosts * self.gpus_per_host
+
+    @property
+    def links(self) -> Links:
+        """In bytes."""
+        within, between = self.host_link_gbps * 1e9 / 8, self.link_gbps * 1e9 / 8
+        return Links(self.gpus_per_host, within, between, self.latency_us / 1e6)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained.
+
+    Attributes:
+        costs: the circuit's sizes.
+        batch: samples of a global batch.
+        state_copies: tensors of a parameter's size that the training rule keeps.
+        needs_whole_rows: whether the rule cannot work on shards of ZeRO.
+        message_bytes: of one entry of a message inside sums: 4, or 2 in bfloat16.
+    """
+
+    costs: Footprint
+    batch: int
+    state_copies: int = 0
+    needs_whole_rows: bool = False
+    message_bytes: int = 4
+
+
+@dataclass(frozen=True)
+class Option:
+    """One layout, with the largest micro-batch that fits.
+
+    Attributes:
+        layout: of the ranks.
+        micro_batch: samples that one rank puts through the circuit at once.
+        memory: bytes of one rank at its peak, by what they are for.
+        sent: bytes that one rank sends in a step.
+        compute_seconds, link_seconds: of a step.
+        fits: whether the memory is there.
+    """
+
+    layout: Layout
+    micro_batch: int
+    memory: dict[str, int]
+    sent: int
+    compute_seconds: float
+    link_seconds: float
+    fits: bool
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether training cannot run it yet: sums shared by ranks."""
+        return self.layout.node_axis > 1
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one rank."""
+        return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, nothing hidden behind anything."""
+        return self.compute_seconds + self.link_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "node_axis": self.layout.node_axis,
+            "data_axis": self.layout.data_axis,
+            "zero_stage": self.layout.zero_stage,
+            "micro_batch": self.micro_batch,
+            "bytes_per_rank": {**self.memory, "total": self.peak},
+            "bytes_sent_per_step": self.sent,
+            "compute_seconds": self.compute_seconds,
+            "link_seconds": self.link_seconds,
+            "step_seconds": self.seconds,
+            "fits": self.fits,
+            "runnable": not self.is_planned,
+        }
+
+
+def in_bytes(amount: float) -> str:
+    """Bytes in a unit that suits them."""
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.3g} {unit}"
+        amount /= 1024
+    return f"{amount:,.1f} GiB"
+
+
+def in_words(memory: dict[str, int]) -> str:
+    """Bytes by what they are for."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {in_bytes(size)}" for name, size in memory.items() if size
+    )
+
+
+def options(job: Job, cluster: Cluster) -> list[Option]:
+    """All layouts of the cluster's ranks, fitting ones first, by rising time of a step.
+
+    Raises:
+        ResourceError: fewer samples than ranks.
+    """
+    if cluster.num_ranks > job.batch:
+        raise ResourceError(
+            "there are more devices than samples in a global batch",
+            where="finetune.batch_size",
+            found=f"{job.batch} samples",
+            expected=f"at least {cluster.num_ranks}: {cluster.hosts} x {cluster.gpus_per_host}",
+            fix="raise finetune.batch_size, or plan for fewer nodes",
+        )
+    found = [_option(job, cluster, layout) for layout in _layouts(job, cluster.num_ranks)]
+    return sorted(found, key=lambda o: (not o.fits, o.seconds if o.fits else o.peak))
+
+
+def choose(found: list[Option], cluster: Cluster, *, planned: bool = False) -> Option:
+    """The simplest of the layouts that are nearly as fast as the fastest that fits.
+
+    Args:
+        found: of `options`.
+        cluster: that they are for.
+        planned: whether layouts that cannot run yet may be chosen.
+
+    Raises:
+        ResourceError: none fits; with the least that one needs.
+    """
+    usable = [option for option in found if option.fits and (planned or not option.is_planned)]
+    if usable:
+        fastest = min(option.seconds for option in usable)
+        near = [option for option in usable if option.seconds <= SLACK * fastest]
+        return min(near, key=lambda o: (o.layout.node_axis, o.layout.zero_stage))
+    allowed = [option for option in found if planned or not option.is_planned]
+    least = min(allowed, key=lambda option: option.peak)
+    coming = [option for option in found if option.fits]
+    fix = "more or larger devices, fewer states, or block-diagonal sums (structure.layer=monarch)"
+    if coming:
+        fix += (
+            f"; the planned layout {coming[0].layout.name} would fit, but is not runnable yet "
+            "(--planned shows it)"
+        )
+    raise ResourceError(
+        "no layout fits this circuit onto the cluster",
+        where=f"{cluster.hosts} x {cluster.gpus_per_host} devices",
+        found=f"{in_bytes(cluster.memory_bytes)} usable on a device",
+        expected=f"at least {in_bytes(least.peak)} ({least.layout.name}, "
+        f"micro-batch {least.micro_batch}): " + in_words(least.memory),
+        fix=fix,
+    )
+
+
+def reason(chosen: Option, found: list[Option]) -> str:
+    """Why this layout, in a sentence or two."""
+    fitting = [option for option in found if option.fits and option is not chosen]
+    usable = [option for option in fitting if chosen.is_planned or not option.is_planned]
+    fastest = min(usable, key=lambda option: option.seconds, default=None)
+    if fastest is None:
+        texts = ["the only one that fits"]
+    elif fastest.seconds < chosen.seconds:
+        texts = [f"simpler than the fastest, {fastest.layout.name}, and nearly as fast"]
+    else:
+        factor = fastest.seconds / chosen.seconds
+        texts = [f"the fastest that fits; the next, {fastest.layout.name}, takes {factor:.2f} x"]
+    axis, stage = chosen.layout.node_axis, chosen.layout.zero_stage
+    lacking = [
+        option
+        for option in found
+        if not option.fits and option.layout.node_axis == axis and option.layout.zero_stage < stage
+    ]
+    texts += [f"{o.layout.name} would need {in_bytes(o.peak)}" for o in lacking]
+    coming = [option for option in fitting if option.is_planned and option.seconds < chosen.seconds]
+    if coming and not chosen.is_planned:
+        factor = coming[0].seconds / chosen.seconds
+        texts.append(
+            f"{coming[0].layout.name}, planned and not runnable yet, would take {factor:.2f} x"
+        )
+    return "; ".join(texts)
+
+
+def _layouts(job: Job, num_ranks: int) -> Iterator[Layout]:
+    for node_axis in range(1, num_ranks + 1):
+        if num_ranks % node_axis or job.costs.state_units % node_axis:
+            continue
+        data_axis = num_ranks // node_axis
+        stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(4)
+        for stage in stages:
+            yield Layout(node_axis, data_axis, stage)
+
+
+def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
+    """With the largest micro-batch that fits, or of one sample where none does."""
+    local = share(job.batch, layout.data_axis)
+    pieces = 1
+    while True:
+        micro_batch = share(local, pieces)
+        memory = peak_bytes(
+            job.costs,
+            layout,
+            micro_batch=micro_batch,
+            num_micro_batches=pieces,
+            state_copies=job.state_copies,
+            message_bytes=job.message_bytes,
+        )
+        fits = sum(memory.values()) <= cluster.memory_bytes
+        if fits or micro_batch == 1:
+            break
+        pieces *= 2
+    sent = traffic(
+        job.costs,
+        layout,
+        local_batch=local,
+        num_micro_batches=pieces,
+        message_bytes=job.message_bytes,
+    )
+    # A multiply-add is two operations; backward takes two products for forward's one.
+    operations = 6 * job.costs.multiply_adds * local / layout.node_axis
+    return Option(
+        layout,
+        micro_batch,
+        memory,
+        sent.total,
+        operations / (cluster.device_tflops * 1e12),
+        sent.seconds(layout, cluster.links),
+        fits,
+    )

@@ -1,0 +1,198 @@
+"""`distpc plan`: from a config and a cluster to a table of layouts and a choice."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from distpc.circuits.compiled import compile_graph
+from distpc.circuits.footprint import footprint
+from distpc.config import RunConfig
+from distpc.config.sources import SizesSource
+from distpc.data.shards import colored, source_spec
+from distpc.data.spec import DatasetSpec
+from distpc.pipeline.plan import (
+    Cluster,
+    Job,
+    Option,
+    choose,
+    in_bytes,
+    in_words,
+    options,
+    reason,
+)
+from distpc.training.needs import host_bytes, state_copies
+from distpc.training.structure import sketch
+
+_SHOWN = 12
+"""Rows of the table."""
+
+
+def plan_command(
+    config: RunConfig,
+    cluster: Cluster,
+    *,
+    bfloat16: bool = False,
+    planned: bool = False,
+    as_json: bool = False,
+) -> str:
+    """What `distpc plan` prints.
+
+    Args:
+        config: of the run; its data need not exist where the source is `sizes`.
+        cluster: to plan for.
+        bfloat16: messages between ranks, and those kept for backward, in two bytes an entry.
+        planned: choose among layouts that cannot run yet, too.
+        as_json: print JSON instead of a table.
+
+    Raises:
+        ResourceError: no layout fits.
+        ConfigError, DataError: of the config.
+    """
+    job = job_of(config, 2 if bfloat16 else 4)
+    found = options(job, cluster)
+    chosen = choose(found, cluster, planned=planned)
+    if as_json:
+        return json.dumps(_values(config, job, cluster, found, chosen), indent=2)
+    return "\n".join(_lines(config, job, cluster, found, chosen))
+
+
+def job_of(config: RunConfig, message_bytes: int = 4) -> Job:
+    """What a config trains, from its structure's sizes alone.
+
+    Raises:
+        ConfigError, DataError: the structure does not fit the data, or the data are missing.
+    """
+    spec = planned_spec(config)
+    graph = sketch(config, spec)
+    schedule = compile_graph(graph, spec.num_categories)
+    return Job(
+        costs=footprint(graph, schedule),
+        batch=config.finetune.batch_size,
+        state_copies=state_copies(config.finetune),
+        needs_whole_rows=config.finetune.rule != "online_em",
+        message_bytes=message_bytes,
+    )
+
+
+def planned_spec(config: RunConfig) -> DatasetSpec:
+    """The shape of a config's samples; a source of kind sizes states it without any data."""
+    source = config.data.source
+    if not isinstance(source, SizesSource):
+        return source_spec(config.data)
+    count = source.num_variables
+    shape = source.image_shape
+    if shape is not None:
+        count = shape[0] * shape[1] * shape[2]
+    spec = DatasetSpec(
+        name=config.name,
+        kind="array" if shape is None else "image",
+        num_variables=count,
+        num_categories=(source.num_categories,) * count,
+        image_shape=shape,
+    )
+    return colored(spec, config.data.color)
+
+
+def _lines(
+    config: RunConfig, job: Job, cluster: Cluster, found: list[Option], chosen: Option
+) -> list[str]:
+    layout = chosen.layout
+    lines = [
+        f"circuit    {config.structure.kind}, {job.costs.num_parameters:,} parameters "
+        f"({in_bytes(4 * job.costs.num_parameters)}), "
+        f"{_tera(6 * job.costs.multiply_adds * job.batch)} TFLOP a step "
+        f"of {job.batch:,} samples",
+        f"cluster    {cluster.hosts} x {cluster.gpus_per_host} devices, "
+        f"{in_bytes(cluster.memory_bytes)} usable each, {cluster.device_tflops:g} TFLOP/s, "
+        f"links {cluster.link_gbps:g} Gb/s ({cluster.host_link_gbps:g} within a host)",
+        "",
+        *_table(found, chosen),
+        "",
+        f"take       {layout.name} (node axis x data axis), micro-batch {chosen.micro_batch}",
+        f"why        {reason(chosen, found)}",
+        f"memory     {in_bytes(chosen.peak)} a rank at its peak: {in_words(chosen.memory)}",
+    ]
+    host = host_bytes(job.costs, layout.zero_stage)
+    lines.append(
+        f"host       {in_bytes(host)} a rank to build the circuit, "
+        f"{in_bytes(cluster.gpus_per_host * host)} a machine"
+    )
+    if chosen.is_planned:
+        lines.append("set        planned layout: not runnable yet")
+    else:
+        lines.append(
+            f"set        parallel.num_ranks={cluster.gpus_per_host} (a host) "
+            f"parallel.zero_stage={layout.zero_stage} "
+            f"finetune.micro_batch_size={chosen.micro_batch}"
+        )
+    return lines
+
+
+def _table(found: list[Option], chosen: Option) -> list[str]:
+    head = ("layout", "micro", "a rank", "sent", "links", "compute", "step", "")
+    rows = [head]
+    # All that can run, and the best of those that are to come.
+    shown = [option for option in found if not option.is_planned]
+    shown += [option for option in found if option.is_planned][: _SHOWN - len(shown)]
+    for option in sorted(shown, key=found.index):
+        notes = ["taken"] if option is chosen else []
+        if not option.fits:
+            notes.append("does not fit")
+        if option.is_planned:
+            notes.append("planned")
+        rows.append(
+            (
+                option.layout.name,
+                f"{option.micro_batch:,}",
+                in_bytes(option.peak),
+                in_bytes(option.sent),
+                _time(option.link_seconds),
+                _time(option.compute_seconds),
+                _time(option.seconds),
+                ", ".join(notes),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    left_out = len(found) - (len(rows) - 1)
+    return lines if not left_out else [*lines, f"({left_out} more: --json)"]
+
+
+def _tera(amount: float) -> str:
+    tera = amount / 1e12
+    return f"{tera:,.0f}" if tera >= 10 else f"{tera:.2g}"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:,.2f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+def _values(
+    config: RunConfig, job: Job, cluster: Cluster, found: list[Option], chosen: Option
+) -> dict[str, Any]:
+    return {
+        "config": config.name,
+        "num_parameters": job.costs.num_parameters,
+        "batch": job.batch,
+        "host_bytes_per_rank": host_bytes(job.costs, chosen.layout.zero_stage),
+        "flop_per_step": 6 * job.costs.multiply_adds * job.batch,
+        "cluster": {
+            "nodes": cluster.hosts,
+            "gpus_per_node": cluster.gpus_per_host,
+            "usable_bytes": cluster.memory_bytes,
+            "link_gbps": cluster.link_gbps,
+            "node_link_gbps": cluster.host_link_gbps,
+            "latency_us": cluster.latency_us,
+            "device_tflops": cluster.device_tflops,
+        },
+        "chosen": chosen.to_json(),
+        "why": reason(chosen, found),
+        "layouts": [option.to_json() for option in found],
+    }

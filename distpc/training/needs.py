@@ -1,0 +1,68 @@
+"""Memory that training takes on one rank, before any tensor exists.
+
+Resident bytes come from `parallel.memory`, messages and flows from `circuits.footprint`; here they
+meet in the phases of a step: the backward pass, and the reduction that follows it.
+"""
+
+from __future__ import annotations
+
+from distpc.circuits.footprint import Footprint, backward_peak, shared
+from distpc.config.schema import FinetuneConfig
+from distpc.parallel.memory import FLOAT_BYTES, Layout, bytes_per_rank, engine_bytes
+
+_BUILDING_COPIES = 3
+"""Copies of the largest parameter while random statistics are made and brought to scale."""
+
+
+def state_copies(settings: FinetuneConfig) -> int:
+    """Tensors of a parameter's size that a training rule keeps."""
+    if settings.rule == "anemone":
+        return int(settings.momentum > 0)
+    return 2 if settings.rule == "adam" else 0
+
+
+def peak_bytes(
+    costs: Footprint,
+    layout: Layout,
+    *,
+    micro_batch: int,
+    num_micro_batches: int = 1,
+    state_copies: int = 0,
+    message_bytes: int = FLOAT_BYTES,
+) -> dict[str, int]:
+    """Most bytes that a rank holds at once in a step, by what they are for.
+
+    Args:
+        costs: the circuit's sizes.
+        layout: of the ranks.
+        micro_batch: samples that the rank puts through the circuit at once.
+        num_micro_batches: passes in a step.
+        state_copies: tensors of a parameter's size that the rule keeps.
+        message_bytes: of one entry of a message: 4, or 2 in bfloat16.
+    """
+    sizes = bytes_per_rank(costs.num_parameters, layout, state_copies=state_copies)
+    own = shared(costs, layout.node_axis, message_bytes)
+    flows_stay = layout.zero_stage < 2
+    passing = backward_peak(
+        own,
+        micro_batch,
+        # Weights read out, and the flow before it is added to what is there.
+        bank_copies=2 if flows_stay else 0,
+        keeps_flows=flows_stay,
+        has_flows=num_micro_batches > 1,
+    )
+    during, after = engine_bytes(
+        own.num_parameters, own.largest_bank, layout, accumulates=num_micro_batches > 1
+    )
+    if passing + during >= after:
+        return {**sizes, "messages_and_flows": passing, "buffers": during}
+    return {**sizes, "messages_and_flows": 0, "buffers": after}
+
+
+def host_bytes(costs: Footprint, zero_stage: int) -> int:
+    """Bytes of host memory that one rank takes to build the circuit before it is laid out.
+
+    Every rank makes the whole circuit; under ZeRO 3 a second one for checkpoints.
+    """
+    copies = 2 if zero_stage == 3 else 1
+    return FLOAT_BYTES * (copies * costs.num_parameters + _BUILDING_COPIES * costs.largest_bank)

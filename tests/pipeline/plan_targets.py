@@ -1,0 +1,126 @@
+"""What the planner's tests run on ranks: training steps, with the memory and bytes they took."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distpc.circuits.circuit import Circuit
+from distpc.parallel.collectives import barrier
+from distpc.parallel.engine import Engine
+from distpc.parallel.launch import run_ranks
+from distpc.parallel.mesh import Mesh
+from distpc.structures.hclt import hclt_graph
+from distpc.structures.tree import Tree
+from distpc.training.optimizer import CircuitOptimizer
+
+SMALL = {
+    "num_variables": 4,
+    "num_states": 4,
+    "num_categories": 3,
+    "batch": 4,
+    "micro_batch": 4,
+    "max_fold_bytes": 2**20,
+    "reduce_bucket": 1000,
+}
+STEPS = 3
+
+
+def measure(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Train every case for a few steps; every rank writes what each of them took."""
+    for stage in range(4):
+        # Loads what is loaded at first use.
+        _train({**SMALL, "zero_stage": stage}, mesh)
+    results = [_train(case, mesh) for case in payload["cases"]]
+    Path(payload["out"], f"rank-{mesh.rank}.json").write_text(json.dumps(results))
+
+
+def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
+    """A few steps of an HCLT.
+
+    Returns:
+        peak_bytes: most that the process held in a step, above what it held before all;
+        sent_bytes: that all processes of this network namespace sent in a step;
+        step_seconds: the fastest.
+    """
+    _forget_peak()
+    idle = _status("VmRSS")
+    graph = hclt_graph(Tree.balanced(case["num_variables"]), case["num_states"])
+    categories = [case["num_categories"]] * case["num_variables"]
+    circuit = Circuit(graph, categories, max_fold_bytes=case["max_fold_bytes"])
+    circuit.set_smoothing(1.0, 1.0, 1000)
+    engine = Engine(
+        circuit,
+        CircuitOptimizer(circuit.parameter_groups()),
+        mesh=mesh,
+        zero_stage=case["zero_stage"],
+        reduce_bucket=case["reduce_bucket"],
+    )
+    _forget_peak()
+    # The first pass under ZeRO 3 finds out in which order blocks are gathered.
+    seconds = [_step(engine, case, mesh, 0)]
+    barrier(mesh)
+    before = _loopback_bytes()
+    seconds += [_step(engine, case, mesh, step) for step in range(1, STEPS)]
+    barrier(mesh)
+    sent = _loopback_bytes() - before
+    return {
+        "peak_bytes": _status("VmHWM") - idle,
+        "sent_bytes": sent / (STEPS - 1),
+        "step_seconds": min(seconds),
+    }
+
+
+def _step(engine: Engine, case: dict[str, Any], mesh: Mesh, step: int) -> float:
+    """One global batch; its seconds."""
+    generator = torch.Generator().manual_seed(step)
+    shape = case["batch"], case["num_variables"]
+    x = torch.randint(case["num_categories"], shape, generator=generator)
+    x = x.tensor_split(mesh.world_size)[mesh.rank]
+    begun = time.monotonic()
+    pieces = engine.micro_batches(
+        len(x), global_count=case["batch"], micro_batch=case["micro_batch"]
+    )
+    for piece in pieces:
+        engine.backward(-engine(x[piece]).sum(), global_count=case["batch"])
+    engine.step()
+    return time.monotonic() - begun
+
+
+def _status(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def _forget_peak() -> None:
+    """The peak starts again from what the process holds now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _loopback_bytes() -> int:
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        if line.strip().startswith("lo:"):
+            return int(line.split()[9])
+    return 0
+
+
+if __name__ == "__main__":
+    # num_ranks, folder with payload.json: what a network namespace of its own runs.
+    num_ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
+    run_ranks(
+        "plan_targets:measure",
+        json.loads((folder / "payload.json").read_text()),
+        num_ranks=num_ranks,
+        threads_per_rank=1,
+        log_folder=folder / "logs",
+    )

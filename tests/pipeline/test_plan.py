@@ -1,0 +1,198 @@
+"""The planner: sizes, formulas, choices and refusals."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distpc.circuits.circuit import Circuit
+from distpc.circuits.compiled import compile_graph
+from distpc.circuits.footprint import Footprint, footprint, shared
+from distpc.cli import main
+from distpc.config import load_config
+from distpc.errors import ResourceError
+from distpc.parallel.memory import Layout, bytes_per_rank
+from distpc.parallel.traffic import traffic
+from distpc.pipeline.plan import Cluster, Job, choose, options
+from distpc.pipeline.plan_command import job_of
+from distpc.structures.hmm import hmm
+from distpc.structures.registry import STRUCTURES
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MIB, GIB = 2**20, 2**30
+
+
+def sizes(length: int = 8, num_states: int = 64, num_categories: int = 16) -> Footprint:
+    graph = hmm(length, num_states, tied=False)
+    return footprint(graph, compile_graph(graph, [num_categories] * length, 2**16))
+
+
+def plan(capsys: pytest.CaptureFixture[str], config: str, *more: str) -> tuple[int, str, str]:
+    cluster = ["--nodes", "64", "--gpus-per-node", "8", "--gpu-memory-gib", "80"]
+    status = main(["plan", str(CONFIGS / config), *cluster, *more])
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+@pytest.mark.parametrize("kind", sorted(STRUCTURES))
+def test_sizes_are_those_of_the_circuit(kind: str) -> None:
+    for arguments in STRUCTURES[kind].small.values():
+        graph = STRUCTURES[kind].build(**arguments)
+        categories = [graph.indicated.get(v, 3) for v in range(graph.num_variables)]
+        circuit = Circuit(graph, categories)
+        found = footprint(graph, circuit.schedule)
+        assert found.num_parameters == circuit.num_parameters
+        assert list(found.banks) == [bank.statistics.numel() for bank in circuit.bank_list]
+        products = sum(
+            region.num_units * graph.fan_in(index)
+            for index, region in enumerate(graph.regions)
+            if region.kind == "sum"
+        )
+        assert found.multiply_adds == products
+
+
+def test_real_inputs_keep_moments() -> None:
+    graph = hmm(3, 5, tied=False)
+    circuit = Circuit(graph, [None] * 3)
+    assert footprint(graph, circuit.schedule).num_parameters == circuit.num_parameters
+
+
+def test_bytes_between_steps() -> None:
+    parameters = 1000 * MIB // 4
+    resident = {
+        stage: sum(bytes_per_rank(parameters, Layout(1, 4, stage, MIB)).values()) // MIB
+        for stage in range(4)
+    }
+    # Statistics; a share of them more; and three shares with a bucket.
+    assert resident == {0: 1000, 1: 1250, 2: 1250, 3: 750 + 4}
+    halved = bytes_per_rank(parameters, Layout(2, 2, 0), state_copies=2)
+    assert halved["statistics"] == 500 * MIB and halved["optimizer_state"] == 1000 * MIB
+
+
+@pytest.mark.parametrize(
+    ("stage", "pieces", "payloads"),
+    [(0, 1, 2), (0, 3, 2), (1, 3, 3), (2, 1, 3), (2, 3, 7), (3, 1, 3), (3, 3, 9)],
+)
+def test_bytes_sent_on_the_data_axis(stage: int, pieces: int, payloads: int) -> None:
+    costs = sizes()
+    sent = traffic(costs, Layout(1, 4, stage, 1), local_batch=12, num_micro_batches=pieces)
+    whole = 4 * costs.num_parameters
+    assert sent.messages == 0
+    assert sent.parameters == pytest.approx(payloads * whole * 3 / 4, rel=1e-3)
+
+
+def test_bytes_sent_on_the_node_axis() -> None:
+    """Every sum's product is gathered, and its flow scattered: K entries a sample and step."""
+    costs = sizes(length=8, num_states=64)
+    sent = traffic(costs, Layout(4, 1, 0), local_batch=10, num_micro_batches=1)
+    assert sent.parameters == 0
+    assert sent.messages == 2 * 4 * (7 * 64) * 10 * 3 // 4
+    half = traffic(costs, Layout(4, 1, 0), local_batch=10, num_micro_batches=1, message_bytes=2)
+    assert half.messages == sent.messages // 2
+
+
+def test_shared_rows_divide_everything_but_gathered_messages() -> None:
+    costs = sizes()
+    part = shared(costs, 4)
+    assert part.num_parameters == pytest.approx(costs.num_parameters / 4, rel=0.01)
+    assert part.multiply_adds == costs.multiply_adds / 4
+    assert part.kept == pytest.approx(costs.kept / 4 + 4 * costs.gathered, rel=0.01)
+
+
+def test_the_rule_of_thumb_between_the_axes() -> None:
+    """DESIGN 2.5: sharing rows moves less than ZeRO 3 when batch x uses < about 1.5 K."""
+    costs = sizes(length=8, num_states=64)
+    for batch, shares in ((64, True), (128, False)):
+        rows = traffic(costs, Layout(4, 1, 0), local_batch=batch, num_micro_batches=1)
+        zero = traffic(costs, Layout(1, 4, 3, 1), local_batch=batch // 4, num_micro_batches=1)
+        assert (rows.total < zero.total) == shares
+
+
+def layouts(found: Sequence[Any]) -> set[tuple[int, int, int]]:
+    return {(o.layout.node_axis, o.layout.data_axis, o.layout.zero_stage) for o in found}
+
+
+def test_what_is_offered_and_taken() -> None:
+    job = Job(sizes(), batch=64)
+    cluster = Cluster(1, 4, 10 * GIB)
+    found = options(job, cluster)
+    stages = {(m, 4 // m, stage) for m in (1, 2) for stage in range(4)}
+    assert layouts(found) == stages | {(4, 1, 0)}
+    assert choose(found, cluster).layout == Layout(1, 4, 0)
+    whole_rows = options(Job(sizes(), batch=64, needs_whole_rows=True), cluster)
+    assert layouts(whole_rows) == {(1, 4, 0), (2, 2, 0), (4, 1, 0)}
+
+
+def test_less_memory_means_smaller_pieces_then_more_shards_then_refusal() -> None:
+    job = Job(sizes(length=32, num_states=2048), batch=8192)
+    taken = []
+    for memory in (4 * GIB, 1350 * MIB):
+        cluster = Cluster(1, 4, memory)
+        option = choose(options(job, cluster), cluster)
+        assert option.peak <= memory
+        taken.append((option.layout.zero_stage, option.micro_batch))
+    assert taken == [(0, 2048), (1, 256)]
+    cluster = Cluster(1, 4, 500 * MIB)
+    with pytest.raises(ResourceError) as refused:
+        choose(options(job, cluster), cluster)
+    assert "500 MiB usable" in str(refused.value) and "at least" in str(refused.value)
+
+
+def test_a_matrix_beyond_a_device_is_refused_unless_rows_may_be_shared(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, _, error = plan(capsys, "plan/hmm_131072.yaml")
+    assert status == 2
+    assert "no layout fits" in error and "76.0 GiB usable" in error
+    assert "is not runnable yet" in error and "--planned" in error
+    status, shown, _ = plan(capsys, "plan/hmm_131072.yaml", "--planned")
+    assert status == 0 and "23,767,285,760 parameters" in shown
+    assert "planned layout: not runnable yet" in shown
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        ("plan/hmm_32768.yaml", 32768**2 + 32768 * 50257 + 32768),
+        ("plan/imagenet64_patches.yaml", 255 * 4096**2 + 48 * 4096 * 256 + 4096),
+    ],
+)
+def test_large_configs_as_json(
+    config: str, parameters: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, shown, _ = plan(capsys, config, "--json")
+    values = json.loads(shown)
+    assert status == 0 and values["num_parameters"] == parameters
+    assert values["chosen"]["runnable"] and values["chosen"]["fits"]
+    best = min(v["step_seconds"] for v in values["layouts"] if v["fits"] and v["runnable"])
+    assert values["chosen"]["step_seconds"] <= 1.2 * best
+    for layout in values["layouts"]:
+        parts = layout["bytes_per_rank"]
+        assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
+
+
+def test_bad_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, error = plan(capsys, "digits.yaml")
+    assert status == 2 and "more devices than samples" in error
+    for option in (["--nodes", "0"], ["--gpu-memory-gib", "nan"], ["--link-gbps", "-1"]):
+        with pytest.raises(SystemExit) as ended:
+            plan(capsys, "digits.yaml", *option)
+        assert ended.value.code == 2
+    assert main(["run", str(CONFIGS / "plan" / "hmm_32768.yaml")]) == 2
+    assert "distpc plan" in capsys.readouterr().err
+
+
+def test_dry_run_shows_the_same_arithmetic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(CONFIGS / "digits.yaml")
+    assert main(["run", config, "--out", str(tmp_path), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    job = job_of(load_config(Path(config)))
+    cluster = Cluster(1, 2, GIB)
+    (option,) = [o for o in options(job, cluster) if o.layout == Layout(1, 2, 0)]
+    assert f"total {option.peak:,}" in shown
+    assert np.isclose(option.memory["statistics"], 4 * job.costs.num_parameters)
