@@ -19,6 +19,7 @@ import torch
 from distpc.config.schema import ParallelConfig
 from distpc.errors import ResourceError
 from distpc.parallel import reaper
+from distpc.parallel.mesh import RANK_VARIABLES
 from distpc.parallel.pool import Pool
 from distpc.parallel.processes import python_path
 from distpc.parallel.worker import WorkerHost
@@ -157,7 +158,8 @@ def _start(parallel: ParallelConfig) -> Cluster:
     try:
         # Through the environment, not Ray's runtime environments: those would waste the workers
         # that Ray starts in advance.
-        with _environment(PYTHONPATH=python_path()):
+        # A rank's cluster is no rank: its workers must not take themselves for it.
+        with _environment(PYTHONPATH=python_path(), **dict.fromkeys(RANK_VARIABLES)):
             _ray().init(
                 address="local",
                 num_cpus=num_cpus,
@@ -260,18 +262,22 @@ def _new_folder() -> Path:
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables for the processes that are started in the block."""
+def _environment(**values: str | None) -> Iterator[None]:
+    """Environment variables, unset where None, for the processes that are started in the block."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _ray() -> Any:

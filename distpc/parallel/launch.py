@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 
 from distpc.artifacts.files import write_json
-from distpc.errors import DistpcError, TrainingError
-from distpc.parallel.failures import Failure, read_failure
+from distpc.errors import DistpcError
+from distpc.parallel.failures import Failure, first_own, first_rank, rank_failed, read_failure
 from distpc.parallel.mesh import check_devices, is_rank
-from distpc.parallel.processes import loopback_interface, python_path
+from distpc.parallel.processes import python_path
 from distpc.parallel.rank import error_file, import_target, joined_mesh, log_file
+from distpc.parallel.world import World
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 2.0
-_SHOWN_LINES = 15
 
 
 def run_ranks(
@@ -38,8 +38,9 @@ def run_ranks(
     """Run `target` in R = `num_ranks` processes of this machine, joined in a process group.
 
     The target is called as `function(payload, mesh)` on every rank; the process group is joined
-    before and left after it. Where a launcher (torchrun, deepspeed, a cluster's scheduler)
-    started this process as a rank already, the target is called right here instead.
+    before and left after it. Where a launcher (torchrun, deepspeed) started this process as a
+    rank already, the target runs in the ranks that it started: rank 0 of a `World` calls it on all
+    of them; without a `World` every rank calls this function.
 
     The ranks die with this process, however it dies. Rank 0 writes to this process's terminal,
     the others to `log_folder`/rank-N.log.
@@ -57,6 +58,10 @@ def run_ranks(
         ResourceError: more ranks than GPUs.
     """
     payload = json.loads(json.dumps(payload))
+    if World.current is not None:
+        log_folder.mkdir(parents=True, exist_ok=True)
+        World.current.call(target, payload, threads_per_rank, log_folder)
+        return
     if is_rank():
         with joined_mesh() as mesh:
             import_target(target)(payload, mesh)
@@ -102,10 +107,6 @@ def _environment(rank: int, num_ranks: int, num_threads: int, port: int) -> dict
     }
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    # Gloo otherwise looks up this host's own name, which containers often cannot resolve.
-    interface = loopback_interface()
-    if interface is not None:
-        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     return environment
 
 
@@ -160,25 +161,17 @@ def _error(failed: dict[int, int], num_ranks: int, log_folder: Path) -> DistpcEr
         failure = read_failure(error_file(log_folder, rank))
         if failure is not None:
             failures[rank] = failure
-    by_time = sorted(failures, key=lambda rank: failures[rank].time)
-    for rank in by_time:
-        own = failures[rank].error
-        if own is not None:
-            return own
-    killed = [rank for rank, code in failed.items() if code < 0]
-    unexplained = [rank for rank in failed if rank not in failures]
-    rank = (killed or by_time or unexplained)[0]
+    own = first_own(failures)
+    if own is not None:
+        return own
+    killed = next((rank for rank, code in failed.items() if code < 0), None)
+    first = first_rank(failures) if killed is None else killed
+    rank = next(iter(failed)) if first is None else first
+    log = log_file(log_folder, rank)
     if rank in failures:
-        how, shown = f"failed: {failures[rank].summary}", failures[rank].trace
-    else:
-        how, shown = _manner(failed[rank]), _tail(log_file(log_folder, rank))
-    return TrainingError(
-        f"training rank {rank} of {num_ranks} {how}",
-        where=log_file(log_folder, rank),
-        found="\n".join(["", *shown.strip().splitlines()[-_SHOWN_LINES:]]) or None,
-        expected="every rank to end without an error",
-        fix="mend the cause, then run the same command again: finished work is kept",
-    )
+        failure = failures[rank]
+        return rank_failed(rank, num_ranks, f"failed: {failure.summary}", failure.trace, log)
+    return rank_failed(rank, num_ranks, _manner(failed[rank]), _tail(log), log)
 
 
 def _manner(code: int) -> str:
