@@ -20,6 +20,7 @@ from distpc.config.schema import ParallelConfig
 from distpc.errors import ResourceError
 from distpc.parallel import reaper
 from distpc.parallel.mesh import RANK_VARIABLES
+from distpc.parallel.placement import RankHosts
 from distpc.parallel.pool import Pool
 from distpc.parallel.processes import python_path
 from distpc.parallel.worker import WorkerHost
@@ -105,6 +106,14 @@ class Cluster:
     def put(self, value: Any) -> Any:
         """Store `value` once for all workers; the handle goes inside items or kwargs."""
         return _ray().put(value)
+
+    def rank_hosts(self, num_ranks: int, num_cpus: int, seconds: float) -> RankHosts:
+        """Places for `num_ranks` training ranks of `num_cpus` CPUs each; see `RankHosts`."""
+        return RankHosts(_ray(), num_ranks, num_cpus, seconds)
+
+    def address(self) -> str:
+        """The address of this machine by which others of the cluster reach it."""
+        return str(_ray().util.get_node_ip_address())
 
     def close(self) -> None:
         """Leave the cluster; end it if it is this process's own. Idempotent.
