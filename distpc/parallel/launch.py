@@ -1,4 +1,4 @@
-"""Start the training ranks of this machine, watch them, and leave none behind."""
+"""Start the training ranks, here or on a Ray cluster, watch them, and leave none behind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_ranks(
     log_folder: Path,
     join_seconds: float = 300.0,
 ) -> None:
-    """Run `target` in R = `num_ranks` processes of this machine, joined in a process group.
+    """Run `target` in R = `num_ranks` processes, joined in a process group.
 
     The target is called as `function(payload, mesh)` on every rank; the process group is joined
     before and left after it. Where a launcher (torchrun, deepspeed) started this process as a
