@@ -350,18 +350,23 @@ def _load(options: argparse.Namespace) -> tuple[RunConfig, Path]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from distpc.parallel.mesh import is_main_process
     from distpc.pipeline.describe import describe, summarize
     from distpc.pipeline.runner import Pipeline
 
     config, folder = _load(options)
     pipeline = Pipeline(config, folder)
     if options.dry_run:
-        print(describe(pipeline, options.stage))
-        pipeline.check()
+        # Under a launcher every rank runs this command, and one speaks.
+        if is_main_process():
+            print(describe(pipeline, options.stage))
+            pipeline.check()
     elif options.stage:
         pipeline.run_stage(options.stage)
     else:
-        print(summarize(pipeline.run(), pipeline.folder))
+        report = pipeline.run()
+        if report is not None:
+            print(summarize(report, pipeline.folder))
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -298,6 +298,13 @@ class ParallelConfig(Section):
     """GPUs, or a fraction of one, that Ray reserves for one worker."""
     max_worker_restarts: int = Field(default=3, ge=0)
     """Times that one shard is tried again after a worker that held it died."""
+    join_seconds: float = Field(default=300.0, gt=0)
+    """Time that all ranks have to join, under a launcher or on a Ray cluster."""
+    lost_seconds: float = Field(default=120.0, ge=2)
+    """A rank that a launcher started and that gives no sign of life for this long is lost: all
+    ranks end."""
+    wait_seconds: float = Field(default=86400.0, gt=0)
+    """Time that the other ranks wait for rank 0 to finish one stage that it runs alone."""
 
 
 class RunConfig(Section):

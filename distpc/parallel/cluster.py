@@ -19,6 +19,8 @@ import torch
 from distpc.config.schema import ParallelConfig
 from distpc.errors import ResourceError
 from distpc.parallel import reaper
+from distpc.parallel.mesh import RANK_VARIABLES
+from distpc.parallel.placement import RankHosts
 from distpc.parallel.pool import Pool
 from distpc.parallel.processes import python_path
 from distpc.parallel.worker import WorkerHost
@@ -105,6 +107,14 @@ class Cluster:
         """Store `value` once for all workers; the handle goes inside items or kwargs."""
         return _ray().put(value)
 
+    def rank_hosts(self, num_ranks: int, num_cpus: int, seconds: float) -> RankHosts:
+        """Places for `num_ranks` training ranks of `num_cpus` CPUs each; see `RankHosts`."""
+        return RankHosts(_ray(), num_ranks, num_cpus, seconds)
+
+    def address(self) -> str:
+        """The address of this machine by which others of the cluster reach it."""
+        return str(_ray().util.get_node_ip_address())
+
     def close(self) -> None:
         """Leave the cluster; end it if it is this process's own. Idempotent.
 
@@ -157,7 +167,8 @@ def _start(parallel: ParallelConfig) -> Cluster:
     try:
         # Through the environment, not Ray's runtime environments: those would waste the workers
         # that Ray starts in advance.
-        with _environment(PYTHONPATH=python_path()):
+        # A rank's cluster is no rank: its workers must not take themselves for it.
+        with _environment(PYTHONPATH=python_path(), **dict.fromkeys(RANK_VARIABLES)):
             _ray().init(
                 address="local",
                 num_cpus=num_cpus,
@@ -260,18 +271,22 @@ def _new_folder() -> Path:
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables for the processes that are started in the block."""
+def _environment(**values: str | None) -> Iterator[None]:
+    """Environment variables, unset where None, for the processes that are started in the block."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _ray() -> Any:

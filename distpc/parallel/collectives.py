@@ -7,15 +7,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distpc.parallel.mesh import Mesh
+from distpc.parallel.mesh import Mesh, name_interface
 
 T = TypeVar("T")
 
 
-def start(mesh: Mesh) -> None:
+def start(mesh: Mesh, store: dist.Store | None = None) -> None:
     """Join the process group of the mesh: gloo for CPU tensors, nccl for GPU tensors.
 
     Idempotent. A mesh of one process gets a group of its own that opens no port.
+
+    Args:
+        mesh: this process among the ranks.
+        store: where the ranks find each other; default: the one that the environment names.
     """
     if dist.is_initialized():
         return
@@ -25,7 +29,8 @@ def start(mesh: Mesh) -> None:
     if mesh.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, rank=mesh.rank, world_size=mesh.world_size)
+        name_interface()
+        dist.init_process_group(backend, store=store, rank=mesh.rank, world_size=mesh.world_size)
 
 
 def finish() -> None:

@@ -1,4 +1,4 @@
-"""Start the training ranks of this machine, watch them, and leave none behind."""
+"""Start the training ranks, here or on a Ray cluster, watch them, and leave none behind."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from distpc.artifacts.files import write_json
-from distpc.errors import DistpcError, TrainingError
-from distpc.parallel.failures import Failure, read_failure
-from distpc.parallel.mesh import check_devices, is_rank
-from distpc.parallel.processes import loopback_interface, python_path
+from distpc.config.schema import ParallelConfig
+from distpc.errors import DistpcError
+from distpc.parallel.failures import Failure, first_own, first_rank, rank_failed, read_failure
+from distpc.parallel.mesh import check_devices, is_rank, launcher_name
+from distpc.parallel.processes import python_path
 from distpc.parallel.rank import error_file, import_target, joined_mesh, log_file
+from distpc.parallel.world import World
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 2.0
-_SHOWN_LINES = 15
+_PAYLOAD = "payload.json"
 
 
 def run_ranks(
@@ -34,15 +38,18 @@ def run_ranks(
     num_ranks: int,
     threads_per_rank: int,
     log_folder: Path,
+    join_seconds: float = 300.0,
 ) -> None:
-    """Run `target` in R = `num_ranks` processes of this machine, joined in a process group.
+    """Run `target` in R = `num_ranks` processes, joined in a process group.
 
     The target is called as `function(payload, mesh)` on every rank; the process group is joined
-    before and left after it. Where a launcher (torchrun, deepspeed, a cluster's scheduler)
-    started this process as a rank already, the target is called right here instead.
+    before and left after it. Where a launcher (torchrun, deepspeed) started this process as a
+    rank already, the target runs in the ranks that it started: rank 0 of a `World` calls it on all
+    of them; without a `World` every rank calls this function.
 
-    The ranks die with this process, however it dies. Rank 0 writes to this process's terminal,
-    the others to `log_folder`/rank-N.log.
+    With RAY_ADDRESS in the environment the ranks run on that Ray cluster, which has to see
+    `log_folder`; otherwise on this machine. They die with this process, however it dies. Rank 0
+    writes to this process's terminal, the others to `log_folder`/rank-N.log.
 
     Args:
         target: `module:function`, importable from this process's sys.path.
@@ -50,107 +57,188 @@ def run_ranks(
         num_ranks: processes to start.
         threads_per_rank: CPU threads of each.
         log_folder: for logs and errors; made if missing.
+        join_seconds: to wait for places on a Ray cluster.
 
     Raises:
         DistpcError: of the kind and with the fields that a rank raised.
         TrainingError: a rank failed in another way or was killed; the other ranks are gone.
-        ResourceError: more ranks than GPUs.
+        ResourceError: more ranks than GPUs, or no room on the cluster.
     """
     payload = json.loads(json.dumps(payload))
+    if World.current is not None:
+        log_folder.mkdir(parents=True, exist_ok=True)
+        World.current.call(target, payload, threads_per_rank, log_folder)
+        return
     if is_rank():
         with joined_mesh() as mesh:
             import_target(target)(payload, mesh)
         return
-    check_devices(num_ranks)
     log_folder.mkdir(parents=True, exist_ok=True)
     for stale in [*log_folder.glob("error-*.json"), *log_folder.glob("rank-*.log")]:
         stale.unlink()
-    payload_file = log_folder / "payload.json"
-    write_json(payload_file, payload)
-
-    # This process holds the ranks' store, on a port that the kernel chose: no race for a free
-    # port, and the port closes with this process.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(num_ranks):
-            arguments = [target, str(payload_file), str(log_folder), str(rank)]
-            arguments += [str(threads_per_rank), str(os.getpid())]
-            environment = _environment(rank, num_ranks, threads_per_rank, store.port)
-            ranks.append(_start(arguments, environment, log_folder, rank))
-        failed = _wait(ranks)
-    finally:
-        _kill(ranks)
-        del store
+    write_json(log_folder / _PAYLOAD, payload)
+    job = _Job(target, num_ranks, threads_per_rank, log_folder)
+    on_cluster = launcher_name() == "ray"
+    failed = _run_on_cluster(job, join_seconds) if on_cluster else _run_here(job)
     if failed:
         raise _error(failed, num_ranks, log_folder)
 
 
-def _environment(rank: int, num_ranks: int, num_threads: int, port: int) -> dict[str, str]:
-    environment = dict(os.environ)
-    environment |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": str(num_threads),
-        "PYTHONPATH": python_path(),
-        "PYTHONUNBUFFERED": "1",
-    }
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    # Gloo otherwise looks up this host's own name, which containers often cannot resolve.
-    interface = loopback_interface()
-    if interface is not None:
-        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-    return environment
+@dataclass(frozen=True)
+class _Job:
+    """What `run_ranks` was asked for."""
+
+    target: str
+    num_ranks: int
+    num_threads: int
+    log_folder: Path
+
+    def arguments(self, rank: int) -> list[str]:
+        """Those of distpc.parallel.rank, but for the last: the parent's process id."""
+        folder = self.log_folder.absolute()
+        return [self.target, str(folder / _PAYLOAD), str(folder), str(rank), str(self.num_threads)]
+
+    def environment(self, rank: int, local_rank: int, host: str, port: int) -> dict[str, str]:
+        """Variables of a rank, beside those of the process that starts it."""
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.num_ranks),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "OMP_NUM_THREADS": str(self.num_threads),
+            "PYTHONPATH": python_path(),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if not torch.cuda.is_available():
+            environment["DS_ACCELERATOR"] = "cpu"
+        return environment
 
 
-def _start(
-    arguments: list[str], environment: dict[str, str], log_folder: Path, rank: int
-) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "distpc.parallel.rank", *arguments]
+def _run_here(job: _Job) -> dict[int, int]:
+    """Run the ranks on this machine; exit codes of the failed."""
+    check_devices(job.num_ranks)
+    # This process holds the ranks' store, on a port that the kernel chose: no race for a free
+    # port, and the port closes with this process.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks: list[_LocalRank] = []
+    try:
+        for rank in range(job.num_ranks):
+            environment = job.environment(rank, rank, "127.0.0.1", store.port)
+            environment["LOCAL_WORLD_SIZE"] = str(job.num_ranks)
+            output = log_file(job.log_folder, rank) if rank > 0 else None
+            ranks.append(_LocalRank(job.arguments(rank), environment, output))
+        return _wait(ranks)
+    finally:
+        for started in ranks:
+            started.end()
+        del store
+
+
+def _run_on_cluster(job: _Job, join_seconds: float) -> dict[int, int]:
+    """Run the ranks on the cluster at RAY_ADDRESS; exit codes of the failed."""
+    from distpc.parallel.cluster import Cluster
+
+    request = ParallelConfig(num_workers=1, cpus_per_worker=job.num_threads)
+    spoken = job.log_folder / "terminal.txt"
+    spoken.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
-        output = None
-        if rank > 0:
-            output = stack.enter_context(log_file(log_folder, rank).open("ab"))
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the ranks.
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+        cluster = stack.enter_context(Cluster.connect(request))
+        host = cluster.address()
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        hosts = cluster.rank_hosts(job.num_ranks, job.num_threads, join_seconds)
+        stack.callback(hosts.close)
+        ranks = []
+        for rank in range(job.num_ranks):
+            # Ray shows a rank no GPU but its own: that is number 0 for each.
+            environment = job.environment(rank, 0, host, store.port)
+            output = log_file(job.log_folder, rank) if rank > 0 else spoken
+            ranks.append(hosts.start(job.arguments(rank), environment, output.absolute()))
+            stack.callback(ranks[-1].end)
+        with _Relay(spoken) as relay:
+            failed = _wait(ranks, relay.pass_on)
+        del store
+    return failed
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> dict[int, int]:
+class _Rank(Protocol):
+    """A rank that was started somewhere."""
+
+    def poll(self) -> int | None:
+        """Its exit status, negative if a signal ended it; None while it runs."""
+
+    def end(self) -> None:
+        """Kill it if it runs."""
+
+
+class _LocalRank:
+    """A rank as a process of this machine."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path | None) -> None:
+        command = [sys.executable, "-m", "distpc.parallel.rank", *arguments, str(os.getpid())]
+        with contextlib.ExitStack() as stack:
+            output = stack.enter_context(log.open("ab")) if log is not None else None
+            # A session of its own: Ctrl-C reaches the parent alone, which then ends the ranks.
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def end(self) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class _Relay:
+    """Passes on what a rank elsewhere writes into a file, to this process's stderr."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._at = 0
+
+    def pass_on(self) -> None:
+        """Pass on what is new."""
+        if self._path.is_file():
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                text = file.read()
+            self._at += len(text)
+            sys.stderr.write(text.decode(errors="replace"))
+            sys.stderr.flush()
+
+    def __enter__(self) -> _Relay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pass_on()
+
+
+def _wait(ranks: Sequence[_Rank], meanwhile: Callable[[], None] | None = None) -> dict[int, int]:
     """Wait until all ranks succeeded or one failed; exit codes of the failed, by rank."""
     deadline = None
     while True:
         codes = {rank: process.poll() for rank, process in enumerate(ranks)}
-        failed = {rank: code for rank, code in codes.items() if code not in (None, 0)}
+        failed = {rank: code for rank, code in codes.items() if code is not None and code != 0}
         if None not in codes.values():
-            return {rank: code for rank, code in failed.items() if code is not None}
+            return failed
         if failed and deadline is None:
             # The first to be seen need not be the first that failed: let the others report.
             deadline = time.monotonic() + _GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
-            return {rank: code for rank, code in failed.items() if code is not None}
+            return failed
+        if meanwhile is not None:
+            meanwhile()
         time.sleep(_POLL_SECONDS)
-
-
-def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
-    for process in ranks:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    for process in ranks:
-        process.wait()
 
 
 def _error(failed: dict[int, int], num_ranks: int, log_folder: Path) -> DistpcError:
@@ -160,25 +248,17 @@ def _error(failed: dict[int, int], num_ranks: int, log_folder: Path) -> DistpcEr
         failure = read_failure(error_file(log_folder, rank))
         if failure is not None:
             failures[rank] = failure
-    by_time = sorted(failures, key=lambda rank: failures[rank].time)
-    for rank in by_time:
-        own = failures[rank].error
-        if own is not None:
-            return own
-    killed = [rank for rank, code in failed.items() if code < 0]
-    unexplained = [rank for rank in failed if rank not in failures]
-    rank = (killed or by_time or unexplained)[0]
+    own = first_own(failures)
+    if own is not None:
+        return own
+    killed = next((rank for rank, code in failed.items() if code < 0), None)
+    first = first_rank(failures) if killed is None else killed
+    rank = next(iter(failed)) if first is None else first
+    log = log_file(log_folder, rank)
     if rank in failures:
-        how, shown = f"failed: {failures[rank].summary}", failures[rank].trace
-    else:
-        how, shown = _manner(failed[rank]), _tail(log_file(log_folder, rank))
-    return TrainingError(
-        f"training rank {rank} of {num_ranks} {how}",
-        where=log_file(log_folder, rank),
-        found="\n".join(["", *shown.strip().splitlines()[-_SHOWN_LINES:]]) or None,
-        expected="every rank to end without an error",
-        fix="mend the cause, then run the same command again: finished work is kept",
-    )
+        failure = failures[rank]
+        return rank_failed(rank, num_ranks, f"failed: {failure.summary}", failure.trace, log)
+    return rank_failed(rank, num_ranks, _manner(failed[rank]), _tail(log), log)
 
 
 def _manner(code: int) -> str:

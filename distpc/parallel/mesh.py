@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from distpc.errors import ResourceError
+from distpc.errors import ConfigError, ResourceError
+from distpc.parallel.processes import interface_towards
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,80 @@ class Mesh:
         )
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher told this process: its place among the ranks, and where their store is.
+
+    Attributes:
+        launcher: torchrun, deepspeed, or `other`.
+        rank: number of this process, 0 <= rank < world_size.
+        world_size: number of processes R.
+        host: where the ranks' store is.
+        port: of the store.
+        has_store: whether the launcher itself holds the store; otherwise rank 0 opens it.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    host: str
+    port: int
+    has_store: bool
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """What the environment says; asks no device.
+
+        Raises:
+            ConfigError: it names a rank, but not the other things, or no numbers.
+        """
+        try:
+            return cls(
+                launcher_name(),
+                int(os.environ["RANK"]),
+                int(os.environ["WORLD_SIZE"]),
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            )
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                "the environment describes a rank, but not wholly",
+                where=f"variables {', '.join(RANK_VARIABLES)}",
+                found=f"{type(error).__name__}: {error}",
+                expected="what torchrun or deepspeed set",
+                fix="start distpc by launch/torchrun.sh or launch/deepspeed.sh, or unset them",
+            ) from error
+
+
+def launcher_name() -> str:
+    """What starts the ranks: torchrun, deepspeed, other, a Ray cluster, or distpc itself."""
+    if not is_rank():
+        return "ray" if "RAY_ADDRESS" in os.environ else "distpc"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    return "deepspeed" if "CROSS_RANK" in os.environ else "other"
+
+
+def launched_ranks() -> int | None:
+    """How many ranks a launcher started, of which this process is one; None without one."""
+    return Launch.from_environment().world_size if is_rank() else None
+
+
 def is_rank() -> bool:
     """Whether a launcher started this process as one of several training processes."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def name_interface() -> None:
+    """Have gloo speak through the interface that leads to rank 0's machine.
+
+    It otherwise looks up this host's own name, which containers often cannot resolve. A value of
+    GLOO_SOCKET_IFNAME that is set already stays.
+    """
+    interface = interface_towards(os.environ.get("MASTER_ADDR", ""))
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def is_main_process() -> bool:

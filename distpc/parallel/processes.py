@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
+import itertools
 import os
 import signal
 import socket
+import struct
 import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_SIOCGIFADDR = 0x8915
+_LAUNCHERS = (b"torchrun", b"torch.distributed", b"deepspeed")
 
 
 def python_path() -> str:
@@ -39,3 +45,56 @@ def loopback_interface() -> str | None:
     """Name of the network interface that leads to this machine itself, if there is one."""
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in names if name.startswith("lo")), None)
+
+
+def interface_towards(host: str) -> str | None:
+    """Name of the network interface from which this machine speaks to `host` (IPv4), if known."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Nothing is sent: connecting a datagram socket only chooses the way.
+        probe.connect((host, 9))
+        address = probe.getsockname()[0]
+        if address.startswith("127."):
+            return loopback_interface()
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def launcher_chain() -> list[int]:
+    """This process, the one that started it, and those above that are Python launchers too.
+
+    A launcher may work through a process of its own on each machine (deepspeed does), whose
+    ranks must not outlive the one that the user started.
+    """
+    chain = [os.getpid(), os.getppid()]
+    while (above := _parent(chain[-1])) > 1 and _is_launcher(above):
+        chain.append(above)
+    return chain
+
+
+def still_holds(chain: list[int]) -> bool:
+    """Whether every process of `launcher_chain` is still the child of the next."""
+    return all(_parent(child) == parent for child, parent in itertools.pairwise(chain))
+
+
+def _parent(process: int) -> int:
+    """The parent's number; 0 if the process is gone or this is no Linux."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    # The name, in parentheses, may hold anything.
+    return int(text.rpartition(")")[2].split()[1])
+
+
+def _is_launcher(process: int) -> bool:
+    try:
+        name = Path(f"/proc/{process}/exe").readlink().name
+        words = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return name.startswith("python") and any(word in words for word in _LAUNCHERS)

@@ -25,8 +25,10 @@ from distpc.artifacts import (
     write_json,
 )
 from distpc.config import RunConfig, dump_config
-from distpc.errors import ArtifactError, ConfigError, FormatVersionError
-from distpc.parallel.mesh import is_rank
+from distpc.errors import ArtifactError, FormatVersionError
+from distpc.parallel.greeting import code_fingerprint
+from distpc.parallel.mesh import is_rank, launched_ranks, launcher_name
+from distpc.parallel.world import World
 from distpc.pipeline.stages import STAGES
 
 ATTEMPT = ".attempt.json"
@@ -56,6 +58,12 @@ class Pipeline:
     """
 
     def __init__(self, config: RunConfig, folder: Path, stages: tuple[Stage, ...] = STAGES) -> None:
+        self.configured_ranks = config.parallel.num_ranks
+        num_ranks = launched_ranks()
+        if num_ranks is not None:
+            # The ranks are there already, however many the configuration asks for.
+            parallel = config.parallel.model_copy(update={"num_ranks": num_ranks})
+            config = config.model_copy(update={"parallel": parallel})
         self.config = config
         self.folder = folder.absolute()
         self.stages = {stage.name: stage for stage in stages if stage.applies(config)}
@@ -79,16 +87,19 @@ class Pipeline:
             steps.append(self._step(stage, fingerprints[stage.name]))
         return steps
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any] | None:
         """Run every stage that is not done and write report.json.
 
         Returns:
-            The report.
+            The report; None on ranks above 0 where a launcher started several.
         """
-        self.check()
-        with self._owned():
-            self.run_stages()
-            return self._write_report()
+        with self._leading("run") as leads:
+            if not leads:
+                return None
+            self.check()
+            with self._owned():
+                self.run_stages()
+                return self._write_report()
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is written or removed.
@@ -112,33 +123,65 @@ class Pipeline:
             for step in self.steps():
                 self._bring_up(step)
 
-    def run_stage(self, name: str) -> Artifact:
+    def run_stage(self, name: str) -> Artifact | None:
         """Run one stage, whose inputs must be done.
+
+        Returns:
+            Its result; None on ranks above 0 where a launcher started several.
 
         Raises:
             ArtifactError: an input is missing or stale, or the config needs no such stage.
         """
-        self.check()
-        with self._owned():
-            steps = {step.stage.name: step for step in self.steps()}
-            if name not in steps:
+        with self._leading(name) as leads:
+            if not leads:
+                return None
+            self.check()
+            with self._owned():
+                return self._run_stage(name)
+
+    def _run_stage(self, name: str) -> Artifact:
+        steps = {step.stage.name: step for step in self.steps()}
+        if name not in steps:
+            raise ArtifactError(
+                f"this configuration has no stage '{name}'",
+                where=self.folder,
+                found=f"teacher.kind={self.config.teacher.kind}, "
+                f"finetune.initialization={self.config.finetune.initialization}",
+            )
+        for needed in self._inputs(self.stages[name]):
+            if steps[needed].state != "done":
                 raise ArtifactError(
-                    f"this configuration has no stage '{name}'",
-                    where=self.folder,
-                    found=f"teacher.kind={self.config.teacher.kind}, "
-                    f"finetune.initialization={self.config.finetune.initialization}",
+                    f"stage '{name}' needs stage '{needed}', which is {steps[needed].state}",
+                    where=steps[needed].folder,
+                    fix=f"run `distpc {needed} CONFIG`, or `distpc run CONFIG` for all stages",
                 )
-            for needed in self._inputs(self.stages[name]):
-                if steps[needed].state != "done":
-                    raise ArtifactError(
-                        f"stage '{name}' needs stage '{needed}', which is {steps[needed].state}",
-                        where=steps[needed].folder,
-                        fix=f"run `distpc {needed} CONFIG`, or `distpc run CONFIG` for all stages",
-                    )
-            artifact = self._bring_up(steps[name])
-            if name == "evaluate":
-                self._write_report()
-            return artifact
+        artifact = self._bring_up(steps[name])
+        if name == "evaluate":
+            self._write_report()
+        return artifact
+
+    @contextlib.contextmanager
+    def _leading(self, command: str) -> Iterator[bool]:
+        """Whether this process runs the stages: alone, or as rank 0 of those of a launcher.
+
+        Ranks above 0 have done their part when the block begins.
+        """
+        if not is_rank():
+            yield True
+            return
+        from distpc.inference.report import versions
+
+        facts = {
+            "command": command,
+            "config": self.config.model_dump(mode="json"),
+            "run folder": str(self.folder),
+            "code of distpc": code_fingerprint(),
+            "version of": versions(),
+        }
+        with World.joined(self.config.parallel, facts) as world:
+            if not world.leads:
+                world.follow()
+            yield world.leads
 
     def _inputs(self, stage: Stage) -> list[str]:
         return [name for name in stage.inputs if name in self.stages]
@@ -178,13 +221,6 @@ class Pipeline:
     @contextlib.contextmanager
     def _owned(self) -> Iterator[None]:
         """Hold the run folder, cleared of what dead owners left half done."""
-        if is_rank():
-            raise ConfigError(
-                "this process was started as one rank of several",
-                where="the environment (a launcher such as torchrun)",
-                expected="one process, which starts the training ranks itself",
-                fix="run `distpc run CONFIG parallel.num_ranks=N` without a launcher",
-            )
         with RunLock(self.folder):
             for trash in self.folder.glob(f"{TRASH}*"):
                 shutil.rmtree(trash)
@@ -239,6 +275,11 @@ class Pipeline:
         link.symlink_to(Path("finetune") / "model")
         link.replace(self.folder / "model")
         report = build_report(self.folder, self.config, self._stage_facts())
+        report["ranks"] = {
+            "started_by": launcher_name(),
+            "num_ranks": self.config.parallel.num_ranks,
+            "configured": self.configured_ranks,
+        }
         write_report(self.folder / "report.json", report)
         return report
 

@@ -30,6 +30,7 @@ def run(ctx: StageContext) -> None:
                 num_ranks=ctx.config.parallel.num_ranks,
                 threads_per_rank=ctx.config.parallel.threads_per_rank,
                 log_folder=ctx.out / "logs",
+                join_seconds=ctx.config.parallel.join_seconds,
             )
         elif is_main_process():
             _save_control(ctx)

@@ -59,6 +59,7 @@ def run(ctx: StageContext) -> None:
             num_ranks=parallel.num_ranks,
             threads_per_rank=parallel.threads_per_rank,
             log_folder=ctx.out / "logs",
+            join_seconds=parallel.join_seconds,
         )
     results = read_json(ctx.out / RESULTS)
     ctx.metadata.update(results)

@@ -7,7 +7,7 @@ import pytest
 
 from distpc.artifacts import Artifact, Stage, StageContext, fingerprint, read_json, write_json
 from distpc.config import RunConfig, parse_config
-from distpc.errors import ArtifactError, ConfigError, FormatVersionError
+from distpc.errors import ArtifactError, FormatVersionError
 from distpc.pipeline.runner import Pipeline
 
 HERE = __name__
@@ -148,13 +148,6 @@ def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
 
 def identity_of_source(config: RunConfig, folder: Path) -> str:
     return (folder.parent.parent / "source.txt").read_text()
-
-
-def test_a_rank_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="one rank of several"):
-        Pipeline(config(), tmp_path, STAGES).run_stage("numbers")
 
 
 def test_one_stage_needs_its_inputs(tmp_path: Path) -> None:

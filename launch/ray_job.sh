@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The whole pipeline as one job on a running Ray cluster; training on a placement group in it.
+#
+#   RAY_AUTH_MODE=token ray start --head        once; first `ray get-auth-token --generate`
+#   launch/ray_job.sh configs/digits.yaml --out /shared/runs/digits
+#
+# This source tree goes to the cluster as the job's working directory; its Python needs distpc's
+# dependencies (`pip install 'distpc[jobs]'` there too). CONFIG lies in this tree or, like --out
+# (default: runs/NAME below the folder from which you call), where all machines see it.
+# The job outlives this command: `ray job stop ID` ends it, the same command continues it.
+#
+# RAY_API_SERVER_ADDRESS  of the cluster (http://127.0.0.1:8265)
+# RAY_AUTH_MODE           token (default) or disabled, as the cluster was started; the token comes
+#                         from RAY_AUTH_TOKEN or ~/.ray/auth_token
+# JOB_PYTHON              Python of the cluster (python)
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+take_arguments "$@"
+setup_environment jobs
+
+export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}" RAY_USAGE_STATS_ENABLED=0
+if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ]; then
+    "$VENV/bin/ray" get-auth-token --generate >/dev/null
+fi
+case " ${ARGS[*]:-} " in
+*" --out"*) ;;
+*) ARGS+=(--out "$PWD/runs/$(sed -n 's/^name: *//p' "$CONFIG")") ;;
+esac
+excludes='[".git", ".venv", "runs", "data", "*.pyc", "docs/*.png"]'
+exec "$VENV/bin/ray" job submit \
+    --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" \
+    --runtime-env-json "{\"working_dir\": \"$REPO\", \"excludes\": $excludes}" \
+    -- "${JOB_PYTHON:-python}" -m distpc run "${CONFIG#"$REPO/"}" "${ARGS[@]}"

@@ -1,0 +1,177 @@
+"""The same configuration and command, started by each launcher, gives the same result."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from distpc.parallel import reaper
+from distpc.parallel.processes import python_path
+
+ROOT = Path(__file__).parents[2]
+HCLT = [
+    str(ROOT / "configs" / "digits_hclt.yaml"),
+    *["structure.num_states=4", "finetune.num_epochs=1", "evaluate.num_pictures=4"],
+]
+DIGITS = [
+    str(ROOT / "configs" / "digits.yaml"),
+    *["teacher.mae.num_epochs=1", "latents.num_clusters=16", "finetune.num_epochs=3"],
+    *["evaluate.num_pictures=4"],
+]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **variables}
+
+
+def torchrun(num_ranks: int = 2) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--local-addr", "127.0.0.1", "--nproc-per-node", str(num_ranks), "-m"]
+
+
+def deepspeed() -> list[str]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return [*launcher, *address, "--no_local_rank", "--module"]
+
+
+def run(launcher: list[str], out: Path, arguments: list[str], **variables: str) -> dict[str, Any]:
+    command = [*launcher, "distpc", "run", *arguments, "--out", str(out)]
+    result = subprocess.run(
+        command, env=environment(**variables), capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def test_torchrun_gives_what_one_process_gives(tmp_path: Path) -> None:
+    local = [sys.executable, "-m"]
+    alone = run(local, tmp_path / "alone", [*HCLT, "parallel.num_ranks=1"])
+    ranks = run(torchrun(), tmp_path / "ranks", [*HCLT, "parallel.num_ranks=5"])
+    assert ranks["test_bpd"] == pytest.approx(alone["test_bpd"], abs=1e-4)
+    assert ranks["ranks"] == {"started_by": "torchrun", "num_ranks": 2, "configured": 5}
+    assert ranks["config"]["parallel"]["num_ranks"] == 2
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run([sys.executable, "-m"], tmp_path_factory.mktemp("runs") / "local", DIGITS)
+
+
+@pytest.mark.slow
+def test_digits_under_torchrun(local: dict[str, Any], tmp_path: Path) -> None:
+    report = run(torchrun(), tmp_path / "digits", DIGITS)
+    assert report["test_bpd"] == pytest.approx(local["test_bpd"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_digits_under_deepspeed(local: dict[str, Any], tmp_path: Path) -> None:
+    report = run(deepspeed(), tmp_path / "digits", DIGITS, DS_ACCELERATOR="cpu")
+    assert report["test_bpd"] == pytest.approx(local["test_bpd"], abs=1e-4)
+    assert report["ranks"]["started_by"] == "deepspeed"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Variables to reach a cluster of its own, started by `ray start --head`, with a token."""
+    pytest.importorskip("aiohttp", reason="`ray job submit` needs distpc[jobs]")
+    folder = Path(f"/tmp/ray-test-{os.getpid()}").resolve()
+    dashboard = free_port()
+    variables = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    start = [*RAY, "start", "--head", "--node-ip-address", "127.0.0.1", "--num-cpus", "2"]
+    start += ["--port", str(free_port()), "--dashboard-port", str(dashboard)]
+    start += ["--temp-dir", str(folder)]
+    try:
+        subprocess.run(
+            start, env=environment(**variables), check=True, capture_output=True, timeout=300
+        )
+        yield variables
+    finally:
+        reaper.sweep(folder)
+
+
+@pytest.mark.slow
+def test_digits_as_a_ray_job(
+    local: dict[str, Any], cluster: dict[str, str], tmp_path: Path
+) -> None:
+    submit = [*RAY, "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, "-m"]
+    report = run(submit, tmp_path / "digits", DIGITS, **cluster)
+    assert report["test_bpd"] == pytest.approx(local["test_bpd"], abs=1e-4)
+    assert report["ranks"]["started_by"] == "ray"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [torchrun(), deepspeed()], ids=["torchrun", "deepspeed"])
+def test_a_killed_launcher_leaves_nothing_and_another_world_continues(
+    launcher: list[str], tmp_path: Path
+) -> None:
+    arguments = [*HCLT, "finetune.num_epochs=6", "finetune.checkpoint_every_seconds=0"]
+    whole = run([sys.executable, "-m"], tmp_path / "whole", arguments)
+    out = tmp_path / "killed"
+    command = [*launcher, "distpc", "run", *arguments, "--out", str(out)]
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment(DS_ACCELERATOR="cpu"), stdout=log, stderr=log
+        )
+    wait_for(lambda: any((out / "finetune" / "checkpoints").glob("*")), 300)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not any(is_alive(member) for member in family), 30)
+    report = run(torchrun(3), out, arguments)
+    assert report["test_bpd"] == pytest.approx(whole["test_bpd"], abs=1e-4)
+    assert report["stages"]["structure"]["skipped"]
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.1)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.s*")), ids=lambda p: p.name)
+def test_the_scripts_parse_and_fit_one_screen(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert len(script.read_text().splitlines()) <= 50
+
+
+def test_the_kubernetes_job_parses() -> None:
+    text = (ROOT / "launch" / "kuberay.yaml").read_text()
+    job = yaml.safe_load(text)
+    assert job["kind"] == "RayJob" and "distpc run" in job["spec"]["entrypoint"]
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    container = group["template"]["spec"]["containers"][0]
+    assert container["volumeMounts"][0]["mountPath"] == "/shared"
+    assert len(text.splitlines()) <= 50
