@@ -22,11 +22,9 @@ def _shards(config: RunConfig) -> Any:
 
 def _teacher(config: RunConfig) -> Any:
     teacher = config.teacher
-    settings = {
-        "mae": teacher.mae.model_dump(mode="json"),
-        "random": teacher.random_width,
-    }.get(teacher.kind)
-    return teacher.kind, settings, config.data.patch_size_pixels, config.seed
+    shuffled = (teacher.shuffle_num_samples,) if teacher.shuffle_samples else ()
+    size = config.data.patch_size_pixels
+    return teacher.kind, teacher.of_kind(), size, config.seed, *shuffled
 
 
 def _fit(config: RunConfig) -> Any:

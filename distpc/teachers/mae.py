@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distpc.config.schema import MaeConfig, TeacherConfig
+from distpc.config.teachers import MaeConfig, TeacherConfig
 from distpc.data.spec import DatasetSpec
-from distpc.teachers.base import Teacher
+from distpc.teachers.images import ImageTeacher
 from distpc.teachers.transformer import Block, grid_positions, grid_rotations
 
 _CHUNK_FLOATS = 2**19
 """Floats in one token tensor while encoding; bounds memory at about ten times this."""
 
 
-class MaskedAutoencoder(Teacher):
+class MaskedAutoencoder(ImageTeacher):
     """Encoder on visible patches, bottleneck of width D, decoder with mask tokens.
 
     Args:
@@ -109,6 +109,12 @@ class MaskedAutoencoder(Teacher):
     def feature_width(self) -> int:
         """D."""
         return self.to_feature.out_features
+
+    @property
+    def sees(self) -> str:
+        """The patch, or the 3 x 3 patches around it."""
+        alone = self._settings["neighbourhood"] == 1
+        return "its patch" if alone else "the 3 x 3 patches around its own"
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """Training error: x (B, V) integers, visible (B, n) patch indices -> (B,) mean squared

@@ -6,21 +6,28 @@ import shutil
 import time
 from typing import Any
 
+import torch
+
 from distpc.artifacts.stage import StageContext
+from distpc.data.index import ShardIndex
+from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
 from distpc.errors import TeacherError
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh, is_main_process
-from distpc.teachers.base import build_teacher, load_teacher, read_description
 from distpc.teachers.checkpoint import checkpoint_path
+from distpc.teachers.files import load_teacher, read_description
+from distpc.teachers.registry import build_teacher
+from distpc.teachers.shuffled import ShuffledTeacher
 
 
 def run(ctx: StageContext) -> None:
     """Write teacher.json and, for kinds with weights, teacher.safetensors into `ctx.out`.
 
-    Records kind, feature_width, num_parameters, seconds and, for a trained teacher, valid_mse
-    (over all patches, half of the masking range hidden), variance (of the validation values about
-    their means: the error of the best constant image) and explained = 1 - valid_mse / variance.
+    Records kind, name, revision, sees, feature_width, num_parameters, seconds and, for a trained
+    teacher, valid_mse (over all patches, half of the masking range hidden), variance (of the
+    validation values about their means: the error of the best constant image) and explained =
+    1 - valid_mse / variance.
     """
     if not _is_finished(ctx):
         if ctx.config.teacher.kind == "mae":
@@ -34,9 +41,11 @@ def run(ctx: StageContext) -> None:
         elif is_main_process():
             _save_control(ctx)
     if is_main_process():
+        if ctx.config.teacher.shuffle_samples:
+            _shuffle(ctx)
         shutil.rmtree(checkpoint_path(ctx.out).parent, ignore_errors=True)
     description = read_description(ctx.out)
-    for name in ("kind", "feature_width", "num_parameters"):
+    for name in ("kind", "name", "revision", "sees", "feature_width", "num_parameters"):
         ctx.metadata[name] = description[name]
     ctx.metadata.update(description["training"])
     del ctx.metadata["fingerprint"]
@@ -57,6 +66,19 @@ def _save_control(ctx: StageContext) -> None:
     teacher = build_teacher(ctx.config.teacher, spec, patch_size, ctx.config.seed)
     seconds = round(time.monotonic() - started, 3)
     teacher.save(ctx.out, training={"fingerprint": ctx.fingerprint, "seconds": seconds})
+
+
+def _shuffle(ctx: StageContext) -> None:
+    """Put the shuffled control in place of the finished teacher, unless that was done."""
+    teacher = load_teacher(ctx.out)
+    if isinstance(teacher, ShuffledTeacher):
+        return
+    training = read_description(ctx.out)["training"]
+    index = ShardIndex.load(ctx.input("index").path)
+    num_samples = ctx.config.teacher.shuffle_num_samples
+    first = next(iterate_split(index, teacher.spec, "train", num_samples))
+    bank = torch.from_numpy(first).long()
+    ShuffledTeacher.wrap(teacher, bank, ctx.config.seed).save(ctx.out, training)
 
 
 def _is_finished(ctx: StageContext) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distpc.artifacts.stage import StageContext
-from distpc.config.schema import MaeConfig
+from distpc.config.teachers import MaeConfig
 from distpc.data.index import ShardIndex
 from distpc.data.loader import Batch, Loader
 from distpc.data.plan import evaluation_ranges, num_steps, rank_share
@@ -27,7 +27,6 @@ from distpc.parallel.collectives import barrier, sum_across
 from distpc.parallel.engine import Engine
 from distpc.parallel.mesh import Mesh
 from distpc.parallel.progress import Progress
-from distpc.teachers.base import build_teacher
 from distpc.teachers.checkpoint import (
     TrainingState,
     checkpoint_path,
@@ -37,6 +36,7 @@ from distpc.teachers.checkpoint import (
 from distpc.teachers.mae import MaskedAutoencoder, draw_visible
 from distpc.teachers.monitor import Monitor
 from distpc.teachers.pictures import reconstruction_grid
+from distpc.teachers.registry import build_teacher
 
 CHECKPOINT_SECONDS = 30.0
 """Longest training between two checkpoints; one is also written after every epoch."""
