@@ -9,13 +9,54 @@ from pydantic import Field, model_validator
 from distpc.config.sources import Section
 
 
-class MaeConfig(Section):
-    """Masked autoencoder (vision transformer), trained on the run's own images."""
+class TrainingConfig(Section):
+    """What every teacher that is trained here has."""
+
+    num_epochs: int = Field(default=10, ge=1)
+    """Passes over the training split."""
+    batch_size: int = Field(default=128, ge=1)
+    """Samples in a global batch, over all ranks."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW; linear warm-up, cosine decay."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Fraction of the steps over which the learning rate rises."""
+
+
+class AttentionConfig(TrainingConfig):
+    """A transformer that is trained here."""
 
     width: int = Field(default=64, ge=8)
-    """Width of the encoder's and decoder's token vectors."""
+    """Width of the token vectors."""
     num_heads: int = Field(default=4, ge=1)
     """Attention heads of every block."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> AttentionConfig:
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+        return self
+
+
+class MaskedConfig(AttentionConfig):
+    """A transformer that fills in what is hidden."""
+
+    mask_ratio_min: float = Field(default=0.1, ge=0, lt=1)
+    """Masking ratios are drawn uniformly from min .. max for every batch."""
+    mask_ratio_max: float = Field(default=0.9, gt=0, lt=1)
+    """Upper end of the masking ratio."""
+
+    @model_validator(mode="after")
+    def _ratios_fit(self) -> MaskedConfig:
+        if self.mask_ratio_min > self.mask_ratio_max:
+            raise ValueError("mask_ratio_min is above mask_ratio_max")
+        return self
+
+
+class MaeConfig(MaskedConfig):
+    """Masked autoencoder (vision transformer), trained on the run's own images."""
+
     encoder_blocks: int = Field(default=2, ge=1)
     """Transformer blocks of the encoder."""
     decoder_blocks: int = Field(default=1, ge=1)
@@ -24,37 +65,49 @@ class MaeConfig(Section):
     """Width D of a patch feature: a bottleneck between encoder and decoder."""
     neighbourhood: Literal[1, 3] = 1
     """Patches that are visible when a patch is encoded: itself, or the 3 x 3 around it."""
-    mask_ratio_min: float = Field(default=0.1, ge=0, lt=1)
-    """Masking ratios are drawn uniformly from min .. max for every batch."""
-    mask_ratio_max: float = Field(default=0.9, gt=0, lt=1)
-    """Upper end of the masking ratio."""
-    num_epochs: int = Field(default=10, ge=1)
-    """Passes over the training split."""
-    batch_size: int = Field(default=128, ge=1)
-    """Images in a global batch, over all ranks."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of AdamW; linear warm-up, cosine decay."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Fraction of the steps over which the learning rate rises."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> MaeConfig:
-        if self.mask_ratio_min > self.mask_ratio_max:
-            raise ValueError("mask_ratio_min is above mask_ratio_max")
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
-        return self
+
+class PretrainedConfig(Section):
+    """A model that was trained elsewhere, read from a local folder."""
+
+    folder: str | None = None
+    """Folder with config.json and weights (safetensors, or a GGUF file); nothing is downloaded.
+    tools/get_models.py brings some."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the folder that transformers reads (kind hf_text)."""
+    layer: int = -1
+    """Hidden state that is the feature: number of a transformer's layer, 0 for embeddings, -1 for
+    the last; of an EfficientNet, of its block (0 .. 15; 10 has 112 channels)."""
+    image_size_pixels: int | None = Field(default=None, ge=8)
+    """Side of the square that images are resized to; default: the model's own (kind hf_vision),
+    128 (kind efficientnet)."""
+
+
+PRETRAINED = ("hf_vision", "hf_text", "efficientnet")
 
 
 class TeacherConfig(Section):
     """Which model's features are clustered into latent values."""
 
-    kind: Literal["mae", "onehot", "pixels", "random", "none"] = "mae"
-    """`mae`: masked autoencoder; `pixels` and `random`: controls (the patch itself, a random
-    projection of it); `onehot`: the control for text (the token itself); `none`: no distillation
-    (structures without latents of a teacher)."""
+    kind: Literal[
+        "mae",
+        "hf_vision",
+        "efficientnet",
+        "hf_text",
+        "onehot",
+        "pixels",
+        "random",
+        "none",
+    ] = "mae"
+    """Of images, trained here: `mae`: masked autoencoder. Of images, pretrained: `hf_vision`: a
+    Hugging Face vision model; `efficientnet`: EfficientNet-Lite0. Of text, pretrained: `hf_text`:
+    a Hugging Face language model or encoder. Controls: `pixels`: the patch itself; `random`: a
+    random projection of it; `onehot`: the token itself. `none`: no distillation (structures
+    without latents of a teacher)."""
+    sees: Literal["prefix", "suffix", "both"] = "suffix"
+    """What the feature of a token depends on (teachers of text that read context): the token and
+    those before it, the token and those behind it (what the state of a hidden Markov model has to
+    know), or all."""
     shuffle_samples: bool = False
     """The control of every kind: each sample is given the features of another one, so that they
     say nothing about it."""
@@ -62,14 +115,28 @@ class TeacherConfig(Section):
     """Training samples whose features are given away (shuffle_samples): the first of them."""
     mae: MaeConfig = MaeConfig()
     """Used when kind is mae."""
+    pretrained: PretrainedConfig = PretrainedConfig()
+    """Used when kind is hf_vision, hf_text or efficientnet."""
     random_width: int = Field(default=16, ge=1)
     """Width of the random control's features."""
     extraction_batch_size: int = Field(default=256, ge=1)
     """Images encoded at once during feature extraction."""
 
+    @property
+    def training(self) -> TrainingConfig | None:
+        """The section of a kind that is trained here; None for the others."""
+        section = getattr(self, self.kind, None)
+        return section if isinstance(section, TrainingConfig) else None
+
     def of_kind(self) -> Any:
         """What of the settings counts for the configured kind (JSON values)."""
         if self.kind == "random":
             return self.random_width
-        section = getattr(self, self.kind, None)
-        return section.model_dump(mode="json") if isinstance(section, Section) else None
+        if self.kind in PRETRAINED:
+            # Which folder does not matter: the digest of its files counts.
+            chosen = self.pretrained.model_dump(mode="json", exclude={"folder"})
+            return {**chosen, "sees": self.sees} if self.kind == "hf_text" else chosen
+        if self.training is None:
+            return None
+        chosen = self.training.model_dump(mode="json")
+        return {**chosen, "sees": self.sees} if self.kind.endswith("_lm") else chosen

@@ -76,7 +76,14 @@ STAGES: tuple[Stage, ...] = (
         identity="distpc.data.shards:source_identity",
     ),
     Stage("index", "distpc.data.index:run", ("shards",), lambda config: None),
-    Stage("teacher", "distpc.teachers.train:run", DATA, _teacher, has_teacher),
+    Stage(
+        "teacher",
+        "distpc.teachers.train:run",
+        DATA,
+        _teacher,
+        has_teacher,
+        identity="distpc.teachers.train:model_identity",
+    ),
     Stage(
         "features",
         "distpc.latents.extract:run",

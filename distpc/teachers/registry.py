@@ -11,6 +11,9 @@ from distpc.teachers.base import Teacher
 
 # A new kind of teacher is one line here; its module is imported when it is asked for.
 _KINDS = {
+    "efficientnet": "distpc.teachers.efficientnet:EfficientNetTeacher",
+    "hf_text": "distpc.teachers.hf_text:LanguageTeacher",
+    "hf_vision": "distpc.teachers.hf_vision:VisionTeacher",
     "mae": "distpc.teachers.mae:MaskedAutoencoder",
     "onehot": "distpc.teachers.onehot:OneHotTeacher",
     "pixels": "distpc.teachers.pixels:PixelTeacher",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from distpc.artifacts.stage import StageContext
+from distpc.config.schema import RunConfig
+from distpc.config.teachers import PRETRAINED
 from distpc.data.index import ShardIndex
 from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
@@ -17,6 +20,7 @@ from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh, is_main_process
 from distpc.teachers.checkpoint import checkpoint_path
 from distpc.teachers.files import load_teacher, read_description
+from distpc.teachers.pretrained import folder_digest, model_folder
 from distpc.teachers.registry import build_teacher
 from distpc.teachers.shuffled import ShuffledTeacher
 
@@ -49,6 +53,17 @@ def run(ctx: StageContext) -> None:
         ctx.metadata[name] = description[name]
     ctx.metadata.update(description["training"])
     del ctx.metadata["fingerprint"]
+
+
+def model_identity(config: RunConfig, folder: Path) -> str | None:
+    """Digest of a pretrained model's files; none for other kinds.
+
+    Raises:
+        TeacherError: there is no model where one is configured.
+    """
+    if config.teacher.kind not in PRETRAINED:
+        return None
+    return folder_digest(model_folder(config.teacher.pretrained))
 
 
 def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:

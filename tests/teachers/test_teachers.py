@@ -25,7 +25,7 @@ def _others(teacher: Teacher, x: torch.Tensor, z: int) -> torch.Tensor:
     """x with every value of unit z changed."""
     variables = teacher.patch_variables[z] if hasattr(teacher, "patch_variables") else [z]
     other = x.clone()
-    other[:, variables] = 16 - other[:, variables].clamp(max=16) // 2
+    other[:, variables] = torch.where(other[:, variables] == 3, 12, 3)
     return other
 
 
@@ -78,11 +78,15 @@ def test_features_see_what_they_say(case: Case) -> None:
     before = teacher.encode(x)
     rows, columns = teacher.grid.rows, teacher.grid.columns
     for unit in range(teacher.num_latents):
-        changed = (teacher.encode(_others(teacher, x, unit)) != before).any(dim=2).any(dim=0)
+        changed = (
+            ((teacher.encode(_others(teacher, x, unit)) - before).abs() > 1e-6)
+            .any(dim=2)
+            .any(dim=0)
+        )
         allowed = {z for z in range(rows * columns) if unit in case.sees(z, rows, columns)}
         found = set(changed.nonzero().flatten().tolist())
         assert found <= allowed
-        if case.kind != "shuffled":
+        if case.kind != "shuffled" and case.reaches_all:
             assert found == allowed
 
 
