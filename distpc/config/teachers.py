@@ -67,6 +67,72 @@ class MaeConfig(MaskedConfig):
     """Patches that are visible when a patch is encoded: itself, or the 3 x 3 around it."""
 
 
+class PatchCoderConfig(TrainingConfig):
+    """Convolutions over the patches, and a decoder that sees one patch's code only."""
+
+    width: int = Field(default=64, ge=8)
+    """Channels of the encoder, hidden width of the decoder."""
+    encoder_blocks: int = Field(default=2, ge=0)
+    """Residual blocks of the encoder; each sees one patch further around."""
+    num_mixtures: int = Field(default=3, ge=1)
+    """Discretised logistics that are mixed for a value."""
+
+
+class VqVaeConfig(PatchCoderConfig):
+    """Two-level vector-quantised autoencoder, trained on the run's own images."""
+
+    code_width: int = Field(default=16, ge=1)
+    """Width of a code vector; a feature is two of them, of the patch and of 2 x 2 patches."""
+    num_codes: int = Field(default=256, ge=2)
+    """Code vectors of each level."""
+    commitment: float = Field(default=0.25, ge=0)
+    """Weight of the loss that pulls encodings towards their code vectors."""
+
+
+class VaeConfig(PatchCoderConfig):
+    """Variational autoencoder with a Gaussian code a patch, trained on the run's own images."""
+
+    feature_width: int = Field(default=16, ge=1)
+    """Width D of a patch's code; its mean is the feature."""
+
+
+class Data2vecConfig(MaskedConfig):
+    """Self-distillation: hidden patches' features are predicted, not their pixels."""
+
+    mask_ratio_min: float = Field(default=0.4, ge=0, lt=1)
+    """Masking ratios are drawn uniformly from min .. max for every batch."""
+    mask_ratio_max: float = Field(default=0.7, gt=0, lt=1)
+    """Upper end of the masking ratio."""
+    num_blocks: int = Field(default=3, ge=1)
+    """Transformer blocks."""
+    num_averaged: int = Field(default=2, ge=1)
+    """Last blocks whose outputs are averaged to the target, and to the feature."""
+    decay_first: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the averaged weights that make the targets, at the first step; it rises."""
+    decay_last: float = Field(default=0.999, ge=0, lt=1)
+    """The same at the last step."""
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Data2vecConfig:
+        if self.num_averaged > self.num_blocks:
+            raise ValueError("num_averaged is above num_blocks")
+        return self
+
+
+class CausalLmConfig(AttentionConfig):
+    """Transformer that predicts the next token (of reversed text, where sees is suffix)."""
+
+    num_blocks: int = Field(default=2, ge=1)
+    """Transformer blocks."""
+
+
+class MaskedLmConfig(MaskedConfig):
+    """Transformer that predicts hidden tokens."""
+
+    num_blocks: int = Field(default=2, ge=1)
+    """Transformer blocks."""
+
+
 class PretrainedConfig(Section):
     """A model that was trained elsewhere, read from a local folder."""
 
@@ -91,6 +157,11 @@ class TeacherConfig(Section):
 
     kind: Literal[
         "mae",
+        "vqvae",
+        "vae",
+        "data2vec",
+        "causal_lm",
+        "masked_lm",
         "hf_vision",
         "efficientnet",
         "hf_text",
@@ -99,11 +170,12 @@ class TeacherConfig(Section):
         "random",
         "none",
     ] = "mae"
-    """Of images, trained here: `mae`: masked autoencoder. Of images, pretrained: `hf_vision`: a
-    Hugging Face vision model; `efficientnet`: EfficientNet-Lite0. Of text, pretrained: `hf_text`:
-    a Hugging Face language model or encoder. Controls: `pixels`: the patch itself; `random`: a
-    random projection of it; `onehot`: the token itself. `none`: no distillation (structures
-    without latents of a teacher)."""
+    """Trained here, of images: `mae`: masked autoencoder; `vqvae`: two-level vector-quantised
+    autoencoder; `vae`: variational autoencoder; `data2vec`: self-distillation. Trained here, of
+    text: `causal_lm`, `masked_lm`: transformer language models. Pretrained: `hf_vision`: a Hugging
+    Face vision model; `efficientnet`: EfficientNet-Lite0; `hf_text`: a Hugging Face language model
+    or encoder. Controls: `pixels`: the patch itself; `random`: a random projection of it; `onehot`:
+    the token itself. `none`: no distillation (structures without latents of a teacher)."""
     sees: Literal["prefix", "suffix", "both"] = "suffix"
     """What the feature of a token depends on (teachers of text that read context): the token and
     those before it, the token and those behind it (what the state of a hidden Markov model has to
@@ -115,6 +187,16 @@ class TeacherConfig(Section):
     """Training samples whose features are given away (shuffle_samples): the first of them."""
     mae: MaeConfig = MaeConfig()
     """Used when kind is mae."""
+    vqvae: VqVaeConfig = VqVaeConfig()
+    """Used when kind is vqvae."""
+    vae: VaeConfig = VaeConfig()
+    """Used when kind is vae."""
+    data2vec: Data2vecConfig = Data2vecConfig()
+    """Used when kind is data2vec."""
+    causal_lm: CausalLmConfig = CausalLmConfig()
+    """Used when kind is causal_lm."""
+    masked_lm: MaskedLmConfig = MaskedLmConfig()
+    """Used when kind is masked_lm."""
     pretrained: PretrainedConfig = PretrainedConfig()
     """Used when kind is hf_vision, hf_text or efficientnet."""
     random_width: int = Field(default=16, ge=1)

@@ -115,7 +115,7 @@ class Teacher(nn.Module, ABC):
     @property
     def num_parameters(self) -> int:
         """Trained weights."""
-        return sum(weight.numel() for weight in self.parameters())
+        return sum(weight.numel() for weight in self.parameters() if weight.requires_grad)
 
     def save(self, folder: Path, training: dict[str, Any] | None = None) -> None:
         """Write teacher.safetensors (if there are weights), then teacher.json, into `folder`.

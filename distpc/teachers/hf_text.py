@@ -48,6 +48,7 @@ class LanguageTeacher(TextTeacher):
     """
 
     kind = "hf_text"
+    place: Tensor
 
     def __init__(
         self,

@@ -132,6 +132,8 @@ class VisionTeacher(PretrainedImages):
     """Patch tokens of a vision transformer, or the feature map of another vision model."""
 
     kind = "hf_vision"
+    mean: Tensor
+    spread: Tensor
 
     @classmethod
     def usual_size(cls, folder: Path, config: PretrainedConfig) -> int:

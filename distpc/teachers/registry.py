@@ -11,14 +11,19 @@ from distpc.teachers.base import Teacher
 
 # A new kind of teacher is one line here; its module is imported when it is asked for.
 _KINDS = {
+    "causal_lm": "distpc.teachers.language:CausalLanguageModel",
+    "data2vec": "distpc.teachers.data2vec:SelfDistilled",
     "efficientnet": "distpc.teachers.efficientnet:EfficientNetTeacher",
     "hf_text": "distpc.teachers.hf_text:LanguageTeacher",
     "hf_vision": "distpc.teachers.hf_vision:VisionTeacher",
     "mae": "distpc.teachers.mae:MaskedAutoencoder",
+    "masked_lm": "distpc.teachers.language:MaskedLanguageModel",
     "onehot": "distpc.teachers.onehot:OneHotTeacher",
     "pixels": "distpc.teachers.pixels:PixelTeacher",
     "random": "distpc.teachers.random:RandomTeacher",
     "shuffled": "distpc.teachers.shuffled:ShuffledTeacher",
+    "vae": "distpc.teachers.vae:VariationalAutoencoder",
+    "vqvae": "distpc.teachers.vqvae:VectorQuantised",
 }
 
 

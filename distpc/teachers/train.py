@@ -1,4 +1,4 @@
-"""Stage `teacher`: train the masked autoencoder, or write one of the controls."""
+"""Stage `teacher`: train one, or write a pretrained one or a control."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def run(ctx: StageContext) -> None:
     """Write teacher.json and, for kinds with weights, teacher.safetensors into `ctx.out`.
 
     Records kind, name, revision, sees, feature_width, num_parameters, seconds and, for a trained
-    teacher, valid_mse (over all patches, half of the masking range hidden), variance (of the
-    validation values about their means: the error of the best constant image) and explained =
-    1 - valid_mse / variance.
+    teacher, its figure on the validation split (`valid_mse`, `valid_bpd` or `valid_bpt`), that of
+    the best constant prediction (`variance` or `constant`) and explained = 1 - figure / constant.
+    Of the autoencoders with a likelihood the figure is a bound; see their modules.
     """
     if not _is_finished(ctx):
-        if ctx.config.teacher.kind == "mae":
+        if ctx.config.teacher.training is not None:
             run_ranks(
                 "distpc.teachers.train:train_rank",
                 ctx.to_json(),
@@ -67,11 +67,11 @@ def model_identity(config: RunConfig, folder: Path) -> str | None:
 
 
 def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
-    """Train the masked autoencoder as one of R ranks; `payload` is a StageContext's JSON."""
+    """Train the teacher as one of R ranks; `payload` is a StageContext's JSON."""
     # The trainer imports DeepSpeed, which takes seconds: only ranks pay for that.
-    from distpc.teachers.trainer import MaeTrainer
+    from distpc.teachers.trainer import TeacherTrainer
 
-    MaeTrainer(StageContext.from_json(payload), mesh).train()
+    TeacherTrainer(StageContext.from_json(payload), mesh).train()
 
 
 def _save_control(ctx: StageContext) -> None:

@@ -111,6 +111,8 @@ def _text(
     return Case("hf_text", {"sees": sees}, (spec,), allowed, is_random=False, model=model)
 
 
+_SMALL = {"width": 16, "num_heads": 2}
+_CODER = {"width": 8, "encoder_blocks": 1}
 _MAE = {"width": 16, "num_heads": 2, "feature_width": 5}
 
 CASES: dict[str, Case] = {
@@ -129,6 +131,29 @@ CASES: dict[str, Case] = {
     "bert-prefix": _text("prefix", before, "bert"),
     "bert-suffix": _text("suffix", behind, "bert"),
     "bert-both": _text("both", everything, "bert"),
+    "vqvae": Case(
+        "vqvae",
+        {"vqvae": {**_CODER, "code_width": 4, "num_codes": 16}},
+        sees=everything,
+        reaches_all=False,
+    ),
+    "vae": Case("vae", {"vae": {**_CODER, "feature_width": 5}}, sees=around),
+    "data2vec": Case("data2vec", {"data2vec": _SMALL}, sees=everything),
+    "causal-prefix": Case(
+        "causal_lm", {"causal_lm": _SMALL, "sees": "prefix"}, (TEXT,), sees=before
+    ),
+    "causal-suffix": Case(
+        "causal_lm", {"causal_lm": _SMALL, "sees": "suffix"}, (TEXT, TOKENS), sees=behind
+    ),
+    "masked-prefix": Case(
+        "masked_lm", {"masked_lm": _SMALL, "sees": "prefix"}, (TEXT,), sees=before
+    ),
+    "masked-suffix": Case(
+        "masked_lm", {"masked_lm": _SMALL, "sees": "suffix"}, (TEXT,), sees=behind
+    ),
+    "masked-both": Case(
+        "masked_lm", {"masked_lm": _SMALL, "sees": "both"}, (TEXT, TOKENS), sees=everything
+    ),
     "shuffled-random": Case(
         "shuffled", {"kind": "random", "random_width": 7}, sees=everything, wrap=_shuffled
     ),

@@ -33,7 +33,7 @@ from distpc.teachers import trainer
 torch.set_num_threads(1)
 trainer.CHECKPOINT_SECONDS = float(sys.argv[2])
 
-class Dying(trainer.MaeTrainer):
+class Dying(trainer.TeacherTrainer):
     def _step(self, batch):
         if self.state.step == 17:
             os.kill(os.getpid(), signal.SIGKILL)
