@@ -123,7 +123,7 @@ class CausalLanguageModel(_LanguageModel):
                 where="teacher.sees",
                 found=sees,
                 expected="prefix or suffix",
-                fix="set teacher.sees, or teacher.kind to masked_lm",
+                fix="set teacher.sees",
             )
         super().__init__(spec, patch_size, sees=sees, **sizes)
 
