@@ -35,8 +35,8 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
         raise ConfigError("patch circuits need categorical values", where="data.source")
     check_fit(config, spec)
     batches = {"finetune.batch_size": config.finetune.batch_size}
-    if config.teacher.kind == "mae":
-        batches["teacher.mae.batch_size"] = config.teacher.mae.batch_size
+    if config.teacher.training is not None:
+        batches[f"teacher.{config.teacher.kind}.batch_size"] = config.teacher.training.batch_size
     for field, size in batches.items():
         if size > num_train:
             raise DataError(

@@ -22,11 +22,9 @@ def _shards(config: RunConfig) -> Any:
 
 def _teacher(config: RunConfig) -> Any:
     teacher = config.teacher
-    settings = {
-        "mae": teacher.mae.model_dump(mode="json"),
-        "random": teacher.random_width,
-    }.get(teacher.kind)
-    return teacher.kind, settings, config.data.patch_size_pixels, config.seed
+    shuffled = (teacher.shuffle_num_samples,) if teacher.shuffle_samples else ()
+    size = config.data.patch_size_pixels
+    return teacher.kind, teacher.of_kind(), size, config.seed, *shuffled
 
 
 def _fit(config: RunConfig) -> Any:
@@ -78,7 +76,14 @@ STAGES: tuple[Stage, ...] = (
         identity="distpc.data.shards:source_identity",
     ),
     Stage("index", "distpc.data.index:run", ("shards",), lambda config: None),
-    Stage("teacher", "distpc.teachers.train:run", DATA, _teacher, has_teacher),
+    Stage(
+        "teacher",
+        "distpc.teachers.train:run",
+        DATA,
+        _teacher,
+        has_teacher,
+        identity="distpc.teachers.train:model_identity",
+    ),
     Stage(
         "features",
         "distpc.latents.extract:run",

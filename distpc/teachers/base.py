@@ -1,69 +1,59 @@
-"""What a teacher is: patch features of discrete images, a registry, and files on disk.
+"""What a teacher is: features of every unit (patch or token) of discrete samples.
 
-Shapes: B batch, V variables, Z patches, P values in a patch, D feature width.
+Shapes: B batch, V variables, Z latents (one a patch or a token), D feature width.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distpc.artifacts.files import file_digest, read_json, write_json
-from distpc.artifacts.tensors import read_tensors, write_tensors
-from distpc.config.schema import TeacherConfig
-from distpc.data.patches import PatchGrid
+from distpc.artifacts.files import file_digest, fingerprint, write_json
+from distpc.artifacts.tensors import write_tensors
+from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
-from distpc.errors import DistpcError, TeacherError
+from distpc.errors import TeacherError
 
 FORMAT_VERSION = 1
 DESCRIPTION = "teacher.json"
 WEIGHTS = "teacher.safetensors"
 
-# A new kind of teacher is one line here; its module is imported when it is asked for.
-_KINDS = {
-    "mae": "distpc.teachers.mae:MaskedAutoencoder",
-    "pixels": "distpc.teachers.pixels:PixelTeacher",
-    "random": "distpc.teachers.random:RandomTeacher",
-}
+
+class Grid(Protocol):
+    """Where the latents lie; text is one row."""
+
+    @property
+    def size(self) -> int:
+        """Side of a unit, in pixels or tokens."""
+
+    @property
+    def rows(self) -> int:
+        """Latents in a column."""
+
+    @property
+    def columns(self) -> int:
+        """Latents in a row."""
 
 
 class Teacher(nn.Module, ABC):
-    """Maps every patch of an image to a feature vector.
+    """Maps every unit of a sample to a feature vector, each sample by itself.
 
     Args:
-        spec: the data set that it reads: images whose values are all discrete.
-        patch_size: side of a patch in pixels.
-
-    Raises:
-        TeacherError: the data have real columns.
-        ConfigError: the data are no images, or the patch size does not divide them.
+        spec: the data set that it reads.
+        grid: the units, one latent each.
     """
 
     kind: ClassVar[str]
-    patch_variables: Tensor
-    largest_values: Tensor
 
-    def __init__(self, spec: DatasetSpec, patch_size: int) -> None:
+    def __init__(self, spec: DatasetSpec, grid: Grid) -> None:
         super().__init__()
         self.spec = spec
-        self.grid = PatchGrid.of(spec, patch_size)
-        sizes = [count for count in spec.num_categories if count is not None]
-        if len(sizes) != spec.num_variables:
-            raise TeacherError(
-                "teachers read images of discrete values",
-                where=f"data set {spec.name}",
-                found=f"{spec.num_variables - len(sizes)} real variables",
-                expected="a number of categories for every variable",
-            )
-        largest = torch.tensor(sizes, dtype=torch.float32) - 1
-        variables = torch.from_numpy(self.grid.variables())
-        self.register_buffer("patch_variables", variables, persistent=False)
-        self.register_buffer("largest_values", largest.clamp(min=1), persistent=False)
+        self._grid = grid
 
     @classmethod
     @abstractmethod
@@ -80,45 +70,52 @@ class Teacher(nn.Module, ABC):
     @property
     @abstractmethod
     def feature_width(self) -> int:
-        """D, width of a patch feature."""
+        """D, width of a feature."""
+
+    @property
+    @abstractmethod
+    def sees(self) -> str:
+        """What of a sample the feature of one latent may depend on, in words."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """Features of all patches: x (B, V) integers -> (B, Z, D) float32, without gradients.
+        """Features of all units: x (B, V) integers -> (B, Z, D) float32, without gradients.
+
+        A sample's features do not depend on what else is in the batch.
 
         Raises:
             TeacherError: x does not fit the data set that the teacher was made for.
         """
 
     @property
+    def grid(self) -> Grid:
+        """Where the latents lie."""
+        return self._grid
+
+    @property
+    def num_latents(self) -> int:
+        """Z, features of a sample."""
+        return self.grid.rows * self.grid.columns
+
+    @property
+    def name(self) -> str:
+        """What to call it in reports."""
+        return self.kind
+
+    @property
+    def revision(self) -> str:
+        """16 hexadecimal digits that differ wherever kind, settings, data or weights do."""
+        weights = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            weights.update(name.encode())
+            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        facts = [self.kind, self.settings, self.spec.to_json(), self.grid.size]
+        return fingerprint([*facts, weights.hexdigest()])
+
+    @property
     def num_parameters(self) -> int:
         """Trained weights."""
-        return sum(weight.numel() for weight in self.parameters())
-
-    def patches(self, x: Tensor) -> Tensor:
-        """Patch values scaled to [0, 1]: x (B, V) integers -> (B, Z, P) float32.
-
-        Raises:
-            TeacherError: wrong width or type, or a value that is missing or no category.
-        """
-        if x.ndim != 2 or x.shape[1] != self.spec.num_variables or x.is_floating_point():
-            raise TeacherError(
-                "a batch does not fit the teacher",
-                where=f"teacher {self.kind}",
-                found=f"{x.dtype} of shape {tuple(x.shape)}",
-                expected=f"integers of shape (B, {self.spec.num_variables})",
-                fix="give it samples of the data set that it was made for",
-            )
-        scaled = x.to(self.largest_values.device, torch.float32) / self.largest_values
-        if x.shape[0] and not 0 <= float(scaled.min()) <= float(scaled.max()) <= 1:
-            raise TeacherError(
-                "a batch has values that the teacher cannot read",
-                where=f"teacher {self.kind}",
-                found=f"values {int(x.min())} .. {int(x.max())}",
-                expected=f"complete samples, values 0 .. {int(self.largest_values.max())}",
-                fix="give it samples of the data set that it was made for, none of them missing",
-            )
-        return scaled[:, self.patch_variables]
+        return sum(weight.numel() for weight in self.parameters() if weight.requires_grad)
 
     def save(self, folder: Path, training: dict[str, Any] | None = None) -> None:
         """Write teacher.safetensors (if there are weights), then teacher.json, into `folder`.
@@ -138,6 +135,9 @@ class Teacher(nn.Module, ABC):
         description = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
+            "name": self.name,
+            "revision": self.revision,
+            "sees": self.sees,
             "settings": self.settings,
             "dataset": self.spec.to_json(),
             "patch_size_pixels": self.grid.size,
@@ -149,129 +149,57 @@ class Teacher(nn.Module, ABC):
         write_json(folder / DESCRIPTION, description)
 
     def check_data(self, spec: DatasetSpec, patch_size: int) -> None:
-        """Refuse data of another shape, other categories, another colour space or patch size.
+        """Refuse data of another kind, shape or colour space, other categories or patch size.
 
         Raises:
             TeacherError: the teacher was made for other data.
         """
-        made_for = (self.spec.image_shape, self.spec.num_categories, self.spec.color)
-        if made_for != (spec.image_shape, spec.num_categories, spec.color) or (
-            patch_size != self.grid.size
-        ):
+        # Text has no patches: there the configured size means nothing.
+        size = self.grid.size if spec.kind == "text" else patch_size
+        if (_facts(self.spec), self.grid.size) != (_facts(spec), size):
             raise TeacherError(
                 "the teacher was made for other data",
                 where=f"teacher {self.kind}",
-                found=_summary(spec, patch_size),
+                found=_summary(spec, size),
                 expected=_summary(self.spec, self.grid.size),
                 fix="train the teacher on this data: `distpc teacher CONFIG`",
             )
 
+    def check_batch(self, x: Tensor) -> None:
+        """Refuse a batch of another width or type.
+
+        Raises:
+            TeacherError: x is not (B, V) integers.
+        """
+        if x.ndim != 2 or x.shape[1] != self.spec.num_variables or x.is_floating_point():
+            raise TeacherError(
+                "a batch does not fit the teacher",
+                where=f"teacher {self.kind}",
+                found=f"{x.dtype} of shape {tuple(x.shape)}",
+                expected=f"integers of shape (B, {self.spec.num_variables})",
+                fix="give it samples of the data set that it was made for",
+            )
+
+    def refuse_values(self, x: Tensor, expected: str) -> TeacherError:
+        """The error for a batch with values that are no categories."""
+        return TeacherError(
+            "a batch has values that the teacher cannot read",
+            where=f"teacher {self.kind}",
+            found=f"values {int(x.min())} .. {int(x.max())}",
+            expected=expected,
+            fix="give it samples of the data set that it was made for, none of them missing",
+        )
+
+
+def _facts(spec: DatasetSpec) -> tuple[Any, ...]:
+    return spec.kind, spec.image_shape, spec.num_categories, spec.color
+
 
 def _summary(spec: DatasetSpec, patch_size: int) -> str:
     counts = sorted({0 if count is None else count for count in spec.num_categories})
+    if spec.image_shape is None:
+        return f"{spec.name}: {spec.num_variables} {spec.kind} variables, categories {counts}"
     return (
         f"{spec.name}: image shape {spec.image_shape}, categories {counts}, color {spec.color}, "
         f"patches of {patch_size} pixels"
     )
-
-
-def teacher_kinds() -> tuple[str, ...]:
-    """Names of all kinds of teacher."""
-    return tuple(_KINDS)
-
-
-def teacher_class(kind: str) -> type[Teacher]:
-    """The class of a kind of teacher.
-
-    Raises:
-        TeacherError: there is no such kind.
-    """
-    if kind not in _KINDS:
-        raise TeacherError(
-            "unknown kind of teacher",
-            where="teacher.kind",
-            found=kind,
-            expected=f"one of {', '.join(_KINDS)}",
-        )
-    module, name = _KINDS[kind].split(":")
-    found: type[Teacher] = getattr(import_module(module), name)
-    return found
-
-
-def build_teacher(config: TeacherConfig, spec: DatasetSpec, patch_size: int, seed: int) -> Teacher:
-    """A fresh (untrained) teacher of the configured kind.
-
-    Raises:
-        TeacherError: unknown kind, or data that teachers do not read.
-    """
-    return teacher_class(config.kind).from_config(config, spec, patch_size, seed)
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """The contents of teacher.json, its format version and the weights file's digest checked.
-
-    Raises:
-        TeacherError: a file is missing, cut, changed, or of another format version.
-    """
-    path = folder / DESCRIPTION
-    try:
-        description = read_json(path)
-    except DistpcError as error:
-        raise TeacherError(
-            "a teacher cannot be read", where=path, found=error.what, fix="run its stage again"
-        ) from error
-    version = description.get("format_version") if isinstance(description, dict) else None
-    if version != FORMAT_VERSION:
-        raise TeacherError(
-            "a teacher has a format version that this code does not read",
-            where=path,
-            found=version,
-            expected=FORMAT_VERSION,
-            fix="use the distpc that wrote it, or run the teacher stage again",
-        )
-    weights = description["weights"]
-    if weights is not None:
-        _check_file(folder / WEIGHTS, weights)
-    found: dict[str, Any] = description
-    return found
-
-
-def _check_file(file: Path, listed: dict[str, Any]) -> None:
-    size = file.stat().st_size if file.is_file() else None
-    if size != listed["bytes"] or file_digest(file) != listed["sha256"]:
-        raise TeacherError(
-            "a teacher's weights are missing, cut or changed",
-            where=file,
-            found="no file" if size is None else f"{size} bytes that differ from its description",
-            expected=f"{listed['bytes']} bytes, sha256 {listed['sha256']}",
-            fix="remove the teacher's folder and run its stage again",
-        )
-
-
-def load_teacher(folder: Path, device: torch.device | str = "cpu") -> Teacher:
-    """Read the teacher in `folder`, ready to encode on `device`.
-
-    Raises:
-        TeacherError: a file is missing, cut, of another version, or does not fit its description.
-    """
-    folder = Path(folder)
-    description = read_description(folder)
-    try:
-        teacher = teacher_class(description["kind"])(
-            DatasetSpec.from_json(description["dataset"]),
-            description["patch_size_pixels"],
-            **description["settings"],
-        )
-        weights: dict[str, Tensor] = {}
-        if description["weights"] is not None:
-            weights, _ = read_tensors(folder / WEIGHTS, holds="teacher weights", error=TeacherError)
-        teacher.load_state_dict(weights)
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise TeacherError(
-            "a teacher's weights do not fit its description",
-            where=folder,
-            found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
-            expected="the weights that its kind and settings ask for",
-            fix="remove the teacher's folder and run its stage again",
-        ) from error
-    return teacher.to(device).eval()

@@ -52,10 +52,11 @@ def save_checkpoint(
         ResourceError: the disk is full.
     """
     tensors: dict[str, Tensor] = {}
-    for name, weight in model.named_parameters():
+    for name, weight in model.state_dict(keep_vars=True).items():
         tensors[f"weight/{name}"] = weight
-        for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[weight][moment]
+        if weight.requires_grad:
+            for moment in _MOMENTS:
+                tensors[f"{moment}/{name}"] = optimizer.state[weight][moment]
     write_tensors(path, tensors, {"state": asdict(state), "fingerprint": fingerprint})
 
 
@@ -97,8 +98,10 @@ def _restore(
     model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor], step: int
 ) -> None:
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in model.state_dict(keep_vars=True).items():
             weight.copy_(tensors[f"weight/{name}"])
+            if not weight.requires_grad:
+                continue
             moments: dict[str, Any] = {
                 moment: torch.empty_like(weight).copy_(tensors[f"{moment}/{name}"])
                 for moment in _MOMENTS

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distpc.config.schema import MaeConfig, TeacherConfig
+from distpc.config.teachers import MaeConfig, TeacherConfig
 from distpc.data.spec import DatasetSpec
-from distpc.teachers.base import Teacher
+from distpc.teachers.images import ImageTeacher
+from distpc.teachers.trainable import Trainable, masking_ratio
 from distpc.teachers.transformer import Block, grid_positions, grid_rotations
 
 _CHUNK_FLOATS = 2**19
 """Floats in one token tensor while encoding; bounds memory at about ten times this."""
 
 
-class MaskedAutoencoder(Teacher):
+class MaskedAutoencoder(ImageTeacher, Trainable):
     """Encoder on visible patches, bottleneck of width D, decoder with mask tokens.
 
     Args:
@@ -37,6 +39,8 @@ class MaskedAutoencoder(Teacher):
     """
 
     kind = "mae"
+    figure = "mse"
+    baseline_name = "variance"
     positions: Tensor
     rotations: Tensor
     neighbours: Tensor
@@ -110,11 +114,43 @@ class MaskedAutoencoder(Teacher):
         """D."""
         return self.to_feature.out_features
 
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Training error: x (B, V) integers, visible (B, n) patch indices -> (B,) mean squared
-        error over all values of an image, in the scale of values in [0, 1]."""
+    @property
+    def sees(self) -> str:
+        """The patch, or the 3 x 3 patches around it."""
+        alone = self._settings["neighbourhood"] == 1
+        return "its patch" if alone else "the 3 x 3 patches around its own"
+
+    def draw(
+        self, num_samples: int, generator: torch.Generator, section: Any, training: bool
+    ) -> tuple[Tensor, ...]:
+        """(B, n) indices of the patches that are shown; n is the same for the whole batch."""
+        ratio = masking_ratio(generator, section, training)
+        return (draw_visible(num_samples, self.grid.num_patches, ratio, generator),)
+
+    def forward(self, x: Tensor, *drawn: Tensor) -> Tensor:
+        """x (B, V) integers, visible (B, n) -> (B, 3); loss and figure are the mean squared error
+        over all values of an image, in the scale of values in [0, 1]."""
         values = self.patches(x)
-        return (self.reconstruct(values, visible) - values).square().mean(dim=(1, 2))
+        error = (self.reconstruct(values, drawn[0]) - values).square().mean(dim=(1, 2))
+        return torch.stack([error, error, torch.ones_like(error)], dim=1)
+
+    def statistics(self, x: Tensor, *drawn: Tensor) -> Tensor:
+        """Sums and sums of squares of every variable in [0, 1], and the number of samples."""
+        scaled = x.double().cpu() / self.largest_values.double().cpu()
+        count = torch.tensor([float(len(x))], dtype=torch.float64)
+        return torch.cat([scaled.sum(dim=0), scaled.square().sum(dim=0), count])
+
+    def baseline(self, sums: Tensor) -> float:
+        """Mean over variables of the variance of values in [0, 1]."""
+        mean, square = (sums[:-1] / sums[-1]).chunk(2)
+        return float((square - mean.square()).mean())
+
+    def picture(self, x: Tensor, generator: torch.Generator) -> np.ndarray | None:
+        """Originals, what was shown of them, and reconstructions."""
+        from distpc.teachers.pictures import reconstruction_grid
+
+        visible = draw_visible(len(x), self.grid.num_patches, 0.5, generator)
+        return reconstruction_grid(self, x, visible)
 
     def reconstruct(self, values: Tensor, visible: Tensor) -> Tensor:
         """values (B, Z, P) in [0, 1] of which `visible` (B, n) patches are seen -> (B, Z, P)."""

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpc.config.schema import TeacherConfig
+from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
-from distpc.teachers.base import Teacher
+from distpc.teachers.images import ImageTeacher
 
 
-class PixelTeacher(Teacher):
+class PixelTeacher(ImageTeacher):
     """Features are the patch's values scaled to [0, 1]: the latents see nothing but the data."""
 
     kind = "pixels"

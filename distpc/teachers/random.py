@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpc.config.schema import TeacherConfig
+from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
-from distpc.teachers.base import Teacher
+from distpc.teachers.images import ImageTeacher
 
 
-class RandomTeacher(Teacher):
+class RandomTeacher(ImageTeacher):
     """Features tanh(W (v - 1/2) + b) of patch values v in [0, 1], with Gaussian W and b.
 
     Says how much of a teacher's worth needs no learning at all.

@@ -17,11 +17,15 @@ class Block(nn.Module):
         width: W, a multiple of `num_heads`.
         num_heads: attention heads.
         expansion: hidden width of the perceptron in units of W.
+        causal: whether a token attends to itself and those before it only (then all are present).
     """
 
-    def __init__(self, width: int, num_heads: int, expansion: int = 2) -> None:
+    def __init__(
+        self, width: int, num_heads: int, expansion: int = 2, causal: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.causal = causal
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
@@ -51,7 +55,9 @@ class Block(nn.Module):
         if rotation is not None:
             query, key = _rotated(query, rotation), _rotated(key, rotation)
         mask = None if present is None else present[:, None, None, :]
-        mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mixed = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=self.causal
+        )
         return self.attention_out(mixed.transpose(1, 2).flatten(2))
 
 

@@ -57,7 +57,7 @@ def test_error_is_over_all_values_of_each_image() -> None:
     visible = torch.tensor([[0, 1], [2, 3]])
     values = model.patches(x)
     difference = (model.reconstruct(values, visible) - values).reshape(2, -1)
-    assert torch.allclose(model(x, visible), difference.square().mean(dim=1))
+    assert torch.allclose(model(x, visible)[:, 0], difference.square().mean(dim=1))
 
 
 def test_encoding_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

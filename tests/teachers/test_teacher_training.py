@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from distpc.artifacts import StageContext, file_digest
-from distpc.config.schema import MaeConfig
+from distpc.config.teachers import MaeConfig
 from distpc.errors import DataError, TeacherError, TrainingError
 from distpc.parallel.mesh import Mesh
 from distpc.teachers import load_teacher, train
 from distpc.teachers.checkpoint import checkpoint_path
+from distpc.teachers.shuffled import ShuffledTeacher
 from distpc.teachers.trainer import learning_rate
 
 TINY = {"width": 16, "num_heads": 2, "encoder_blocks": 1, "feature_width": 4, "num_epochs": 2}
@@ -32,7 +33,7 @@ from distpc.teachers import trainer
 torch.set_num_threads(1)
 trainer.CHECKPOINT_SECONDS = float(sys.argv[2])
 
-class Dying(trainer.MaeTrainer):
+class Dying(trainer.TeacherTrainer):
     def _step(self, batch):
         if self.state.step == 17:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -76,6 +77,19 @@ def test_controls_are_written_at_once(make_context: ContextMaker, kind: str) -> 
     )
     assert ctx.metadata["num_parameters"] == 0
     assert ctx.metadata["seconds"] < 5
+
+
+def test_shuffled_controls_take_the_place_of_their_teacher(make_context: ContextMaker) -> None:
+    ctx = make_context({"kind": "pixels", "shuffle_samples": True, "shuffle_num_samples": 100})
+    train.run(ctx)
+    teacher = load_teacher(ctx.out)
+    assert isinstance(teacher, ShuffledTeacher)
+    assert ctx.metadata["name"] == "shuffled pixels"
+    assert teacher.bank.shape == (100, 64)
+    assert teacher.bank.float().std() > 1
+    written = (ctx.out / "teacher.json").stat().st_mtime_ns
+    train.run(ctx)
+    assert (ctx.out / "teacher.json").stat().st_mtime_ns == written
 
 
 def test_two_ranks_train_the_same_teacher_as_one(make_context: ContextMaker) -> None:

@@ -8,45 +8,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from distpc.config.schema import TeacherConfig
+from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, TeacherError
 from distpc.teachers import Teacher, build_teacher, load_teacher, teacher_kinds
 
-NEIGHBOURHOODS = {"pixels": (1,), "random": (1,), "mae": (1, 3)}
-CASES = [(kind, side) for kind in teacher_kinds() for side in NEIGHBOURHOODS[kind]]
-IMAGES = {
-    "grey": DatasetSpec("grey", "image", 8 * 12, (17,) * 96, image_shape=(8, 12, 1)),
-    "ycocg_r": DatasetSpec(
-        "colour", "image", 192, (256, 512, 512) * 64, image_shape=(8, 8, 3), color="ycocg_r"
-    ),
-}
+from .cases import CASES, COLOUR, GREY, PATCH, TEXT, Case, samples
+
+WITH_SPECS = [(case, spec) for case in CASES.values() for spec in case.specs]
+IDS = [f"{name}-{spec.name}" for name, case in CASES.items() for spec in case.specs]
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+each_spec = pytest.mark.parametrize(("case", "spec"), WITH_SPECS, ids=IDS)
 
 
-def _teacher(kind: str, side: int, spec: DatasetSpec, seed: int = 3) -> Teacher:
-    mae = {"width": 16, "num_heads": 2, "feature_width": 5, "neighbourhood": side}
-    config = TeacherConfig.model_validate({"kind": kind, "mae": mae, "random_width": 7})
-    return build_teacher(config, spec, 2, seed).eval()
-
-
-def _images(spec: DatasetSpec, num: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor([count for count in spec.num_categories if count is not None])
-    return (torch.rand(num, spec.num_variables, generator=generator) * sizes).long()
+def _others(teacher: Teacher, x: torch.Tensor, z: int) -> torch.Tensor:
+    """x with every value of unit z changed."""
+    variables = teacher.patch_variables[z] if hasattr(teacher, "patch_variables") else [z]
+    other = x.clone()
+    other[:, variables] = torch.where(other[:, variables] == 3, 12, 3)
+    return other
 
 
 def test_every_kind_is_in_the_battery() -> None:
-    assert set(NEIGHBOURHOODS) == set(teacher_kinds())
+    assert {case.kind for case in CASES.values()} == set(teacher_kinds())
 
 
-@pytest.mark.parametrize("data", IMAGES)
-@pytest.mark.parametrize(("kind", "side"), CASES)
-def test_features_have_the_promised_form(kind: str, side: int, data: str) -> None:
-    spec = IMAGES[data]
-    teacher = _teacher(kind, side, spec)
-    x = _images(spec, 5)
+@each_spec
+def test_features_have_the_promised_form(case: Case, spec: DatasetSpec) -> None:
+    teacher = case.build(spec)
+    x = samples(spec, 5)
     features = teacher.encode(x)
-    assert features.shape == (5, teacher.grid.num_patches, teacher.feature_width)
+    assert features.shape == (5, teacher.num_latents, teacher.feature_width)
     assert features.dtype == torch.float32
     assert not features.requires_grad
     assert torch.isfinite(features).all()
@@ -54,122 +46,141 @@ def test_features_have_the_promised_form(kind: str, side: int, data: str) -> Non
     assert torch.equal(features, teacher.encode(x))
     assert teacher.encode(x[:0]).shape == (0, *features.shape[1:])
     assert torch.equal(features, teacher.encode(x.int()))
+    if spec.has_missing and case.kind != "shuffled":
+        assert (features[-1, x[-1] < 0] == 0).all()
 
 
-@pytest.mark.parametrize(("kind", "side"), CASES)
-def test_the_seed_decides(kind: str, side: int) -> None:
-    spec = IMAGES["grey"]
-    x = _images(spec, 3)
-    features = _teacher(kind, side, spec, seed=3).encode(x)
-    assert torch.equal(features, _teacher(kind, side, spec, seed=3).encode(x))
-    if kind != "pixels":
-        assert not torch.equal(features, _teacher(kind, side, spec, seed=4).encode(x))
+@each_case
+def test_it_says_what_it_is(case: Case) -> None:
+    teacher = case.build()
+    assert case.kind in teacher.name.split(":")[0]
+    assert teacher.sees
+    assert len(teacher.revision) == 16
+    assert teacher.revision == case.build().revision
+    assert (teacher.revision != case.build(seed=4).revision) == (
+        case.is_random or case.kind == "shuffled"
+    )
 
 
-@pytest.mark.parametrize(("kind", "side"), CASES)
-def test_features_see_their_neighbourhood_only(kind: str, side: int) -> None:
-    spec = IMAGES["grey"]
-    teacher = _teacher(kind, side, spec)
-    x = _images(spec, 2)
+@each_case
+def test_the_seed_decides(case: Case) -> None:
+    x = samples(case.specs[0], 3)
+    features = case.build(seed=3).encode(x)
+    assert torch.equal(features, case.build(seed=3).encode(x))
+    if case.is_random:
+        assert not torch.equal(features, case.build(seed=4).encode(x))
+
+
+@each_case
+def test_features_see_what_they_say(case: Case) -> None:
+    teacher = case.build()
+    x = samples(case.specs[0], 2)[:1]
     before = teacher.encode(x)
-    grid = teacher.grid
-    index = torch.from_numpy(grid.variables())
-    for patch in range(grid.num_patches):
-        other = x.clone()
-        other[:, index[patch]] = 16 - other[:, index[patch]] // 2
-        changed = (teacher.encode(other) != before).any(dim=2).all(dim=0)
-        row, column = divmod(patch, grid.columns)
-        near = [
-            abs(z // grid.columns - row) <= side // 2
-            and abs(z % grid.columns - column) <= side // 2
-            for z in range(grid.num_patches)
-        ]
-        assert changed.tolist() == near
+    rows, columns = teacher.grid.rows, teacher.grid.columns
+    for unit in range(teacher.num_latents):
+        changed = (
+            ((teacher.encode(_others(teacher, x, unit)) - before).abs() > 1e-6)
+            .any(dim=2)
+            .any(dim=0)
+        )
+        allowed = {z for z in range(rows * columns) if unit in case.sees(z, rows, columns)}
+        found = set(changed.nonzero().flatten().tolist())
+        assert found <= allowed
+        if case.kind != "shuffled" and case.reaches_all:
+            assert found == allowed
 
 
-@pytest.mark.parametrize(("kind", "side"), CASES)
-def test_images_are_encoded_one_by_one(kind: str, side: int) -> None:
-    spec = IMAGES["grey"]
-    teacher = _teacher(kind, side, spec)
-    x = _images(spec, 6)
+@each_case
+def test_samples_are_encoded_one_by_one(case: Case) -> None:
+    teacher = case.build()
+    x = samples(case.specs[0], 6)
     together = teacher.encode(x)
     alone = torch.cat([teacher.encode(row[None]) for row in x])
     assert torch.allclose(together, alone, atol=1e-5)
+    backwards = teacher.encode(x.flip(0)).flip(0)
+    assert torch.allclose(together, backwards, atol=1e-5)
+    pairs = torch.cat([teacher.encode(part) for part in x.split(4)])
+    assert torch.allclose(together, pairs, atol=1e-5)
 
 
-@pytest.mark.parametrize("data", IMAGES)
-@pytest.mark.parametrize(("kind", "side"), CASES)
-def test_saved_and_loaded_are_equal(kind: str, side: int, data: str, tmp_path: Path) -> None:
-    spec = IMAGES[data]
-    teacher = _teacher(kind, side, spec)
+@each_spec
+def test_saved_and_loaded_are_equal(case: Case, spec: DatasetSpec, tmp_path: Path) -> None:
+    teacher = case.build(spec)
     teacher.save(tmp_path, training={"valid_mse": 0.5})
     loaded = load_teacher(tmp_path)
-    x = _images(spec, 4)
+    x = samples(spec, 4)
     assert torch.equal(teacher.encode(x), loaded.encode(x))
-    assert (loaded.kind, loaded.settings) == (teacher.kind, teacher.settings)
-    assert (loaded.spec, loaded.grid) == (spec, teacher.grid)
-    assert (tmp_path / "teacher.safetensors").exists() == (kind != "pixels")
-    assert json.loads((tmp_path / "teacher.json").read_text())["training"] == {"valid_mse": 0.5}
+    for fact in ("kind", "name", "revision", "sees", "settings", "spec", "grid", "feature_width"):
+        assert getattr(loaded, fact) == getattr(teacher, fact), fact
+    assert (tmp_path / "teacher.safetensors").exists() == bool(teacher.state_dict())
+    described = json.loads((tmp_path / "teacher.json").read_text())
+    assert described["training"] == {"valid_mse": 0.5}
+    assert described["revision"] == teacher.revision
 
 
-@pytest.mark.parametrize(("kind", "side"), CASES)
-def test_wrong_batches_are_refused(kind: str, side: int) -> None:
-    spec = IMAGES["grey"]
-    teacher = _teacher(kind, side, spec)
-    x = _images(spec, 2)
-    too_large, missing = x.clone(), x.clone()
-    too_large[1, 5] = 17
-    missing[0, 0] = -1
-    for wrong in (x[:, :-1], x[0], x.float(), too_large, missing):
+@each_case
+def test_wrong_batches_are_refused(case: Case) -> None:
+    spec = case.specs[0]
+    teacher = case.build()
+    x = samples(spec, 2)[:1]
+    too_large, too_small = x.clone(), x.clone()
+    too_large[0, 5] = spec.num_categories[5]
+    too_small[0, 0] = -2 if spec.has_missing else -1
+    for wrong in (x[:, :-1], x[0], x.float(), too_large, too_small):
         with pytest.raises(TeacherError) as caught:
             teacher.encode(wrong)
         assert caught.value.found and caught.value.expected and caught.value.fix
 
 
-@pytest.mark.parametrize(("kind", "side"), CASES)
-def test_other_data_are_refused(kind: str, side: int) -> None:
-    teacher = _teacher(kind, side, IMAGES["grey"])
-    teacher.check_data(IMAGES["grey"], 2)
-    with pytest.raises(TeacherError, match="other data"):
-        teacher.check_data(IMAGES["ycocg_r"], 2)
-    with pytest.raises(TeacherError, match="other data"):
-        teacher.check_data(IMAGES["grey"], 4)
+@each_case
+def test_other_data_are_refused(case: Case) -> None:
+    teacher = case.build()
+    teacher.check_data(case.specs[0], PATCH)
+    longer = DatasetSpec("longer", "text", 13, (256,) * 13, has_missing=True)
+    for other in {GREY.name: GREY, COLOUR.name: COLOUR, TEXT.name: TEXT, "": longer}.values():
+        if other != case.specs[0]:
+            with pytest.raises(TeacherError, match="other data"):
+                teacher.check_data(other, PATCH)
+    if case.specs[0].kind == "image":
+        with pytest.raises(TeacherError, match="other data"):
+            teacher.check_data(case.specs[0], 2 * PATCH)
 
 
-@pytest.mark.parametrize("kind", teacher_kinds())
-def test_data_without_patches_are_refused(kind: str) -> None:
+@each_case
+def test_data_of_another_kind_are_refused(case: Case) -> None:
     real = DatasetSpec("real", "image", 64, (None,) * 64, image_shape=(8, 8, 1))
-    with pytest.raises(TeacherError, match="discrete"):
-        _teacher(kind, 1, real)
-    with pytest.raises(ConfigError, match="images"):
-        _teacher(kind, 1, DatasetSpec("words", "text", 32, (256,) * 32))
+    with pytest.raises(TeacherError):
+        case.build(real)
+    with pytest.raises((ConfigError, TeacherError)):
+        case.build(TEXT if case.specs[0].kind == "image" else GREY)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in teacher_kinds() if kind != "pixels"])
-def test_bad_weights_are_refused(kind: str, tmp_path: Path) -> None:
-    teacher = _teacher(kind, 1, IMAGES["grey"])
-    weights, description = tmp_path / "teacher.safetensors", tmp_path / "teacher.json"
-
+@each_case
+def test_bad_weights_are_refused(case: Case, tmp_path: Path) -> None:
+    teacher = case.build()
+    if not teacher.state_dict():
+        pytest.skip("no weights of its own")
+    weights = tmp_path / "teacher.safetensors"
     teacher.save(tmp_path)
     whole = weights.read_bytes()
-    weights.write_bytes(whole[:-8])
-    with pytest.raises(TeacherError, match="missing, cut or changed"):
-        load_teacher(tmp_path)
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(TeacherError, match="missing, cut or changed"):
-        load_teacher(tmp_path)
-    weights.unlink()
-    with pytest.raises(TeacherError, match="missing, cut or changed"):
-        load_teacher(tmp_path)
+    for broken in (whole[:-8], whole[:-1] + bytes([whole[-1] ^ 1]), None):
+        if broken is None:
+            weights.unlink()
+        else:
+            weights.write_bytes(broken)
+        with pytest.raises(TeacherError, match="missing, cut or changed"):
+            load_teacher(tmp_path)
 
+
+@each_case
+def test_bad_descriptions_are_refused(case: Case, tmp_path: Path) -> None:
+    teacher = case.build()
+    description = tmp_path / "teacher.json"
     teacher.save(tmp_path)
     facts = json.loads(description.read_text())
-    other = {**facts["settings"]}
-    other["width"] = 32
     for wrong in (
-        {**facts, "settings": other},
         {**facts, "settings": {"nonsense": 1}},
-        {**facts, "kind": "vqvae"},
+        {**facts, "kind": "nonsense"},
         {**facts, "format_version": 2},
         {key: value for key, value in facts.items() if key != "settings"},
     ):
@@ -184,7 +195,30 @@ def test_bad_weights_are_refused(kind: str, tmp_path: Path) -> None:
         load_teacher(tmp_path)
 
 
+def test_weights_of_other_settings_are_refused(tmp_path: Path) -> None:
+    CASES["mae-1"].build().save(tmp_path)
+    description = tmp_path / "teacher.json"
+    facts = json.loads(description.read_text())
+    facts["settings"]["width"] = 32
+    description.write_text(json.dumps(facts))
+    with pytest.raises(TeacherError, match="do not fit"):
+        load_teacher(tmp_path)
+
+
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(TeacherError) as caught:
-        build_teacher(TeacherConfig(kind="none"), IMAGES["grey"], 2, 0)
+        build_teacher(TeacherConfig(kind="none"), GREY, 2, 0)
     assert "mae" in str(caught.value)
+
+
+def test_shuffled_features_are_those_of_other_samples() -> None:
+    case = CASES["shuffled-random"]
+    teacher = case.build()
+    bank = samples(GREY, 64, seed=9)
+    own = teacher.inner.encode(bank)
+    shuffled = teacher.encode(bank)
+    # Every sample's features are those of one of the bank: as a rule not its own.
+    givers = (shuffled[:, None] == own[None]).flatten(2).all(dim=2)
+    assert (givers.sum(dim=1) == 1).all()
+    assert givers.diagonal().sum() <= 5
+    assert len(givers.int().argmax(dim=1).unique()) > 30
