@@ -131,7 +131,7 @@ class PretrainedConfig(Section):
 
     folder: str | None = None
     """Folder with config.json and weights (safetensors, or a GGUF file); nothing is downloaded.
-    tools/get_models.py brings some."""
+    What `save_pretrained` of transformers writes."""
     gguf_file: str | None = None
     """Name of a GGUF file in the folder that transformers reads (kind hf_text)."""
     layer: int = -1

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0's feature maps (Tan & Le 2019; the Lite variant: ReLU6, no squeezing).
 
 Reads a folder with config.json {"architecture": "efficientnet-lite0"} and model.safetensors under
-the names of the efficientnet_pytorch family; tools/get_models.py makes one.
+the names of the efficientnet_pytorch family.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class EfficientNetTeacher(PretrainedImages):
                 where=self.folder,
                 found=found,
                 expected=ARCHITECTURE,
-                fix="bring the model with tools/get_models.py efficientnet_lite0",
+                fix=f'a folder whose config.json says {{"architecture": "{ARCHITECTURE}"}}',
             )
         if not 0 <= self.layer < NUM_BLOCKS:
             raise TeacherError(

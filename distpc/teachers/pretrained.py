@@ -33,7 +33,7 @@ def model_folder(config: PretrainedConfig) -> Path:
             "a pretrained teacher needs a model folder",
             where="teacher.pretrained.folder",
             expected="a local folder with config.json and model.safetensors",
-            fix="set it, or bring a model with tools/get_models.py",
+            fix="set it to a folder that save_pretrained of transformers wrote",
         )
     folder = Path(config.folder).expanduser().absolute()
     needed = CONFIG if config.gguf_file is None else config.gguf_file
@@ -43,7 +43,7 @@ def model_folder(config: PretrainedConfig) -> Path:
             where=folder,
             found=f"no {needed}" if folder.is_dir() else "no such folder",
             expected=f"a folder with {needed}",
-            fix="correct teacher.pretrained.folder, or bring a model with tools/get_models.py",
+            fix="correct teacher.pretrained.folder: it names what save_pretrained of transformers wrote",
         )
     return folder
 
