@@ -43,7 +43,7 @@ def model_folder(config: PretrainedConfig) -> Path:
             where=folder,
             found=f"no {needed}" if folder.is_dir() else "no such folder",
             expected=f"a folder with {needed}",
-            fix="correct teacher.pretrained.folder: it names what save_pretrained of transformers wrote",
+            fix="correct teacher.pretrained.folder, a folder that save_pretrained wrote",
         )
     return folder
 
