@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Bank(nn.Module):
+class Bank(nn.Module, ABC):
     """Base of the banks.
 
     Attributes:
@@ -25,35 +26,35 @@ class Bank(nn.Module):
     statistics: Tensor
     learns_by: Literal["em", "gradient"] = "em"
 
+    @abstractmethod
     def init(self, noise: float, generator: torch.Generator) -> None:
         """Random parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         """Smooth the read-out by a pseudocount in samples a row (a unit of an input)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def statistics_of(self, table: int) -> Tensor:
         """A view of one table's statistics, a row a unit; writing to it writes the parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights_of(self, table: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """What one table means, a row a unit: weights, probabilities, or mean and variance."""
-        raise NotImplementedError
 
+    @abstractmethod
     def totals(self, values: Tensor) -> Tensor:
         """The uses of each entry's row, for values laid out as the statistics.
 
         Of flows: how often a unit was used; of statistics: how often a sample is expected to use
         it. Shape: broadcasts against the statistics.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def pseudo_samples(self, pseudocount: float) -> Tensor:
         """The statistics of `pseudocount` imaginary uses of every row (a prior); broadcasts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rescale_(self, uses: Sequence[Tensor]) -> None:
         """Keep what the tables mean, with statistics whose rows are used `uses[table]` (units,)
         times a sample."""
-        raise NotImplementedError

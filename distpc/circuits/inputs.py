@@ -7,6 +7,7 @@ up a value is gathering a row.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -75,7 +76,7 @@ class TableBank(Bank):
 
         Its gradient is the entries' flows, which backward turns into the parameters' `.grad`.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} is read in another way")
 
     def log_table(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Log-probabilities (sum of sizes, K), differentiable."""
@@ -108,12 +109,12 @@ class TableBank(Bank):
         """What backward hands to `source` of the entries' flows (sum of sizes, K)."""
         return flow
 
+    @abstractmethod
     def start_near_(self, table: int, shares: Tensor) -> None:
         """Move a random table's units to where the data are: `shares` (C,) of its categories.
 
         The scale of statistics is left to `rescale_`.
         """
-        raise NotImplementedError
 
     @property
     def is_bounded_below(self) -> bool:
