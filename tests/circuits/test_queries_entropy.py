@@ -11,7 +11,6 @@ from distpc.circuits import families
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import enumerate_worlds, log_prob_exact
 from distpc.circuits.inputs import CategoricalBank
-from distpc.circuits.queries import is_deterministic
 from distpc.errors import EvidenceError
 from distpc.structures.builder import GraphBuilder
 from distpc.structures.region_graph import Region, RegionGraph
@@ -102,24 +101,23 @@ def test_deterministic_circuits_have_an_exact_entropy(monkeypatch) -> None:
     builder = GraphBuilder()
     builder.regions = list(graph.regions[:-1])
     above = builder.sum(2, len(graph.regions) - 2)
-    assert not is_deterministic(builder.finish(above, 4))
+    assert not builder.finish(above, 4).is_deterministic
 
 
 def test_determinism_is_structural() -> None:
-    assert is_deterministic(chow_liu_chain(3))
-    assert not is_deterministic(chain(3, 2))
+    assert chow_liu_chain(3).is_deterministic
+    assert not chain(3, 2).is_deterministic
     builder = GraphBuilder()
     pairs = builder.kronecker(
         builder.input(2, 0, family="indicator"), builder.input(2, 1, family="indicator")
     )
     # Pairs with one first value differ in the second; all four differ in neither alone.
     blocks = Region("sum", 2, (pairs,), blocks=2)
-    assert is_deterministic(
-        RegionGraph([*builder.regions, blocks, Region("sum", 1, (len(builder.regions),))], 2)
-    )
+    regions = [*builder.regions, blocks, Region("sum", 1, (len(builder.regions),))]
+    assert RegionGraph(regions, 2).is_deterministic
     builder = GraphBuilder()
     same = [builder.product([builder.input(2, 0, family="indicator")]) for _ in range(2)]
-    assert not is_deterministic(builder.finish(builder.concat(same), 1))
+    assert not builder.finish(builder.concat(same), 1).is_deterministic
 
 
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"one-input"}))

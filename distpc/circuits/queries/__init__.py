@@ -1,7 +1,6 @@
 """Exact queries, a module each; all take rows in batches that bound what is held at once."""
 
 from distpc.circuits.queries.conditional import conditional, conditional_blocks, conditional_joint
-from distpc.circuits.queries.determinism import is_deterministic
 from distpc.circuits.queries.entropy import Entropy, entropy
 from distpc.circuits.queries.flows import flows, refuse_impossible
 from distpc.circuits.queries.information import mutual_information
@@ -24,7 +23,6 @@ __all__ = [
     "entropy",
     "expectation",
     "flows",
-    "is_deterministic",
     "log_prob",
     "marginal_map_approximate",
     "mpe",

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.gaussian import GaussianBank
-from distpc.circuits.queries.determinism import is_deterministic
 from distpc.circuits.queries.tables import input_tables, sum_tables
 from distpc.circuits.queries.uses import uses
 from distpc.circuits.schedule import SumPlan
@@ -80,7 +79,7 @@ def entropy(circuit: Circuit, num_samples: int = 0, seed: int = 0) -> Entropy:
             for region, weights in sum_tables(circuit, plan, torch.float64):
                 of_choices += float(of_units[region] @ torch.special.entr(weights).sum(-1))
     joint = given_latents + of_choices
-    exact = joint if is_deterministic(circuit.graph) else None
+    exact = joint if circuit.graph.is_deterministic else None
     mean, error = _estimate(circuit, int(num_samples), seed)
     return Entropy(joint, given_latents, exact, mean, error, int(num_samples))
 
