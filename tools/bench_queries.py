@@ -65,7 +65,7 @@ def synthetic_circuit(num_states: int, side: int) -> tuple[Circuit, torch.Tensor
         -1 if pixel == 0 else pixel - 1 if pixel % side else pixel - side
         for pixel in range(side * side)
     ]
-    circuit = distpc.Circuit(hclt_graph(Tree(parents), num_states), [256] * side**2, seed=0)
+    circuit = distpc.Circuit(hclt_graph(Tree(tuple(parents)), num_states), [256] * side**2, seed=0)
     return circuit, circuit.sample(500, seed=0)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.teachers.images import ImageTeacher
 from distpc.teachers.mae import draw_visible
@@ -54,6 +53,7 @@ class SelfDistilled(ImageTeacher, Trainable):
     """
 
     kind = "data2vec"
+    sizes = ("width", "num_heads", "num_blocks", "num_averaged")
     figure = "mse"
     baseline_name = "variance"
     rotations: Tensor
@@ -86,28 +86,6 @@ class SelfDistilled(ImageTeacher, Trainable):
         )
         rotations = grid_rotations(self.grid.rows, self.grid.columns, width // num_heads)
         self.register_buffer("rotations", rotations, persistent=False)
-
-    @classmethod
-    def from_config(
-        cls, config: TeacherConfig, spec: DatasetSpec, patch_size: int, seed: int
-    ) -> SelfDistilled:
-        """Sizes from `teacher.data2vec`; `seed` draws the initial weights."""
-        sizes = config.data2vec
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(
-                spec,
-                patch_size,
-                width=sizes.width,
-                num_heads=sizes.num_heads,
-                num_blocks=sizes.num_blocks,
-                num_averaged=sizes.num_averaged,
-            )
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Sizes of the network."""
-        return dict(self._settings)
 
     @property
     def feature_width(self) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distpc.config.teachers import MaeConfig, TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.teachers.images import ImageTeacher
 from distpc.teachers.trainable import Trainable, masking_ratio
@@ -39,6 +38,14 @@ class MaskedAutoencoder(ImageTeacher, Trainable):
     """
 
     kind = "mae"
+    sizes = (
+        "width",
+        "num_heads",
+        "encoder_blocks",
+        "decoder_blocks",
+        "feature_width",
+        "neighbourhood",
+    )
     figure = "mse"
     baseline_name = "variance"
     positions: Tensor
@@ -84,30 +91,6 @@ class MaskedAutoencoder(ImageTeacher, Trainable):
         self.register_buffer("rotations", rotations, persistent=False)
         self.register_buffer("neighbours", neighbours, persistent=False)
         self.register_buffer("neighbour_present", present, persistent=False)
-
-    @classmethod
-    def from_config(
-        cls, config: TeacherConfig, spec: DatasetSpec, patch_size: int, seed: int
-    ) -> MaskedAutoencoder:
-        """Sizes from `teacher.mae`; `seed` draws the initial weights."""
-        sizes: MaeConfig = config.mae
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(
-                spec,
-                patch_size,
-                width=sizes.width,
-                num_heads=sizes.num_heads,
-                encoder_blocks=sizes.encoder_blocks,
-                decoder_blocks=sizes.decoder_blocks,
-                feature_width=sizes.feature_width,
-                neighbourhood=sizes.neighbourhood,
-            )
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Sizes of the network, and the neighbourhood."""
-        return dict(self._settings)
 
     @property
     def feature_width(self) -> int:

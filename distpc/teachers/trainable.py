@@ -6,12 +6,14 @@ Shapes: B batch, V variables.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distpc.config.teachers import TeacherConfig
+from distpc.data.spec import DatasetSpec
 from distpc.teachers.base import Teacher
 
 
@@ -21,10 +23,29 @@ class Trainable(Teacher):
     Attributes:
         figure: name of the reported figure: `mse`, `bpd` (bits a dimension), `bpt` (bits a token).
         baseline_name: name of the figure of the best constant prediction.
+        sizes: fields of the kind's section of the configuration that its constructor takes.
     """
 
     figure: ClassVar[str]
     baseline_name: ClassVar[str] = "constant"
+    sizes: ClassVar[tuple[str, ...]]
+    _settings: dict[str, Any]
+
+    @classmethod
+    def from_config(
+        cls, config: TeacherConfig, spec: DatasetSpec, patch_size: int, seed: int
+    ) -> Self:
+        """Sizes from the kind's section; `seed` draws the initial weights."""
+        section = getattr(config, cls.kind)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            sizes: dict[str, Any] = {name: getattr(section, name) for name in cls.sizes}
+            return cls(spec, patch_size, **sizes)  # type: ignore[arg-type]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Sizes of the network, and what else its section chose."""
+        return dict(self._settings)
 
     @abstractmethod
     def draw(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.teachers.patch_coder import PatchCoder
 from distpc.teachers.patch_nets import bits
@@ -24,6 +23,7 @@ class VariationalAutoencoder(PatchCoder):
     """q(code | x) = N(mean, spread) a patch; the feature is the mean."""
 
     kind = "vae"
+    sizes = ("width", "encoder_blocks", "num_mixtures", "feature_width")
 
     def __init__(
         self,
@@ -39,28 +39,6 @@ class VariationalAutoencoder(PatchCoder):
         super().__init__(spec, patch_size, **sizes, code_width=feature_width)
         self._settings = {**sizes, "feature_width": feature_width}
         self.to_code = nn.Conv2d(width, 2 * feature_width, 1)
-
-    @classmethod
-    def from_config(
-        cls, config: TeacherConfig, spec: DatasetSpec, patch_size: int, seed: int
-    ) -> VariationalAutoencoder:
-        """Sizes from `teacher.vae`; `seed` draws the initial weights."""
-        sizes = config.vae
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(
-                spec,
-                patch_size,
-                width=sizes.width,
-                encoder_blocks=sizes.encoder_blocks,
-                num_mixtures=sizes.num_mixtures,
-                feature_width=sizes.feature_width,
-            )
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Sizes of the networks."""
-        return dict(self._settings)
 
     @property
     def feature_width(self) -> int:

@@ -2,21 +2,21 @@
 
 Top codes stand for 2 x 2 patches, bottom codes for a patch; the feature of a patch, and all that
 the decoder sees of it, is both (Liu et al. 2023). The figure is a bound of the model's own bits a
-dimension: -log2 p(x | codes) plus the bits of all codes under a uniform prior over each codebook.
-A prior fitted to the codes would lower it. Shapes: B batch, V variables, Z patches, E code width,
-N codes of a level, W width.
+dimension: -log2 p(x | codes) plus the bits of all codes under a prior that is trained beside them,
+p(top code) p(bottom code | top code above it), the same at every place. A prior that sees the codes
+around (Razavi et al. use an autoregressive one) would lower it.
+
+Shapes: B batch, V variables, Z patches, E code width, N codes of a level, W width.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, layer_norm, pad
+from torch.nn.functional import cross_entropy, interpolate, layer_norm, pad
 
-from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.teachers.patch_coder import PatchCoder
 from distpc.teachers.patch_nets import Residual, bits
@@ -33,17 +33,52 @@ class Quantiser(nn.Module):
         super().__init__()
         self.codes = nn.Parameter(torch.randn(num_codes, width))
 
-    def forward(self, encodings: Tensor, commitment: float) -> tuple[Tensor, Tensor]:
-        """encodings (B, E, h, w) -> code vectors of the same shape, and the loss (B,)."""
+    def forward(self, encodings: Tensor, commitment: float) -> tuple[Tensor, Tensor, Tensor]:
+        """encodings (B, E, h, w) -> code vectors of the same shape, which (B, h, w), loss (B,)."""
         found = encodings.movedim(1, -1)
         if found.shape[-1] > 1:
             found = layer_norm(found, found.shape[-1:])
         distance = self.codes.square().sum(dim=1) - 2 * found @ self.codes.T
-        chosen = self.codes[distance.argmin(dim=-1)]
+        which = distance.argmin(dim=-1)
+        chosen = self.codes[which]
         to_codes = (chosen - found.detach()).square().mean(dim=(1, 2, 3))
         to_encodings = (chosen.detach() - found).square().mean(dim=(1, 2, 3))
         passed = found + (chosen - found).detach()
-        return passed.movedim(-1, 1), to_codes + commitment * to_encodings
+        return passed.movedim(-1, 1), which, to_codes + commitment * to_encodings
+
+
+class CodePrior(nn.Module):
+    """log p of an image's codes: each top code alone, each bottom code given the top one above."""
+
+    # Adam moves every weight by about its step size: scaled, the logits get where they belong
+    # within an epoch.
+    SCALE = 10.0
+
+    def __init__(self, num_codes: int) -> None:
+        super().__init__()
+        self.top = nn.Parameter(torch.zeros(num_codes))
+        self.bottom = nn.Parameter(torch.zeros(num_codes, num_codes))
+
+    def bits(self, top: Tensor, above: Tensor, bottom: Tensor) -> Tensor:
+        """Codes top (B, h, w); bottom and the top codes above them (B, H, W) -> bits (B,)."""
+        of_top = (self.top * self.SCALE).log_softmax(0)[top].sum(dim=(1, 2))
+        logits = (self.bottom[above] * self.SCALE).movedim(-1, 1)
+        of_bottom = cross_entropy(logits, bottom, reduction="none").sum(dim=(1, 2))
+        return bits(of_bottom - of_top)
+
+
+class Coded(NamedTuple):
+    """Codes of a batch.
+
+    Attributes:
+        vectors: (B, Z, 2 E) what the decoder sees of each patch.
+        loss: (B,) what pulls codes and encodings together.
+        bits: (B,) of the codes under the prior.
+    """
+
+    vectors: Tensor
+    loss: Tensor
+    bits: Tensor
 
 
 class VectorQuantised(PatchCoder):
@@ -59,6 +94,7 @@ class VectorQuantised(PatchCoder):
     """
 
     kind = "vqvae"
+    sizes = ("width", "encoder_blocks", "num_mixtures", "code_width", "num_codes", "commitment")
 
     def __init__(
         self,
@@ -87,30 +123,7 @@ class VectorQuantised(PatchCoder):
         self.to_bottom = nn.Conv2d(width + code_width, code_width, 1)
         self.top = Quantiser(num_codes, code_width)
         self.bottom = Quantiser(num_codes, code_width)
-
-    @classmethod
-    def from_config(
-        cls, config: TeacherConfig, spec: DatasetSpec, patch_size: int, seed: int
-    ) -> VectorQuantised:
-        """Sizes from `teacher.vqvae`; `seed` draws the initial weights."""
-        sizes = config.vqvae
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(
-                spec,
-                patch_size,
-                width=sizes.width,
-                encoder_blocks=sizes.encoder_blocks,
-                num_mixtures=sizes.num_mixtures,
-                code_width=sizes.code_width,
-                num_codes=sizes.num_codes,
-                commitment=sizes.commitment,
-            )
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Sizes of the networks and codebooks."""
-        return dict(self._settings)
+        self.prior = CodePrior(num_codes)
 
     @property
     def feature_width(self) -> int:
@@ -122,15 +135,9 @@ class VectorQuantised(PatchCoder):
         """The top level looks further than the bottom one."""
         return f"its patch and those at most {self.encoder_blocks + 3} away"
 
-    @property
-    def code_bits(self) -> float:
-        """Bits of an image's codes under the uniform prior."""
-        rows, columns = (self.grid.rows + 1) // 2, (self.grid.columns + 1) // 2
-        return (self.num_latents + rows * columns) * math.log2(len(self.top.codes))
-
     def codes(self, x: Tensor) -> Tensor:
         """x (B, V) -> (B, Z, 2 E): top code of the 2 x 2 patches, code of the patch."""
-        return self._quantised(self.patches(x))[0]
+        return self._coded(self.patches(x)).vectors
 
     def draw(
         self, num_samples: int, generator: torch.Generator, section: Any, training: bool
@@ -139,21 +146,24 @@ class VectorQuantised(PatchCoder):
         return ()
 
     def forward(self, x: Tensor, *drawn: Tensor) -> Tensor:
-        """x (B, V) -> (B, 3): bits a dimension given the codes plus the codes' losses, the bound in
-        bits a dimension, and 1."""
+        """x (B, V) -> (B, 3): the bound plus the codes' losses, the bound in bits a dimension,
+        and 1."""
         values = self.patches(x)
-        codes, code_loss = self._quantised(values)
-        given = bits(self.nats(codes, values)) / self.spec.num_variables
-        bound = given + self.code_bits / self.spec.num_variables
-        return torch.stack([given + code_loss, bound, torch.ones_like(bound)], dim=1)
+        coded = self._coded(values)
+        given = bits(self.nats(coded.vectors, values))
+        bound = (given + coded.bits) / self.spec.num_variables
+        return torch.stack([bound + coded.loss, bound, torch.ones_like(bound)], dim=1)
 
-    def _quantised(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _coded(self, values: Tensor) -> Coded:
         rows, columns = self.grid.rows, self.grid.columns
         maps = self.encoder(values, rows, columns)
         even = pad(maps, (0, columns % 2, 0, rows % 2), mode="replicate")
-        top, top_loss = self.top(self.to_top(self.top_block(self.down(even))), self.commitment)
+        encodings = self.to_top(self.top_block(self.down(even)))
+        top, which_top, top_loss = self.top(encodings, self.commitment)
         above = interpolate(top, scale_factor=2.0, mode="nearest")[:, :, :rows, :columns]
         joined = torch.cat([maps, above], dim=1)
-        bottom, bottom_loss = self.bottom(self.to_bottom(joined), self.commitment)
-        codes = torch.cat([above, bottom], dim=1).flatten(2).transpose(1, 2)
-        return codes, top_loss + bottom_loss
+        bottom, which, bottom_loss = self.bottom(self.to_bottom(joined), self.commitment)
+        vectors = torch.cat([above, bottom], dim=1).flatten(2).transpose(1, 2)
+        which_above = which_top.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        code_bits = self.prior.bits(which_top, which_above[:, :rows, :columns], which)
+        return Coded(vectors, top_loss + bottom_loss, code_bits)

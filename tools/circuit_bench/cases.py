@@ -45,7 +45,8 @@ class Case:
         dtype = numbers.pop() if numbers and not numbers[-1].isdigit() else "float32"
         if structure not in NUM_CATEGORIES or not 2 <= len(numbers) <= 3:
             raise ValueError(f"'{text}' is no case: STRUCTURE:VARIABLES:STATES[:BATCH[:DTYPE]]")
-        return cls(structure, *map(int, numbers), dtype=dtype)
+        variables, states, *batch = map(int, numbers)
+        return cls(structure, variables, states, batch[0] if batch else 256, dtype)
 
     def __str__(self) -> str:
         numbers = (self.num_variables, self.num_states, self.batch)

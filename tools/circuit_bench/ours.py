@@ -5,11 +5,10 @@ from __future__ import annotations
 from itertools import cycle
 
 import torch
-from torch import Tensor
 
 from circuit_bench.cases import Case
-from distpc.circuits.circuit import Circuit
 from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.rules.online_em import online_em_
 
 STEP_SIZE = 0.1
 
@@ -25,7 +24,7 @@ class Ours:
 
     def __init__(self, case: Case, device: str, fused: bool = False) -> None:
         self.circuit = case.circuit().to(device)
-        set_dtype(self.circuit, case.dtype)
+        self.circuit.matmul_dtype = getattr(torch, case.dtype)
         self.batches = cycle(case.batches(4, device))
         self.optimizer = CircuitOptimizer(self.circuit.parameter_groups(), step_size=STEP_SIZE)
         self.fused = fused
@@ -48,20 +47,6 @@ class Ours:
 
 
 @torch.no_grad()
-def _update(statistics: Tensor) -> None:
-    assert statistics.grad is not None
-    statistics.mul_(1.0 - STEP_SIZE).add_(statistics.grad, alpha=-STEP_SIZE)
+def _update(statistics: torch.nn.Parameter) -> None:
+    online_em_([statistics], STEP_SIZE)
     statistics.grad = None
-
-
-def set_dtype(circuit: Circuit, dtype: str) -> None:
-    """Run the matrix products of sums in `dtype`.
-
-    Raises:
-        NotImplementedError: the circuit has no such option.
-    """
-    if dtype == "float32":
-        return
-    if not hasattr(circuit, "matmul_dtype"):
-        raise NotImplementedError(f"circuits have no option for products in {dtype}")
-    circuit.matmul_dtype = getattr(torch, dtype)

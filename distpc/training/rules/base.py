@@ -16,6 +16,7 @@ pseudocount pc in the unit of the flows of each rule; each class says what its p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class Smoothing(NamedTuple):
         return count / self.num_samples
 
 
-class Rule:
+class Rule(ABC):
     """Base of the rules.
 
     Args:
@@ -84,7 +85,9 @@ class Rule:
 
     def begin_step(self) -> None:
         """What is done once a step, before the parameters are updated one by one."""
+        return None
 
+    @abstractmethod
     def update(self, statistics: Parameter, state: dict[str, Any], step_size: float) -> None:
         """Update one parameter in place.
 
@@ -93,7 +96,6 @@ class Rule:
             state: the rule's own tensors of this parameter, empty at the first step.
             step_size: of this step.
         """
-        raise NotImplementedError
 
     def prior(self, bank: Bank) -> Tensor:
         """Statistics of the pseudo-uses of each row; broadcasts against the bank's."""
