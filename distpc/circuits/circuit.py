@@ -16,6 +16,7 @@ from distpc.circuits.compiled import MAX_FOLD_BYTES, compile_graph
 from distpc.circuits.evidence import Evidence, EvidenceReader
 from distpc.circuits.gaussian import GaussianBank
 from distpc.circuits.schedule import BankPlan
+from distpc.circuits.step import Exchange
 from distpc.circuits.steps import Pass, build_step, run_steps
 from distpc.circuits.sums import SumBank
 from distpc.errors import StructureError
@@ -57,6 +58,8 @@ class Circuit(nn.Module):
         any_rank: given whether this process needs the log-domain pass, whether any does. Where
             parameters are partitioned over processes (ZeRO-3) every process has to take part in
             every pass: set it to an all-reduce there.
+        units: those that each step of the schedule yields in this process.
+        exchange: with processes that own other units, see `sharding`; None: all are here.
         last_impossible: number of samples of the last forward with likelihood 0 or NaN.
     """
 
@@ -86,7 +89,8 @@ class Circuit(nn.Module):
             for plan, fanout in zip(self.schedule.steps, self.schedule.fanouts, strict=True)
         ]
         self.steps = nn.ModuleList(self.step_list)
-        self._units = [graph.regions[p.regions[0]].num_units for p in self.schedule.steps]
+        units = [graph.regions[p.regions[0]].num_units for p in self.schedule.steps]
+        self.units = [range(count) for count in units]
         self._tables = {
             owner: (number, table)
             for number, plan in enumerate(self.schedule.banks)
@@ -100,6 +104,7 @@ class Circuit(nn.Module):
         self.latent_sizes = tuple(values)
         self.reader = EvidenceReader(self.num_categories, self.latent_sizes)
         self.any_rank: Callable[[bool], bool] = bool
+        self.exchange: Exchange | None = None
         self.smoothing = (0.0, 0.0, 1)
         self.last_impossible = torch.zeros((), dtype=torch.int64)
         self.dataset: dict[str, Any] = {}
@@ -346,10 +351,11 @@ class Circuit(nn.Module):
             self.schedule,
             self.step_list,
             self.bank_list,
-            self._units,
+            self.units,
             evidence,
             in_logs=in_logs,
             keep=keep,
+            exchange=self.exchange,
         )
 
     def _init(self, seed: int, noise: float) -> None:

@@ -36,12 +36,12 @@ class Evidence:
             None if self.latents is None else self.latents[:, samples],
         )
 
-    def mask(self, latents: Tensor | None, num_units: int) -> Tensor | None:
+    def mask(self, latents: Tensor | None, units: range) -> Tensor | None:
         """Units that latent evidence leaves.
 
         Args:
             latents: (E,) the latent of each row, -1 for none; None where no row has one.
-            num_units: K.
+            units: 0 .. K - 1, or those of them that are wanted.
 
         Returns:
             (E, B, K) bool, or None where everything is left.
@@ -50,7 +50,7 @@ class Evidence:
             return None
         values = self.latents[latents.clamp_min(0)]
         values = torch.where(latents.unsqueeze(1) < 0, MISSING, values).unsqueeze(-1)
-        return (values < 0) | (values == torch.arange(num_units, device=values.device))
+        return (values < 0) | (values == torch.arange(units.start, units.stop, device=values.device))
 
 
 class EvidenceReader:

@@ -40,13 +40,13 @@ class TableStep(Step):
         bank: nn.Module | None,
         requests: list[list[Message]],
         evidence: Evidence,
-        num_units: int,
+        units: range,
         in_logs: bool,
     ) -> Message:
         assert isinstance(bank, TableBank)
         codes = evidence.codes[self.variables]
         index = torch.where(codes < 0, self.num_rows, codes + self.offsets.unsqueeze(-1))
-        mask = evidence.mask(self.latents, num_units)
+        mask = evidence.mask(self.latents, units)
         return Message(*bank(index.mT.contiguous(), mask, in_logs))
 
 
@@ -76,12 +76,12 @@ class RealStep(Step):
         bank: nn.Module | None,
         requests: list[list[Message]],
         evidence: Evidence,
-        num_units: int,
+        units: range,
         in_logs: bool,
     ) -> Message:
         assert isinstance(bank, GaussianBank) and evidence.reals is not None
         centre = bank.centre[self.tables].unsqueeze(1)
         spread = bank.spread[self.tables].unsqueeze(1)
         z = (evidence.reals[self.variables] - centre) / spread
-        logs = bank(z, self.tables, in_logs, evidence.mask(self.latents, num_units))
+        logs = bank(z, self.tables, in_logs, evidence.mask(self.latents, units))
         return Message(logs, None) if in_logs else Message(*ScaleLogsFunction.apply(logs))

@@ -259,6 +259,33 @@ class KroneckerFunction(torch.autograd.Function):
         return None, flow.sum(-1), flow.sum(-2)
 
 
+def side_by_side(
+    mask: Tensor | None, scales: Sequence[Scale], groups: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Groups (E, B, K_j) with scales (E, B) each -> one message, both halves of its scale, and
+    weak samples (B,)."""
+    logs = [scale.log for scale in scales if scale.log is not None]
+    tops = [log + g.amax(-1).log() for log, g in zip(logs, groups, strict=True)]
+    common = torch.stack(tops).amax(0)
+    common = torch.where(common.isneginf(), 0.0, common)
+    shifts = [(log - common).clamp_max(80.0).exp() for log in logs]
+    out = torch.cat(
+        [
+            group * shift.to(group.dtype).unsqueeze(-1)
+            for group, shift in zip(groups, shifts, strict=True)
+        ],
+        dim=-1,
+    )
+    lost = underflow(out, mask)
+    lost += torch.stack([concat_lost(scale, common) for scale in scales]).amax(0)
+    if mask is not None:
+        out = torch.where(mask, out, 0.0)
+    log_top, is_weak = rescale_(out)
+    # A bound that is 0 stays 0, whatever the top; any other becomes large enough.
+    lost *= (-log_top).clamp_max(MAX_NATS).exp_()
+    return out, new_scale(common + log_top, lost), is_weak
+
+
 class ConcatFunction(torch.autograd.Function):
     """Groups (E, B, K_j) with scales (E, B) each -> one message, both halves of its scale."""
 
@@ -266,27 +293,8 @@ class ConcatFunction(torch.autograd.Function):
     def forward(
         ctx: Any, mask: Tensor | None, scales: Sequence[Scale], *groups: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        logs = [scale.log for scale in scales if scale.log is not None]
-        tops = [log + g.amax(-1).log() for log, g in zip(logs, groups, strict=True)]
-        common = torch.stack(tops).amax(0)
-        common = torch.where(common.isneginf(), 0.0, common)
-        shifts = [(log - common).clamp_max(80.0).exp() for log in logs]
-        out = torch.cat(
-            [
-                group * shift.to(group.dtype).unsqueeze(-1)
-                for group, shift in zip(groups, shifts, strict=True)
-            ],
-            dim=-1,
-        )
-        lost = underflow(out, mask)
-        lost += torch.stack([concat_lost(scale, common) for scale in scales]).amax(0)
-        if mask is not None:
-            out = torch.where(mask, out, 0.0)
-        log_top, is_weak = rescale_(out)
         ctx.sizes = [group.shape[-1] for group in groups]
-        # A bound that is 0 stays 0, whatever the top; any other becomes large enough.
-        lost *= (-log_top).clamp_max(MAX_NATS).exp_()
-        scale = new_scale(common + log_top, lost)
+        out, scale, is_weak = side_by_side(mask, scales, groups)
         mark_constant(ctx, scale, is_weak)
         return out, scale, is_weak
 

@@ -6,7 +6,7 @@ that backward delivers are the same in both.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,16 @@ class Message(NamedTuple):
     values: Tensor
     scale: Scale | None
     is_weak: Tensor | None = None
+
+
+class Exchange(Protocol):
+    """With other processes, each of which evaluates a share of the units; see `sharding`."""
+
+    def bring(self, message: Message, step: int, request: int, piece: int) -> Message:
+        """The message as that step has to read it."""
+
+    def agree(self, is_weak: Tensor) -> Tensor:
+        """Samples (B,) that any of the processes marks."""
 
 
 def seal(message: Message) -> Message:
@@ -67,7 +77,7 @@ class Step(nn.Module):
         bank: nn.Module | None,
         requests: list[list[Message]],
         evidence: Evidence,
-        num_units: int,
+        units: range,
         in_logs: bool,
     ) -> Message:
         """Evaluate the step."""

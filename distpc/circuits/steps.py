@@ -32,7 +32,7 @@ from distpc.circuits.schedule import (
     StepPlan,
     SumPlan,
 )
-from distpc.circuits.step import Message, Step, seal
+from distpc.circuits.step import Exchange, Message, Step, seal
 from distpc.circuits.sums import SumBank
 
 
@@ -49,7 +49,7 @@ class SumStep(Step):
         bank: nn.Module | None,
         requests: list[list[Message]],
         evidence: Evidence,
-        num_units: int,
+        units: range,
         in_logs: bool,
     ) -> Message:
         assert isinstance(bank, SumBank)
@@ -77,11 +77,11 @@ class ProductStep(Step):
         bank: nn.Module | None,
         requests: list[list[Message]],
         evidence: Evidence,
-        num_units: int,
+        units: range,
         in_logs: bool,
     ) -> Message:
         values = [piece.values for piece in requests[0]]
-        mask = evidence.mask(self.latents, num_units)
+        mask = evidence.mask(self.latents, units)
         if in_logs:
             return Message(self.layer.add(values, mask), None)
         out, log_top, lost, is_weak = ProductFunction.apply(self.layer, mask, *values)
@@ -113,11 +113,11 @@ class KroneckerStep(Step):
         bank: nn.Module | None,
         requests: list[list[Message]],
         evidence: Evidence,
-        num_units: int,
+        units: range,
         in_logs: bool,
     ) -> Message:
         left, right = (self.gather(pieces, number) for number, pieces in enumerate(requests))
-        mask = evidence.mask(self.latents, num_units)
+        mask = evidence.mask(self.latents, units)
         if left.scale is None or right.scale is None:
             logs = (left.values.unsqueeze(-1) + right.values.unsqueeze(-2)).flatten(-2)
             return Message(logs if mask is None else torch.where(mask, logs, -torch.inf), None)
@@ -138,11 +138,11 @@ class ConcatStep(Step):
         bank: nn.Module | None,
         requests: list[list[Message]],
         evidence: Evidence,
-        num_units: int,
+        units: range,
         in_logs: bool,
     ) -> Message:
         groups = [self.gather(pieces, number) for number, pieces in enumerate(requests)]
-        mask = evidence.mask(self.latents, num_units)
+        mask = evidence.mask(self.latents, units)
         values = [group.values for group in groups]
         if in_logs:
             logs = torch.cat(values, dim=-1)
@@ -188,13 +188,24 @@ def run_steps(
     schedule: Schedule,
     steps: Sequence[Step],
     banks: Sequence[nn.Module],
-    num_units: Sequence[int],
+    units: Sequence[range],
     evidence: Evidence,
     *,
     in_logs: bool,
     keep: bool,
+    exchange: Exchange | None = None,
 ) -> Pass:
-    """Evaluate every step, children first."""
+    """Evaluate every step, children first.
+
+    Args:
+        schedule: what is evaluated.
+        steps, banks: its modules.
+        units: that each step yields.
+        evidence: of B samples.
+        in_logs: the domain.
+        keep: keep the message of every step.
+        exchange: with processes that share the units; None where all of them are here.
+    """
     inbox: dict[int, dict[tuple[int, int], Message]] = defaultdict(dict)
     is_weak = torch.zeros(evidence.codes.shape[1], dtype=torch.bool, device=evidence.codes.device)
     outputs: list[Tensor] = []
@@ -202,13 +213,17 @@ def run_steps(
     root: Message | None = None
     for number, step in enumerate(steps):
         arrived = inbox.pop(number, {})
+        if exchange is not None:
+            arrived = {place: exchange.bring(m, number, *place) for place, m in arrived.items()}
+            for message in arrived.values():
+                is_weak |= False if message.is_weak is None else message.is_weak
         requests = [
             [arrived[request, piece] for piece in range(count)]
             for request, count in enumerate(step.num_pieces)
         ]
         plan = schedule.steps[number]
         bank = banks[plan.bank] if isinstance(plan, InputPlan | SumPlan) else None
-        message = step.run(bank, requests, evidence, num_units[number], in_logs)
+        message = step.run(bank, requests, evidence, units[number], in_logs)
         if isinstance(plan, InputPlan):
             message = seal(message)
         if message.is_weak is not None:
@@ -232,5 +247,7 @@ def run_steps(
     is_weak |= ~(values.detach() >= WEAK)
     if root.scale.lost is not None:
         is_weak |= is_untrustworthy(root.scale.lost[row], values.detach())
+    if exchange is not None:
+        is_weak = exchange.agree(is_weak)
     log_scale = root.scale.log[row] if root.scale.log is not None else torch.cat(added).sum(0)
     return Pass(RootFunction.apply(values, log_scale), is_weak, outputs)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from distpc.parallel.axis import Axis
 from distpc.parallel.mesh import Mesh, name_interface
 
 T = TypeVar("T")
+
+
+class Axes(NamedTuple):
+    """The groups that one rank belongs to."""
+
+    node: Axis
+    data: Axis
+
+
+_axes: dict[tuple[int, int], Axes] = {}
 
 
 def start(mesh: Mesh, store: dist.Store | None = None) -> None:
@@ -38,8 +49,23 @@ def finish() -> None:
 
     Without it a rank may exit non-zero after correct results.
     """
+    _axes.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def axes(mesh: Mesh) -> Axes:
+    """The groups of this rank's node and data axis; a collective of all ranks at the first call.
+
+    Kept until `finish`, because a group cannot be made by some of its ranks alone.
+    """
+    key = mesh.world_size, mesh.node_parallel
+    if key not in _axes:
+        rows = torch.arange(mesh.world_size).view(-1, mesh.node_parallel)
+        _axes[key] = Axes(
+            node=Axis.among(rows.tolist(), mesh.rank), data=Axis.among(rows.T.tolist(), mesh.rank)
+        )
+    return _axes[key]
 
 
 def sum_across(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:

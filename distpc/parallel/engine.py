@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from distpc.errors import TrainingError
 from distpc.parallel import collectives
 from distpc.parallel.mesh import Mesh
-from distpc.parallel.places import Place, places_of
+from distpc.parallel.places import Place, Split, places_of
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -52,10 +53,13 @@ class Engine:
     Args:
         model: float32 module, the same on every rank (rank 0's values count).
         optimizer: over the model's parameters; parameters without a gradient may be left out.
-        mesh: this process among the ranks; its process group is joined if it was not.
+        mesh: this process among the ranks; its process group is joined if it was not. Ranks of its
+            node axis must be given the same samples, and ZeRO shards over its data axis.
         zero_stage: 0 replicates everything; 1 shards optimizer state, 2 also gradients, 3 also
             parameters.
         reduce_bucket: elements that are reduced, gathered or kept alive at once.
+        splits: names of parameters and buffers of which the model holds the node rank's part. The
+            model itself sees to what ranks of a node axis have to tell each other.
     """
 
     def __init__(
@@ -66,8 +70,10 @@ class Engine:
         mesh: Mesh,
         zero_stage: int = 0,
         reduce_bucket: int = 50_000_000,
+        splits: Mapping[str, Split] | None = None,
     ) -> None:
         collectives.start(mesh)
+        self.splits = dict(splits or {})
         self.module = model.to(mesh.device)
         self.optimizer = optimizer
         self.mesh = mesh
@@ -77,12 +83,15 @@ class Engine:
         log = logging.getLogger("DeepSpeed")
         level = log.level
         log.setLevel(logging.ERROR)
+        # DeepSpeed remembers that of the engine before.
+        deepspeed.utils.groups.mpu = None
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
                 config=self.config_json,
                 dist_init_required=False,
+                mpu=ModelParallelUnit(mesh) if mesh.node_parallel > 1 else None,
             )
         finally:
             log.setLevel(level)
@@ -111,7 +120,7 @@ class Engine:
             global_count: samples of all ranks.
             micro_batch: samples that fit in memory at once.
         """
-        largest_share = -(-global_count // self.mesh.world_size)
+        largest_share = -(-global_count // self.mesh.data_parallel)
         pieces = max(1, -(-largest_share // micro_batch))
         cuts = [num_local * piece // pieces for piece in range(pieces + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(cuts)]
@@ -126,8 +135,8 @@ class Engine:
             local_sum_loss: loss summed (not averaged) over this micro-batch's samples.
             global_count: samples in the global batch, over all ranks and micro-batches.
         """
-        # DeepSpeed averages over ranks, so the factor R turns its mean into a sum.
-        scale = self.mesh.world_size / global_count
+        # DeepSpeed averages over the data axis, so this factor turns its mean into a sum.
+        scale = self.mesh.data_parallel / global_count
         self._engine.backward(local_sum_loss * scale, scale_wrt_gas=False)
 
     def step(self) -> None:
@@ -157,7 +166,8 @@ class Engine:
             owned: True for each element of the model on exactly one rank, as a checkpoint wants;
                 False for all whose optimizer state this rank keeps, as a resumed one wants.
         """
-        return places_of(self._named_tensors(), self._engine.optimizer, self.mesh, owned=owned)
+        named, optimizer = self._named_tensors(), self._engine.optimizer
+        return places_of(named, optimizer, self.mesh, self.splits, owned=owned)
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """Every parameter and persistent buffer whole, as CPU tensors, on rank 0 only.
@@ -167,8 +177,9 @@ class Engine:
         state: dict[str, torch.Tensor] = {}
         for name, tensor in self._named_tensors():
             with self._whole(tensor):
+                whole = self._joined(name, tensor.detach())
                 if self.mesh.is_main:
-                    state[name] = tensor.detach().to("cpu", copy=True)
+                    state[name] = whole.to("cpu", copy=True)
         return state
 
     def load_full_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -180,7 +191,7 @@ class Engine:
             TrainingError: names or shapes are not those of the model.
         """
         named = self._named_tensors()
-        shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}
+        shapes = {name: self._whole_shape(name, tensor) for name, tensor in named}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         found = collectives.broadcast_object(found, self.mesh)
         if found != shapes:
@@ -193,9 +204,10 @@ class Engine:
                 fix="use the configuration that the state was saved under",
             )
         for name, tensor in named:
+            value = self._own_value(name, tensor, state)
             with torch.no_grad(), self._whole(tensor, writes=True):
-                if self.mesh.is_main:
-                    tensor.copy_(state[name])
+                if value is not None:
+                    tensor.copy_(value)
                 self._broadcast(tensor)
         refresh = getattr(self._engine.optimizer, "refresh_fp32_params", None)
         if refresh is not None:
@@ -211,9 +223,73 @@ class Engine:
             sharded, modifier_rank=0 if writes else None, enabled=bool(sharded)
         )
 
+    def _whole_shape(self, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+        return self.splits[name].whole_shape(shape) if name in self.splits else shape
+
+    def _joined(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor whole, of which each rank of the node axis may hold a part."""
+        if name not in self.splits:
+            return tensor
+        parts = collectives.axes(self.mesh).node.all_gather(tensor.contiguous())
+        return torch.cat(list(parts), self.splits[name].dim)
+
+    def _own_value(
+        self, name: str, tensor: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """What rank 0's `state` holds for this rank; None: rank 0 hands on what it has written."""
+        if self.mesh.node_parallel == 1:
+            return state[name] if self.mesh.is_main else None
+        whole = tensor.new_empty(self._whole_shape(name, tensor))
+        if self.mesh.is_main:
+            whole.copy_(state[name])
+        torch.distributed.broadcast(whole, src=0)
+        split = self.splits.get(name)
+        return whole if split is None else split.part(whole, self.mesh.node_rank)
+
     def _broadcast(self, tensor: torch.Tensor) -> None:
-        if self.mesh.world_size > 1 and not hasattr(tensor, "ds_id"):
+        alone = self.mesh.world_size == 1 or self.mesh.node_parallel > 1
+        if not alone and not hasattr(tensor, "ds_id"):
             torch.distributed.broadcast(tensor.data, src=0)
+
+
+class ModelParallelUnit:
+    """The mesh in the words in which DeepSpeed asks for it: its "model" axis is our node axis."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._node, self._data = collectives.axes(mesh)
+
+    def get_model_parallel_rank(self) -> int:
+        """Place on the node axis."""
+        return self._node.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Ranks of the node axis."""
+        return self._node.size
+
+    def get_model_parallel_group(self) -> Any:
+        """Ranks of the node axis, as a group."""
+        return self._node.group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        """Place on the data axis."""
+        return self._data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Ranks of the data axis, over which ZeRO shards."""
+        return self._data.size
+
+    def get_data_parallel_group(self) -> Any:
+        """Ranks of the data axis, as a group."""
+        return self._data.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their numbers in the world."""
+        return list(self._data.ranks)
 
 
 def deepspeed_config(zero_stage: int, reduce_bucket: int) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""Which training process this is: the only reader of what launchers put in the environment."""
+"""Which training process this is: the only reader of what launchers put in the environment.
+
+The R ranks of a run form a data x node mesh: rank = data_rank * node_parallel + node_rank. Ranks of
+one data rank see the same samples and share a circuit's units; ranks of one node rank see different
+samples. Consecutive ranks, which share a host, thus speak most.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,17 +27,43 @@ class Mesh:
         world_size: number of training processes R.
         local_rank: number of this process on its machine.
         device: where this process computes; a GPU of its own when CUDA is available.
+        node_parallel: ranks of the node axis, which share a model's units.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    node_parallel: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the files and figures of the run."""
         return self.rank == 0
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks of the data axis, which share a batch's samples."""
+        return self.world_size // self.node_parallel
+
+    @property
+    def node_rank(self) -> int:
+        """Place on the node axis: which units are this rank's."""
+        return self.rank % self.node_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """Place on the data axis: which samples are this rank's."""
+        return self.rank // self.node_parallel
+
+    def with_node_axis(self, node_parallel: int) -> Mesh:
+        """The same process in a data x node mesh.
+
+        Raises:
+            ConfigError: the ranks do not fill such a mesh.
+        """
+        check_node_axis(self.world_size, node_parallel)
+        return replace(self, node_parallel=node_parallel)
 
     @classmethod
     def from_environment(cls) -> Mesh:
@@ -128,6 +159,25 @@ def name_interface() -> None:
 def is_main_process() -> bool:
     """Whether this process may speak to the terminal; asks no device."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def check_node_axis(num_ranks: int, node_parallel: int) -> None:
+    """Refuse ranks that do not fill a data x node mesh.
+
+    Raises:
+        ConfigError: the node axis does not divide the ranks.
+    """
+    if num_ranks % node_parallel:
+        fitting = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
+        whole = max(1, num_ranks // node_parallel) * node_parallel
+        raise ConfigError(
+            "the ranks do not fill a mesh of data x node axis",
+            where="parallel.node_parallel",
+            found=f"{num_ranks} ranks in groups of {node_parallel}",
+            expected=f"a divisor of {num_ranks}: {', '.join(map(str, fitting))}",
+            fix=f"set parallel.node_parallel to one of them, or start {whole} or "
+            f"{whole + node_parallel} ranks",
+        )
 
 
 def check_devices(num_local_ranks: int) -> None:

@@ -6,7 +6,8 @@ so that another number of ranks, another ZeRO stage or another axis of sharding 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,44 @@ import torch
 from torch import Tensor
 
 from distpc.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Split:
+    """How ranks of the node axis share a tensor: equal parts side by side along one dimension.
+
+    A split tensor's elements are counted part by part, each part flattened by itself, so that what
+    a rank holds of it is consecutive.
+
+    Attributes:
+        dim: along which it is cut, counted from the front.
+        parts: n.
+    """
+
+    dim: int
+    parts: int
+
+    def part(self, whole: Tensor, number: int) -> Tensor:
+        """A view of one part."""
+        size = whole.shape[self.dim] // self.parts
+        return whole.narrow(self.dim, number * size, size)
+
+    def whole_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
+        """The shape of the tensor that parts of `shape` make up."""
+        sizes = list(shape)
+        sizes[self.dim] *= self.parts
+        return tuple(sizes)
+
+    def flattened(self, whole: Tensor) -> Tensor:
+        """The elements of a whole tensor in the order in which they are counted."""
+        return torch.cat([self.part(whole, n).reshape(-1) for n in range(self.parts)])
+
+    def joined(self, elements: Tensor, shape: Iterable[int]) -> Tensor:
+        """The whole tensor of `shape` from its elements in that order."""
+        part = list(shape)
+        part[self.dim] //= self.parts
+        parts = elements.view(self.parts, math.prod(part))
+        return torch.cat([values.view(part) for values in parts], self.dim)
 
 
 @dataclass(frozen=True)
@@ -28,6 +67,7 @@ class Place:
         holder: what the optimizer takes for a parameter and keys its own tensors by: the parameter
             itself, or a flat piece of several; None where the tensor is not trained.
         offset: of `start` in the flattened holder.
+        split: how its elements are counted, where ranks of the node axis share the tensor.
     """
 
     name: str
@@ -36,6 +76,7 @@ class Place:
     values: Tensor
     holder: Tensor | None
     offset: int
+    split: Split | None = None
 
     def part(self, start: int, stop: int) -> Place:
         """The elements start .. stop - 1 of this place, counted from its own first."""
@@ -48,7 +89,12 @@ class Place:
 
 
 def places_of(
-    named: Iterable[tuple[str, Tensor]], engine_optimizer: Any, mesh: Mesh, *, owned: bool
+    named: Iterable[tuple[str, Tensor]],
+    engine_optimizer: Any,
+    mesh: Mesh,
+    splits: Mapping[str, Split],
+    *,
+    owned: bool,
 ) -> list[Place]:
     """Where this rank holds elements of a model that DeepSpeed trains.
 
@@ -56,9 +102,10 @@ def places_of(
         named: tensors of the module by name.
         engine_optimizer: DeepSpeed's, which knows the shards; any under ZeRO 0.
         mesh: this process among the ranks.
+        splits: tensors of which this rank's module holds a part.
         owned: with True every element of every tensor has one place on one of the ranks:
-            what is the same on all ranks is cut into equal shares. With False all that this rank
-            holds the optimizer's tensors of.
+            what is the same on several ranks is cut into equal shares. With False all that this
+            rank holds the optimizer's tensors of.
     """
     sharded: list[Place] = []
     replicated: list[Place] = []
@@ -71,7 +118,24 @@ def places_of(
             holder = tensor if tensor.requires_grad else None
             values = tensor.detach().reshape(-1)
             replicated.append(Place(name, tuple(tensor.shape), 0, values, holder, 0))
-    return [*sharded, *(_share(replicated, mesh) if owned else replicated)]
+    if owned:
+        of_data = [place for place in replicated if place.name in splits]
+        of_all = [place for place in replicated if place.name not in splits]
+        replicated = _share(of_data, mesh.data_rank, mesh.data_parallel)
+        replicated += _share(of_all, mesh.rank, mesh.world_size)
+        if mesh.node_rank > 0:
+            # Shards of what all node ranks hold alike are the first one's.
+            sharded = [place for place in sharded if place.name in splits]
+    return [_in_whole(place, splits, mesh) for place in (*sharded, *replicated)]
+
+
+def _in_whole(place: Place, splits: Mapping[str, Split], mesh: Mesh) -> Place:
+    """A place in this rank's part of a tensor as one in the whole tensor."""
+    split = splits.get(place.name)
+    if split is None:
+        return place
+    start = place.start + mesh.node_rank * math.prod(place.shape)
+    return replace(place, shape=split.whole_shape(place.shape), start=start, split=split)
 
 
 def _of_stages_1_and_2(name: str, tensor: Any, engine_optimizer: Any) -> Iterator[Place]:
@@ -101,10 +165,10 @@ def _of_stage_3(name: str, tensor: Any, engine_optimizer: Any) -> Iterator[Place
     yield Place(name, tuple(tensor.ds_shape), start, values, holder, offset)
 
 
-def _share(places: list[Place], mesh: Mesh) -> list[Place]:
-    """This rank's consecutive share of the elements of all places together."""
+def _share(places: list[Place], rank: int, num_ranks: int) -> list[Place]:
+    """One rank's consecutive share of the elements of all places together."""
     total = sum(len(place.values) for place in places)
-    first, last = (total * rank // mesh.world_size for rank in (mesh.rank, mesh.rank + 1))
+    first, last = (total * number // num_ranks for number in (rank, rank + 1))
     found: list[Place] = []
     begin = 0
     for place in places:

@@ -25,6 +25,7 @@ from distpc.artifacts.files import file_digest, read_json
 from distpc.errors import ArtifactError
 from distpc.parallel.collectives import broadcast_object, gather_objects
 from distpc.parallel.mesh import Mesh
+from distpc.parallel.places import Split
 from distpc.training.checkpoint.facts import TrainingFacts
 from distpc.training.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -49,6 +50,7 @@ class Checkpoint:
         shapes: of all parameters and buffers, by name.
         slots: by name, what the optimizer keeps beside a parameter: shapes by its own names.
         table: where the elements of every key are.
+        splits: by key, how elements are counted of tensors that ranks shared.
     """
 
     path: Path
@@ -56,13 +58,24 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]]
     slots: dict[str, dict[str, tuple[int, ...]]]
     table: dict[str, list[Range]]
+    splits: dict[str, Split]
 
-    def read(self, key: str, start: int, stop: int) -> Tensor:
-        """Elements start .. stop - 1 of the flattened tensor `key`, on the CPU.
+    def read(self, key: str, start: int, stop: int, split: Split | None = None) -> Tensor:
+        """Elements start .. stop - 1 of the tensor `key`, on the CPU.
+
+        Args:
+            key: names the tensor.
+            start, stop: of its elements as `split` counts them; None: flattened.
 
         Raises:
             ArtifactError: a file is missing or damaged.
         """
+        if split == self.splits.get(key):
+            return self._read(key, start, stop)
+        whole = self.whole(key, self._shape_of(key))
+        return (whole.reshape(-1) if split is None else split.flattened(whole))[start:stop]
+
+    def _read(self, key: str, start: int, stop: int) -> Tensor:
         parts = [
             read_range(self.path / file, key, first, max(first, start), min(last, stop))
             for first, last, file in overlapping(self.table[key], start, stop)
@@ -71,7 +84,12 @@ class Checkpoint:
 
     def whole(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """A whole tensor, on the CPU."""
-        return self.read(key, 0, math.prod(shape)).reshape(shape)
+        elements, split = self._read(key, 0, math.prod(shape)), self.splits.get(key)
+        return elements.reshape(shape) if split is None else split.joined(elements, shape)
+
+    def _shape_of(self, key: str) -> tuple[int, ...]:
+        name, _, slot = key.partition(SLOT)
+        return self.slots[name][slot] if slot else self.shapes[name]
 
     def statistics(self) -> dict[str, Tensor]:
         """All parameters and buffers by name, on the CPU."""
@@ -267,7 +285,8 @@ def _parse(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
             slots.setdefault(name, {})[slot] = tuple(kind["shape"])
         else:
             shapes[name] = tuple(kind["shape"])
-    return Checkpoint(path, TrainingFacts(**manifest["facts"]), shapes, slots, table)
+    splits = {k: Split(*kind["split"]) for k, kind in manifest["tensors"].items() if "split" in kind}
+    return Checkpoint(path, TrainingFacts(**manifest["facts"]), shapes, slots, table, splits)
 
 
 def _check_file(path: Path, facts: Mapping[str, Any]) -> None:

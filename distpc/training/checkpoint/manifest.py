@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from distpc.artifacts.files import write_bytes
 from distpc.errors import ArtifactError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "state.json"
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distpc.artifacts.files import atomic_path
 from distpc.errors import ArtifactError
+from distpc.parallel.places import Split
 
 SLOT = "#"
 _CHUNK_BYTES = 16 << 20
@@ -46,12 +47,14 @@ class Piece(NamedTuple):
         shape: of the whole tensor.
         start: first element.
         values: (n,) on the CPU.
+        split: how its elements are counted, where ranks share the tensor; None: flattened.
     """
 
     key: str
     shape: tuple[int, ...]
     start: int
     values: Tensor
+    split: Split | None = None
 
 
 def write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
 
     Returns:
         JSON facts for the manifest: `bytes` and `sha256` of the file, `ranges` [key, start, stop],
-        and of every `tensors` key its whole shape and its type.
+        and of every `tensors` key its whole shape, its type and, if it has one, its split.
 
     Raises:
         ResourceError: the disk is full.
@@ -92,10 +95,15 @@ def write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
         "bytes": 8 + len(text) + end,
         "sha256": digest.hexdigest(),
         "ranges": [[p.key, p.start, p.start + p.values.numel()] for p in pieces],
-        "tensors": {
-            p.key: {"shape": list(p.shape), "dtype": _DTYPES[p.values.dtype]} for p in pieces
-        },
+        "tensors": {piece.key: _kind(piece) for piece in pieces},
     }
+
+
+def _kind(piece: Piece) -> dict[str, Any]:
+    kind: dict[str, Any] = {"shape": list(piece.shape), "dtype": _DTYPES[piece.values.dtype]}
+    if piece.split is not None:
+        kind["split"] = [piece.split.dim, piece.split.parts]
+    return kind
 
 
 def read_range(path: Path, key: str, first: int, start: int, stop: int) -> Tensor:

@@ -24,12 +24,13 @@ def take_snapshot(engine: Engine) -> list[Piece]:
     """
     pieces = []
     for place in engine.places(owned=True):
-        pieces.append(Piece(place.name, place.shape, place.start, _copy(place.values)))
+        values = _copy(place.values)
+        pieces.append(Piece(place.name, place.shape, place.start, values, place.split))
         for slot, tensor in _state(engine, place).items():
             key = f"{place.name}{SLOT}{slot}"
             if tensor.dim():
-                values = _elements(tensor, place)
-                pieces.append(Piece(key, place.shape, place.start, _copy(values)))
+                values = _copy(_elements(tensor, place))
+                pieces.append(Piece(key, place.shape, place.start, values, place.split))
             elif place.start == 0:
                 # Counts belong to a parameter as a whole: the owner of its first element has them.
                 pieces.append(Piece(key, (), 0, _copy(tensor.reshape(1))))
@@ -70,7 +71,7 @@ def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
             state = engine.optimizer.state[place.holder]
             if shape:
                 stop = place.start + len(place.values)
-                values = checkpoint.read(key, place.start, stop)
+                values = checkpoint.read(key, place.start, stop, place.split)
                 if slot not in state:
                     state[slot] = torch.zeros_like(place.holder, dtype=values.dtype)
                 _elements(state[slot], place).copy_(values)
