@@ -50,7 +50,9 @@ class Evidence:
             return None
         values = self.latents[latents.clamp_min(0)]
         values = torch.where(latents.unsqueeze(1) < 0, MISSING, values).unsqueeze(-1)
-        return (values < 0) | (values == torch.arange(units.start, units.stop, device=values.device))
+        return (values < 0) | (
+            values == torch.arange(units.start, units.stop, device=values.device)
+        )
 
 
 class EvidenceReader:

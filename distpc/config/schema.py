@@ -242,7 +242,7 @@ class ParallelConfig(Section):
     """Ranks that share the rows of every sum, for the same samples (the node axis); must divide the
     number of ranks, and the others are replicas for different samples (the data axis)."""
     check_replicas_every_steps: int = Field(default=50, ge=0)
-    """Training steps between two comparisons, bit by bit, of what ranks must hold alike; 0: never."""
+    """Steps between two comparisons, bit by bit, of what ranks must hold alike; 0: never."""
     num_workers: int = Field(default=2, ge=1)
     """Ray actors for features, k-means, assignment and distillation."""
     cpus_per_worker: float = Field(default=1.0, gt=0)

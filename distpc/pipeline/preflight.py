@@ -14,6 +14,7 @@ from distpc.data.sources import open_source
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, DataError
 from distpc.parallel.cluster import Cluster, check_machine
+from distpc.parallel.mesh import check_node_axis
 from distpc.training.structure import check_fit
 
 
@@ -28,6 +29,7 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
         ConfigError, DataError: the source, its splits, patches and batches do not fit together.
         ResourceError: Ray has less than the workers ask for.
     """
+    check_node_axis(config.parallel.num_ranks, config.parallel.node_parallel)
     spec, num_train = _open(config) if shards is None else _read(shards)
     if config.structure.kind == "patches":
         PatchGrid.of(spec, config.data.patch_size_pixels)
@@ -46,11 +48,15 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
                 expected=f"a batch of at most {num_train} samples",
                 fix=f"lower {field}, or give more data",
             )
-        if size < config.parallel.num_ranks:
+        # Teachers know no node axis.
+        replicas = config.parallel.num_ranks
+        if field == "finetune.batch_size":
+            replicas //= config.parallel.node_parallel
+        if size < replicas:
             raise ConfigError(
                 "a batch has fewer samples than there are ranks",
                 where=field,
-                found=f"{size} samples, {config.parallel.num_ranks} ranks",
+                found=f"{size} samples, {replicas} ranks",
                 fix=f"raise {field} or lower parallel.num_ranks",
             )
     if config.teacher.kind != "none":

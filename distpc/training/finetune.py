@@ -10,14 +10,16 @@ from distpc.artifacts.files import fingerprint, read_json, write_json
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.io import DESCRIPTION, load_model, save_model
+from distpc.circuits.share_out import share_units_, splits_of
 from distpc.data.index import ShardIndex
 from distpc.data.loader import Loader
 from distpc.data.plan import LoaderState
 from distpc.data.spec import DatasetSpec
-from distpc.parallel.collectives import barrier
+from distpc.parallel.collectives import axes, barrier
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh
+from distpc.parallel.places import Split
 from distpc.structures.region_graph import RegionGraph
 from distpc.training.checkpoint import (
     Checkpoints,
@@ -72,6 +74,7 @@ def run(ctx: StageContext) -> None:
 def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     """What every rank runs: prepare, resume, train, and leave results and checkpoints."""
     ctx = StageContext.from_json(payload)
+    mesh = mesh.with_node_axis(ctx.config.parallel.node_parallel)
     spec = DatasetSpec.load(ctx.input("shards").path)
     index = ShardIndex.load(ctx.input("index").path)
     checkpoints = Checkpoints(
@@ -83,14 +86,21 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     # The trainer goes on in the same facts.
     resumed_at_step = facts.step
     circuit = starting_circuit(ctx, spec, index, random_rows=found is None)
-    # Both before the engine is made: under ZeRO-3 no whole parameter is left after it.
+    # Both before the circuit is laid over the ranks: no whole parameter may be left after it.
     num_parameters = circuit.num_parameters
     if found is not None:
         load_parameters(circuit, found)
     parts = _assemble(ctx, spec, index, mesh, circuit, saver, facts)
     if found is not None:
         load_optimizer(parts.engine, found)
-    trainer = Trainer(ctx.config.finetune, spec, index.num_samples("train"), parts, facts)
+    trainer = Trainer(
+        ctx.config.finetune,
+        spec,
+        index.num_samples("train"),
+        parts,
+        facts,
+        check_replicas_every=ctx.config.parallel.check_replicas_every_steps,
+    )
     with parts.monitor:
         trainer.run()
         results = trainer.results()
@@ -98,6 +108,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
         extra = {
             "num_parameters": num_parameters,
             "zero_stage": ctx.config.parallel.zero_stage,
+            "node_parallel": mesh.node_parallel,
             "resumed_at_step": resumed_at_step,
             "deepspeed": parts.engine.config_json,
         }
@@ -142,7 +153,7 @@ def rule_of(ctx: StageContext, circuit: Circuit, index: ShardIndex) -> Rule:
     config = ctx.config.finetune
     smoothing = Smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
     rule = make_rule(config.rule, circuit, smoothing, config.momentum)
-    refuse_shards(rule, ctx.config.parallel.zero_stage)
+    refuse_shards(rule, ctx.config.parallel.zero_stage, ctx.config.parallel.node_parallel)
     return rule
 
 
@@ -161,12 +172,15 @@ def _assemble(
     facts: TrainingFacts,
 ) -> Parts:
     config, parallel = ctx.config.finetune, ctx.config.parallel
-    rule = rule_of(ctx, circuit, index)
     whole = circuit
-    if parallel.zero_stage == 3 and mesh.is_main:
+    if mesh.is_main and (parallel.zero_stage == 3 or mesh.node_parallel > 1):
         whole = Circuit(circuit.graph, circuit.num_categories)
         whole.load_state_dict(circuit.state_dict())
         whole.set_smoothing(*circuit.smoothing)
+    splits: dict[str, Split] = {}
+    if mesh.node_parallel > 1:
+        splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))
+    rule = rule_of(ctx, circuit, index)
     optimizer = CircuitOptimizer(
         circuit.parameter_groups(),
         step_size=config.step_size,
@@ -179,8 +193,8 @@ def _assemble(
         spec,
         "train",
         global_batch=index.num_samples("train") if rule.needs_all_data else config.batch_size,
-        mesh_rank=mesh.rank,
-        num_ranks=mesh.world_size,
+        mesh_rank=mesh.data_rank,
+        num_ranks=mesh.data_parallel,
         seed=ctx.config.seed,
         cache_bytes=ctx.config.data.cache_bytes,
         state=LoaderState.from_json(facts.loader) if facts.loader else None,
@@ -189,7 +203,7 @@ def _assemble(
         circuit=circuit,
         whole=whole,
         optimizer=optimizer,
-        engine=Engine(circuit, optimizer, mesh=mesh, zero_stage=parallel.zero_stage),
+        engine=Engine(circuit, optimizer, mesh=mesh, zero_stage=parallel.zero_stage, splits=splits),
         loader=loader,
         validation=Validation(
             index,

@@ -17,6 +17,7 @@ from distpc.config.schema import FinetuneConfig
 from distpc.data.loader import Loader
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.errors import TrainingError
+from distpc.parallel.checks import check_replicas
 from distpc.parallel.collectives import broadcast_object, gather_objects, sum_across
 from distpc.parallel.engine import Engine
 from distpc.parallel.heap import steady
@@ -39,7 +40,7 @@ class Parts:
     Attributes:
         circuit: the module inside the engine.
         whole: a circuit that holds whole parameters on rank 0: the same object, except under
-            ZeRO-3, where it is a copy that validations load `full_state` into.
+            ZeRO-3 and on a node axis, where it is a copy that validations load `full_state` into.
         checkpoints, saver: where checkpoints are, and what writes them.
         last_good: folder for the best model so far, should training have to stop.
     """
@@ -66,6 +67,7 @@ class Trainer:
         num_samples: samples of the training split.
         parts: see `Parts`.
         facts: where to go on from; fresh ones for a new training.
+        check_replicas_every: steps between two looks at what ranks must hold alike; 0: never.
     """
 
     def __init__(
@@ -75,8 +77,11 @@ class Trainer:
         num_samples: int,
         parts: Parts,
         facts: TrainingFacts,
+        *,
+        check_replicas_every: int = 0,
     ) -> None:
         self.config = config
+        self.check_replicas_every = check_replicas_every
         self.spec = spec
         self.num_samples = num_samples
         self.total = config.num_epochs * num_samples
@@ -172,7 +177,8 @@ class Trainer:
             # `where` gives samples outside `usable` a flow of exactly zero.
             kept = torch.where(usable, likelihoods, torch.zeros_like(likelihoods))
             parts.engine.backward(-kept.sum(), global_count=batch.global_size)
-            if is_real:
+            # Ranks of a node axis see the same samples: one of them counts.
+            if is_real and parts.mesh.node_rank == 0:
                 totals[:-2] += tally(likelihoods.detach(), x, self.spec.kind)
         totals[-2] = float(parts.saver.has_failed)
         totals[-1] = float(parts.mesh.is_main and self._is_late())
@@ -193,6 +199,8 @@ class Trainer:
         parts.engine.step()
         if watched and self._found_by_any_rank():
             self._check_statistics(step, parts.engine.full_state())
+        if self.check_replicas_every and step % self.check_replicas_every == 0:
+            check_replicas(parts.engine, step)
         return figures, bool(totals[-1] > 0)
 
     def _is_late(self) -> bool:
@@ -299,7 +307,7 @@ class Trainer:
         if facts.best is None or rank < (facts.best["impossible"], facts.best["bits"]):
             facts.best = facts.valid
         self._save()
-        if parts.engine.zero_stage == 3:
+        if parts.engine.zero_stage == 3 or parts.mesh.node_parallel > 1:
             # For figures and pictures of the circuit as a whole.
             state = parts.engine.full_state()
             if parts.mesh.is_main:

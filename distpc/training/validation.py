@@ -61,7 +61,9 @@ class Validation:
             x = torch.from_numpy(values)
             x = (x if x.is_floating_point() else x.long()).to(self.mesh.device)
             if len(x):
-                totals += tally(log_likelihood(x), x, self.spec.kind)
+                figures = tally(log_likelihood(x), x, self.spec.kind)
+                # Ranks of a node axis see the same samples: one of them counts.
+                totals += figures if self.mesh.node_rank == 0 else 0.0
             else:
                 missing = float("nan") if x.is_floating_point() else MISSING
                 log_likelihood(x.new_full((1, x.shape[1]), missing))
@@ -86,7 +88,7 @@ class Validation:
 
     def _read(self) -> Iterator[np.ndarray]:
         """(B, V) batches of this rank; as many on every rank, the last one may be empty."""
-        ranks = self.mesh.world_size
+        ranks, rank = self.mesh.data_parallel, self.mesh.data_rank
         yield from iterate_split(
-            self.index, self.spec, self.split, self.batch_size * ranks, self.mesh.rank, ranks
+            self.index, self.spec, self.split, self.batch_size * ranks, rank, ranks
         )

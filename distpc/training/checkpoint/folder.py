@@ -285,7 +285,9 @@ def _parse(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
             slots.setdefault(name, {})[slot] = tuple(kind["shape"])
         else:
             shapes[name] = tuple(kind["shape"])
-    splits = {k: Split(*kind["split"]) for k, kind in manifest["tensors"].items() if "split" in kind}
+    splits = {
+        k: Split(*kind["split"]) for k, kind in manifest["tensors"].items() if "split" in kind
+    }
     return Checkpoint(path, TrainingFacts(**manifest["facts"]), shapes, slots, table, splits)
 
 

@@ -55,12 +55,21 @@ def make_rule(name: str, circuit: Circuit, smoothing: Smoothing, momentum: float
     return RULES[name](circuit, smoothing)
 
 
-def refuse_shards(rule: Rule, zero_stage: int) -> None:
-    """Refuse a rule on whole rows where an optimizer sees flat shards of parameters.
+def refuse_shards(rule: Rule, zero_stage: int, node_parallel: int = 1) -> None:
+    """Refuse a rule on whole rows where an optimizer sees flat shards of parameters, and one on
+    whole circuits where ranks share the rows.
 
     Raises:
-        TrainingError: naming the rule and the stage.
+        TrainingError: naming the rule, and the stage or the node axis.
     """
+    if rule.needs_whole_circuit and node_parallel > 1:
+        raise TrainingError(
+            f"the rule '{rule.name}' needs the whole circuit at its step, and ranks share its rows",
+            where="parallel.node_parallel",
+            found=node_parallel,
+            expected=1,
+            fix="set parallel.node_parallel to 1, or finetune.rule to online_em",
+        )
     if rule.needs_whole_rows and zero_stage > 0:
         raise TrainingError(
             f"the rule '{rule.name}' needs whole rows at its step, and ZeRO shards cut them",

@@ -31,6 +31,7 @@ class Anemone(Rule):
     """
 
     name = "anemone"
+    needs_whole_circuit = True
     keeps_state = True
 
     def __init__(self, circuit: Circuit, smoothing: Smoothing, momentum: float = 0.9) -> None:

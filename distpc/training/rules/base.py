@@ -57,12 +57,14 @@ class Rule(ABC):
     Attributes:
         name: in configurations.
         needs_whole_rows: whether it reads row sums, so that sharded parameters are out of reach.
+        needs_whole_circuit: whether it asks the circuit for the uses of its rows at a step.
         needs_all_data: whether one step takes the flows of the whole data set.
         keeps_state: whether it keeps tensors of its own beside S.
     """
 
     name: ClassVar[str]
     needs_whole_rows: ClassVar[bool] = True
+    needs_whole_circuit: ClassVar[bool] = False
     needs_all_data: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False
 
