@@ -121,7 +121,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         epilog="examples:\n"
         "  distpc plan configs/digits.yaml --nodes 1 --gpus-per-node 8 --gpu-memory-gib 80\n"
         "  distpc plan configs/plan/hmm_32768.yaml --nodes 64 --gpus-per-node 8 "
-        "--gpu-memory-gib 80 --planned\n",
+        "--gpu-memory-gib 80\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="YAML file of the run, see docs/config.md")
@@ -167,9 +167,6 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--bfloat16", action="store_true", help="count messages inside sums as two bytes an entry"
-    )
-    parser.add_argument(
-        "--planned", action="store_true", help="choose among layouts that cannot run yet, too"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, with every layout")
     parser.set_defaults(command=_plan)
@@ -387,7 +384,6 @@ def _plan(options: argparse.Namespace) -> None:
         load_config(options.config, options.overrides),
         cluster,
         bfloat16=options.bfloat16,
-        planned=options.planned,
         as_json=options.json,
     )
     print(text)

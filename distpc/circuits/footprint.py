@@ -8,7 +8,8 @@ legend: E regions folded, B batch, K units.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from distpc.circuits.schedule import (
@@ -19,10 +20,15 @@ from distpc.circuits.schedule import (
     StepPlan,
     SumPlan,
 )
+from distpc.circuits.sharding import NodeTable, Reading, node_table
 from distpc.structures.region_graph import RegionGraph
 
 FLOAT_BYTES = 4
 _INDEX_BYTES = 8
+_SCALE_ENTRIES = 4
+"""Of a row's scale: two numbers of float64."""
+_AGREEMENTS = 1
+"""Ranks of the node axis agree once a pass on which samples to evaluate again."""
 _PER_UNIT = {"gaussian": 3, "binomial": 2, "logistic": 2, "indicator": 0}
 """Entries of a unit, for the families whose statistics are no table over categories."""
 
@@ -38,8 +44,10 @@ class StepCost:
         passed: bytes a sample of the flows that it passes on.
         viewed: bytes of those that are the memory of its own flow.
         scratch: bytes a sample that its backward pass needs for a moment.
-        gathered: entries a sample of the message that a sum reads, which ranks that share its rows
-            have to gather; 0 elsewhere.
+        gathered: entries a sample of the message that a sum reads; 0 elsewhere.
+        exchanged: entries a sample that ranks of the node axis gather or scatter, in a forward and
+            backward pass; one that is all-reduced counts twice.
+        exchanges: collectives that they do it in.
         multiply_adds: a sample, of one pass.
     """
 
@@ -50,22 +58,28 @@ class StepCost:
     viewed: int = 0
     scratch: int = 0
     gathered: int = 0
+    exchanged: int = 0
+    exchanges: int = 0
     multiply_adds: int = 0
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """A circuit's sizes.
+    """A circuit's sizes on one rank of the node axis.
 
     Attributes:
+        graph, schedule: of the circuit.
         banks: entries of each parameter.
         state_units: units of the smallest wide region: shares of states are cut from these.
         steps: in order of evaluation.
     """
 
+    graph: RegionGraph
+    schedule: Schedule
     banks: tuple[int, ...]
     state_units: int
     steps: tuple[StepCost, ...]
+    _shares: dict[int, Footprint] = field(default_factory=dict, repr=False)
 
     @property
     def num_parameters(self) -> int:
@@ -78,9 +92,10 @@ class Footprint:
         return len(self.banks)
 
     @property
-    def num_sums(self) -> int:
-        """Steps of sums over messages of several units."""
-        return sum(step.gathered > 0 for step in self.steps)
+    def num_exchanges(self) -> int:
+        """Collectives of the node axis in a forward and backward pass."""
+        own = sum(step.exchanges for step in self.steps)
+        return own + _AGREEMENTS if own else 0
 
     @property
     def largest_bank(self) -> int:
@@ -98,68 +113,80 @@ class Footprint:
         return sum(step.gathered for step in self.steps)
 
     @property
+    def exchanged(self) -> int:
+        """Entries a sample that these move."""
+        own = sum(step.exchanged for step in self.steps)
+        return own + 2 * _AGREEMENTS if own else 0
+
+    @property
     def kept(self) -> int:
         """Bytes a sample that one forward pass leaves for the backward pass."""
         return sum(step.kept for step in self.steps)
 
 
-def footprint(graph: RegionGraph, schedule: Schedule) -> Footprint:
+def footprint(graph: RegionGraph, schedule: Schedule, num_ranks: int = 1) -> Footprint:
     """The sizes of a compiled region graph.
 
     Args:
         graph: the structure.
         schedule: of `compile_graph`.
+        num_ranks: R of the node axis; sizes are those of one of them.
     """
-    units = [graph.regions[plan.regions[0]].num_units for plan in schedule.steps]
-    kept_outputs = _outputs_that_sums_keep(schedule)
+    table = node_table(schedule, num_ranks)
+    whole = [graph.regions[plan.regions[0]].num_units for plan in schedule.steps]
+    units = [
+        count // num_ranks if is_split else count
+        for count, is_split in zip(whole, table.is_split, strict=True)
+    ]
+    kept_outputs = _outputs_that_sums_keep(schedule, table)
     passed = [_passed_flows(plan, units) for plan in schedule.steps]
     arrived: dict[int, int] = defaultdict(int)
     for flows in passed:
         for flow in flows:
             arrived[flow.source] += FLOAT_BYTES * flow.entries
-    steps = [
-        replace(
-            _step_cost(schedule, number, plan, units, number in kept_outputs),
-            flow=arrived[number],
-            passed=FLOAT_BYTES * sum(flow.entries for flow in passed[number]),
-            viewed=FLOAT_BYTES * sum(flow.entries for flow in passed[number] if flow.is_view),
+    steps = []
+    for number, plan in enumerate(schedule.steps):
+        reads = list(_reads(plan, number, table, whole, units))
+        cost = _step_cost(schedule, number, plan, units, number in kept_outputs, reads)
+        steps.append(
+            replace(
+                cost,
+                scratch=cost.scratch + FLOAT_BYTES * sum(read.scratch for read in reads),
+                flow=arrived[number],
+                passed=FLOAT_BYTES * sum(flow.entries for flow in passed[number]),
+                viewed=FLOAT_BYTES * sum(flow.entries for flow in passed[number] if flow.is_view),
+                exchanged=sum(read.exchanged for read in reads),
+                exchanges=sum(read.exchanges for read in reads),
+            )
         )
-        for number, plan in enumerate(schedule.steps)
-    ]
-    wide = [count for count in units if count > 1]
-    banks = tuple(_entries(plan) for plan in schedule.banks)
-    return Footprint(banks, min(wide, default=1), tuple(steps))
+    wide = [count for count in whole if count > 1]
+    banks = tuple(
+        _entries(plan) // (line.split.parts if line.split else 1)
+        for plan, line in zip(schedule.banks, table.banks, strict=True)
+    )
+    return Footprint(graph, schedule, banks, min(wide, default=1), tuple(steps))
 
 
 def shared(costs: Footprint, ranks: int, message_bytes: int = FLOAT_BYTES) -> Footprint:
     """The share of one of several ranks that own rows of every sum, and as many states.
 
-    A rank computes its share of all messages, and gathers whole what its sums read.
+    A rank computes its share of messages, and gathers whole what its sums read.
 
     Args:
         costs: of the whole circuit.
         ranks: on the node axis.
         message_bytes: of one entry of a message that sums read: 4, or 2 in bfloat16.
     """
-    if ranks == 1 and message_bytes == FLOAT_BYTES:
-        return costs
-    steps = []
-    for step in costs.steps:
-        whole = message_bytes * step.gathered if ranks > 1 else 0
-        saved = (FLOAT_BYTES - message_bytes) * step.gathered // ranks
-        steps.append(
-            replace(
-                step,
-                kept=max(0, step.kept // ranks - saved) + whole,
-                flow=step.flow // ranks,
-                passed=step.passed // ranks,
-                viewed=step.viewed // ranks,
-                scratch=step.scratch // ranks + whole,
-                multiply_adds=step.multiply_adds // ranks,
-            )
-        )
-    banks = tuple(-(-bank // ranks) for bank in costs.banks)
-    return replace(costs, banks=banks, steps=tuple(steps))
+    if ranks not in costs._shares:
+        costs._shares[ranks] = footprint(costs.graph, costs.schedule, ranks)
+    of_rank = costs._shares[ranks]
+    if message_bytes == FLOAT_BYTES:
+        return of_rank
+    steps = tuple(
+        replace(step, kept=max(0, step.kept - (FLOAT_BYTES - message_bytes) * step.gathered))
+        for step in of_rank.steps
+    )
+    return replace(of_rank, steps=steps)
 
 
 def backward_peak(
@@ -195,13 +222,54 @@ def backward_peak(
     return peak
 
 
-def _outputs_that_sums_keep(schedule: Schedule) -> set[int]:
+def _outputs_that_sums_keep(schedule: Schedule, table: NodeTable) -> set[int]:
     """Steps whose message, or a view of it, some sum saves for its backward pass."""
     kept = set()
-    for plan in schedule.steps:
-        if isinstance(plan, SumPlan) and not _is_copied(plan):
+    for number, plan in enumerate(schedule.steps):
+        if not isinstance(plan, SumPlan) or _is_copied(plan):
+            continue
+        if table.readings[number, 0, 0] in (Reading.AS_IS, Reading.SHARE):
             kept.add(plan.requests[0].pieces[0].source)
     return kept
+
+
+class _Read(NamedTuple):
+    """One message as a step reads it, in entries a sample.
+
+    Attributes:
+        entries: of the message.
+        is_copy: whether it is another tensor than the one that its source made.
+        exchanged, exchanges: see `StepCost`.
+        scratch: that its backward pass needs for a moment.
+    """
+
+    entries: int
+    is_copy: bool = False
+    exchanged: int = 0
+    exchanges: int = 0
+    scratch: int = 0
+
+
+def _reads(
+    plan: StepPlan, number: int, table: NodeTable, whole: list[int], units: list[int]
+) -> Iterator[_Read]:
+    for request, of_request in enumerate(plan.requests):
+        for place, piece in enumerate(of_request.pieces):
+            rows, ranks = len(piece.rows), table.num_ranks
+            every = rows * whole[piece.source]
+            with_scales = every + _SCALE_ENTRIES * rows * ranks
+            reading = table.readings[number, request, place]
+            if reading is Reading.GATHER:
+                yield _Read(every, True, with_scales, 1, every)
+            elif reading is Reading.GATHER_SHARED:
+                # The flow, its parts side by side, and those of other ranks.
+                yield _Read(every, True, with_scales + every, 2, 3 * every)
+            elif reading is Reading.CUT:
+                yield _Read(every // ranks, True, every, 1, 2 * every)
+            elif reading is Reading.SHARE:
+                yield _Read(every, False, 2 * every, 1, every)
+            else:
+                yield _Read(rows * units[piece.source])
 
 
 def _is_copied(plan: SumPlan) -> bool:
@@ -257,9 +325,14 @@ def _is_view(plan: ProductPlan, piece: int, num_rows: int) -> bool:
 
 
 def _step_cost(
-    schedule: Schedule, number: int, plan: StepPlan, units: list[int], is_kept: bool
+    schedule: Schedule,
+    number: int,
+    plan: StepPlan,
+    units: list[int],
+    is_kept: bool,
+    reads: list[_Read],
 ) -> StepCost:
-    """All but the flows."""
+    """All but flows and exchanges."""
     rows = len(plan.regions)
     message = FLOAT_BYTES * rows * units[number]
     kept = message if is_kept else 0
@@ -270,12 +343,13 @@ def _step_cost(
     if not isinstance(plan, SumPlan):
         return StepCost(None, kept, scratch=scratch)
     bank = schedule.banks[plan.bank]
-    read = sum(len(piece.rows) * units[piece.source] for piece in plan.requests[0].pieces)
+    read = sum(read.entries for read in reads)
+    is_copy = _is_copied(plan) or any(read.is_copy for read in reads)
     return StepCost(
         plan.bank,
         # Its own message too, and the one that it reads where that is a copy.
-        kept=message + (FLOAT_BYTES * read if _is_copied(plan) else 0),
+        kept=message + (FLOAT_BYTES * read if is_copy else 0),
         scratch=scratch + message,
-        gathered=read if units[number] > 1 else 0,
-        multiply_adds=rows * bank.num_units * bank.sizes[0],
+        gathered=read if bank.num_units > 1 else 0,
+        multiply_adds=rows * units[number] * bank.sizes[0],
     )

@@ -114,6 +114,8 @@ def node_table(schedule: Schedule, num_ranks: int) -> NodeTable:
         for request, of_request in enumerate(plan.requests)
         for piece, source in enumerate(of_request.pieces)
     }
+    if num_ranks == 1:
+        readings = dict.fromkeys(readings, Reading.AS_IS)
     return NodeTable(num_ranks, banks, tuple(is_split), readings)
 
 

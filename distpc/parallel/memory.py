@@ -50,12 +50,13 @@ def bytes_per_rank(num_parameters: int, layout: Layout, *, state_copies: int = 0
     bucket that flows are reduced in. Found by measurement, tests/pipeline/test_plan_measured.py.
 
     Args:
-        num_parameters: entries of the statistics S, tied ones counted once.
+        num_parameters: entries of the statistics S on one rank of the node axis, tied ones counted
+            once.
         layout: of the ranks.
         state_copies: tensors of a parameter's size that the rule keeps: 0 for online EM, 1 for
             momentum, 2 for Adam.
     """
-    own = FLOAT_BYTES * share(num_parameters, layout.node_axis)
+    own = FLOAT_BYTES * num_parameters
     part = share(own, layout.data_axis)
     stage = layout.zero_stage
     return {

@@ -13,7 +13,7 @@ from distpc.parallel.memory import FLOAT_BYTES, Layout, share
 
 
 class Sizes(Protocol):
-    """What of a circuit's sizes decides its traffic; see `circuits.footprint.Footprint`."""
+    """What decides the traffic of one rank of the node axis; see `circuits.footprint.Footprint`."""
 
     @property
     def num_parameters(self) -> int:
@@ -24,12 +24,12 @@ class Sizes(Protocol):
         """Parameters that hold them."""
 
     @property
-    def num_sums(self) -> int:
-        """Steps that read a message which ranks of the node axis gather."""
+    def num_exchanges(self) -> int:
+        """Collectives of the node axis in a forward and backward pass."""
 
     @property
-    def gathered(self) -> int:
-        """Entries a sample of those messages."""
+    def exchanged(self) -> int:
+        """Entries a sample that they gather or scatter."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ def traffic(
     against counted bytes in tests/pipeline/test_plan_measured.py.
 
     Args:
-        costs: the circuit's sizes.
+        costs: the circuit's sizes on one rank of the layout's node axis.
         layout: of the ranks.
         local_batch: samples of a step on this rank.
         num_micro_batches: pieces that they are cut into.
         message_bytes: of one entry of a message: 4, or 2 in bfloat16.
         scatters: whether flows can be scattered; gloo, on CPUs, all-reduces them instead.
     """
-    own = FLOAT_BYTES * share(costs.num_parameters, layout.node_axis)
+    own = FLOAT_BYTES * costs.num_parameters
     n, m, pieces, stage = layout.data_axis, layout.node_axis, num_micro_batches, layout.zero_stage
     still_there = min(FLOAT_BYTES * layout.reduce_bucket, own)
     payload = {
@@ -124,9 +124,9 @@ def traffic(
         3: pieces * (2 * costs.num_banks + buckets),
     }[stage]
     # Forward gathers the product below each sum, backward scatters the flow that comes back.
-    messages = 2 * message_bytes * costs.gathered * local_batch * (m - 1) // m
+    messages = message_bytes * costs.exchanged * local_batch * (m - 1) // m
     return Traffic(
         parameters=payload * (n - 1) // n,
         messages=messages,
-        num_collectives=operations * (n > 1) + 2 * costs.num_sums * pieces * (m > 1),
+        num_collectives=operations * (n > 1) + costs.num_exchanges * pieces * (m > 1),
     )

@@ -34,6 +34,7 @@ def _circuit(pipeline: Pipeline) -> list[str]:
     from distpc.circuits.footprint import footprint
     from distpc.data.shards import source_spec
     from distpc.parallel.memory import Layout, share
+    from distpc.parallel.mesh import check_node_axis
     from distpc.training.needs import peak_bytes, state_copies
     from distpc.training.structure import sketch
 
@@ -42,11 +43,15 @@ def _circuit(pipeline: Pipeline) -> list[str]:
     graph = sketch(config, spec)
     costs = footprint(graph, compile_graph(graph, spec.num_categories))
     parallel, finetune = config.parallel, config.finetune
-    local = share(finetune.batch_size, parallel.num_ranks)
+    check_node_axis(parallel.num_ranks, parallel.node_parallel)
+    layout = Layout(
+        parallel.node_parallel, parallel.num_ranks // parallel.node_parallel, parallel.zero_stage
+    )
+    local = share(finetune.batch_size, layout.data_axis)
     pieces = share(local, finetune.micro_batch_size)
     sizes = peak_bytes(
         costs,
-        Layout(1, parallel.num_ranks, parallel.zero_stage),
+        layout,
         micro_batch=share(local, pieces),
         num_micro_batches=pieces,
         state_copies=state_copies(finetune),
@@ -55,7 +60,7 @@ def _circuit(pipeline: Pipeline) -> list[str]:
         f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables",
         f"circuit: {config.structure.kind}, {len(graph.regions)} regions, "
         f"{costs.num_parameters:,} parameters",
-        f"ranks: {parallel.num_ranks} x ZeRO stage {parallel.zero_stage}; bytes per rank: "
+        f"ranks: {parallel.num_ranks} (node axis x data axis: {layout.name}); bytes per rank: "
         + ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
         + f", total {sum(sizes.values()):,}",
     ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from distpc.circuits.footprint import Footprint
+from distpc.circuits.footprint import Footprint, shared
 from distpc.errors import ResourceError
 from distpc.parallel.memory import Layout, share
 from distpc.parallel.traffic import Links, traffic
@@ -56,10 +56,11 @@ class Job:
     """What is trained.
 
     Attributes:
-        costs: the circuit's sizes.
+        costs: the whole circuit's sizes.
         batch: samples of a global batch.
         state_copies: tensors of a parameter's size that the training rule keeps.
         needs_whole_rows: whether the rule cannot work on shards of ZeRO.
+        needs_whole_circuit: whether it cannot work on shares of the node axis either.
         message_bytes: of one entry of a message inside sums: 4, or 2 in bfloat16.
     """
 
@@ -67,6 +68,7 @@ class Job:
     batch: int
     state_copies: int = 0
     needs_whole_rows: bool = False
+    needs_whole_circuit: bool = False
     message_bytes: int = 4
 
 
@@ -92,11 +94,6 @@ class Option:
     fits: bool
 
     @property
-    def is_planned(self) -> bool:
-        """Whether training cannot run it yet: sums shared by ranks."""
-        return self.layout.node_axis > 1
-
-    @property
     def peak(self) -> int:
         """Bytes of one rank."""
         return sum(self.memory.values())
@@ -119,7 +116,6 @@ class Option:
             "link_seconds": self.link_seconds,
             "step_seconds": self.seconds,
             "fits": self.fits,
-            "runnable": not self.is_planned,
         }
 
 
@@ -143,60 +139,54 @@ def options(job: Job, cluster: Cluster) -> list[Option]:
     """All layouts of the cluster's ranks, fitting ones first, by rising time of a step.
 
     Raises:
-        ResourceError: fewer samples than ranks.
+        ResourceError: no layout of so many ranks leaves each replica a sample.
     """
-    if cluster.num_ranks > job.batch:
+    layouts = list(_layouts(job, cluster.num_ranks))
+    if not layouts:
         raise ResourceError(
             "there are more devices than samples in a global batch",
             where="finetune.batch_size",
-            found=f"{job.batch} samples",
-            expected=f"at least {cluster.num_ranks}: {cluster.hosts} x {cluster.gpus_per_host}",
+            found=f"{job.batch} samples, {cluster.hosts} x {cluster.gpus_per_host} devices, "
+            f"{job.costs.state_units} states that devices may share",
+            expected=f"at least {cluster.num_ranks} samples, or a node axis that divides "
+            f"{cluster.num_ranks} and {job.costs.state_units} and leaves a sample a replica",
             fix="raise finetune.batch_size, or plan for fewer nodes",
         )
-    found = [_option(job, cluster, layout) for layout in _layouts(job, cluster.num_ranks)]
+    found = [_option(job, cluster, layout) for layout in layouts]
     return sorted(found, key=lambda o: (not o.fits, o.seconds if o.fits else o.peak))
 
 
-def choose(found: list[Option], cluster: Cluster, *, planned: bool = False) -> Option:
+def choose(found: list[Option], cluster: Cluster) -> Option:
     """The simplest of the layouts that are nearly as fast as the fastest that fits.
 
     Args:
         found: of `options`.
         cluster: that they are for.
-        planned: whether layouts that cannot run yet may be chosen.
 
     Raises:
         ResourceError: none fits; with the least that one needs.
     """
-    usable = [option for option in found if option.fits and (planned or not option.is_planned)]
+    usable = [option for option in found if option.fits]
     if usable:
         fastest = min(option.seconds for option in usable)
         near = [option for option in usable if option.seconds <= SLACK * fastest]
         return min(near, key=lambda o: (o.layout.node_axis, o.layout.zero_stage))
-    allowed = [option for option in found if planned or not option.is_planned]
-    least = min(allowed, key=lambda option: option.peak)
-    coming = [option for option in found if option.fits]
-    fix = "more or larger devices, fewer states, or block-diagonal sums (structure.layer=monarch)"
-    if coming:
-        fix += (
-            f"; the planned layout {coming[0].layout.name} would fit, but is not runnable yet "
-            "(--planned shows it)"
-        )
+    least = min(found, key=lambda option: option.peak)
     raise ResourceError(
         "no layout fits this circuit onto the cluster",
         where=f"{cluster.hosts} x {cluster.gpus_per_host} devices",
         found=f"{in_bytes(cluster.memory_bytes)} usable on a device",
         expected=f"at least {in_bytes(least.peak)} ({least.layout.name}, "
         f"micro-batch {least.micro_batch}): " + in_words(least.memory),
-        fix=fix,
+        fix="more or larger devices, fewer states, or block-diagonal sums "
+        "(structure.layer=monarch)",
     )
 
 
 def reason(chosen: Option, found: list[Option]) -> str:
     """Why this layout, in a sentence or two."""
     fitting = [option for option in found if option.fits and option is not chosen]
-    usable = [option for option in fitting if chosen.is_planned or not option.is_planned]
-    fastest = min(usable, key=lambda option: option.seconds, default=None)
+    fastest = min(fitting, key=lambda option: option.seconds, default=None)
     if fastest is None:
         texts = ["the only one that fits"]
     elif fastest.seconds < chosen.seconds:
@@ -211,12 +201,6 @@ def reason(chosen: Option, found: list[Option]) -> str:
         if not option.fits and option.layout.node_axis == axis and option.layout.zero_stage < stage
     ]
     texts += [f"{o.layout.name} would need {in_bytes(o.peak)}" for o in lacking]
-    coming = [option for option in fitting if option.is_planned and option.seconds < chosen.seconds]
-    if coming and not chosen.is_planned:
-        factor = coming[0].seconds / chosen.seconds
-        texts.append(
-            f"{coming[0].layout.name}, planned and not runnable yet, would take {factor:.2f} x"
-        )
     return "; ".join(texts)
 
 
@@ -225,6 +209,8 @@ def _layouts(job: Job, num_ranks: int) -> Iterator[Layout]:
         if num_ranks % node_axis or job.costs.state_units % node_axis:
             continue
         data_axis = num_ranks // node_axis
+        if data_axis > job.batch or (job.needs_whole_circuit and node_axis > 1):
+            continue
         stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(4)
         for stage in stages:
             yield Layout(node_axis, data_axis, stage)
@@ -248,15 +234,16 @@ def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
         if fits or micro_batch == 1:
             break
         pieces *= 2
+    costs = shared(job.costs, layout.node_axis)
     sent = traffic(
-        job.costs,
+        costs,
         layout,
         local_batch=local,
         num_micro_batches=pieces,
         message_bytes=job.message_bytes,
     )
     # A multiply-add is two operations; backward takes two products for forward's one.
-    operations = 6 * job.costs.multiply_adds * local / layout.node_axis
+    operations = 6 * costs.multiply_adds * local
     return Option(
         layout,
         micro_batch,

@@ -33,7 +33,6 @@ def plan_command(
     cluster: Cluster,
     *,
     bfloat16: bool = False,
-    planned: bool = False,
     as_json: bool = False,
 ) -> str:
     """What `distpc plan` prints.
@@ -42,7 +41,6 @@ def plan_command(
         config: of the run; its data need not exist where the source is `sizes`.
         cluster: to plan for.
         bfloat16: messages between ranks, and those kept for backward, in two bytes an entry.
-        planned: choose among layouts that cannot run yet, too.
         as_json: print JSON instead of a table.
 
     Raises:
@@ -51,7 +49,7 @@ def plan_command(
     """
     job = job_of(config, 2 if bfloat16 else 4)
     found = options(job, cluster)
-    chosen = choose(found, cluster, planned=planned)
+    chosen = choose(found, cluster)
     if as_json:
         return json.dumps(_values(config, job, cluster, found, chosen), indent=2)
     return "\n".join(_lines(config, job, cluster, found, chosen))
@@ -71,6 +69,7 @@ def job_of(config: RunConfig, message_bytes: int = 4) -> Job:
         batch=config.finetune.batch_size,
         state_copies=state_copies(config.finetune),
         needs_whole_rows=config.finetune.rule != "online_em",
+        needs_whole_circuit=config.finetune.rule == "anemone",
         message_bytes=message_bytes,
     )
 
@@ -113,34 +112,29 @@ def _lines(
         f"why        {reason(chosen, found)}",
         f"memory     {in_bytes(chosen.peak)} a rank at its peak: {in_words(chosen.memory)}",
     ]
-    host = host_bytes(job.costs, layout.zero_stage)
+    host = host_bytes(job.costs, layout)
     lines.append(
         f"host       {in_bytes(host)} a rank to build the circuit, "
         f"{in_bytes(cluster.gpus_per_host * host)} a machine"
     )
-    if chosen.is_planned:
-        lines.append("set        planned layout: not runnable yet")
-    else:
-        lines.append(
-            f"set        parallel.num_ranks={cluster.gpus_per_host} (a host) "
-            f"parallel.zero_stage={layout.zero_stage} "
-            f"finetune.micro_batch_size={chosen.micro_batch}"
-        )
+    lines.append(
+        f"set        parallel.num_ranks={cluster.gpus_per_host} (a host) "
+        f"parallel.node_parallel={layout.node_axis} parallel.zero_stage={layout.zero_stage} "
+        f"finetune.micro_batch_size={chosen.micro_batch}"
+    )
     return lines
 
 
 def _table(found: list[Option], chosen: Option) -> list[str]:
     head = ("layout", "micro", "a rank", "sent", "links", "compute", "step", "")
     rows = [head]
-    # All that can run, and the best of those that are to come.
-    shown = [option for option in found if not option.is_planned]
-    shown += [option for option in found if option.is_planned][: _SHOWN - len(shown)]
+    # Replicas alone in any case, and the best of the others.
+    shown = [option for option in found if option.layout.node_axis == 1]
+    shown += [option for option in found if option.layout.node_axis > 1][: _SHOWN - len(shown)]
     for option in sorted(shown, key=found.index):
         notes = ["taken"] if option is chosen else []
         if not option.fits:
             notes.append("does not fit")
-        if option.is_planned:
-            notes.append("planned")
         rows.append(
             (
                 option.layout.name,
@@ -181,7 +175,7 @@ def _values(
         "config": config.name,
         "num_parameters": job.costs.num_parameters,
         "batch": job.batch,
-        "host_bytes_per_rank": host_bytes(job.costs, chosen.layout.zero_stage),
+        "host_bytes_per_rank": host_bytes(job.costs, chosen.layout),
         "flop_per_step": 6 * job.costs.multiply_adds * job.batch,
         "cluster": {
             "nodes": cluster.hosts,

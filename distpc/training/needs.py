@@ -33,15 +33,15 @@ def peak_bytes(
     """Most bytes that a rank holds at once in a step, by what they are for.
 
     Args:
-        costs: the circuit's sizes.
+        costs: the whole circuit's sizes.
         layout: of the ranks.
         micro_batch: samples that the rank puts through the circuit at once.
         num_micro_batches: passes in a step.
         state_copies: tensors of a parameter's size that the rule keeps.
         message_bytes: of one entry of a message: 4, or 2 in bfloat16.
     """
-    sizes = bytes_per_rank(costs.num_parameters, layout, state_copies=state_copies)
     own = shared(costs, layout.node_axis, message_bytes)
+    sizes = bytes_per_rank(own.num_parameters, layout, state_copies=state_copies)
     flows_stay = layout.zero_stage < 2
     passing = backward_peak(
         own,
@@ -59,10 +59,11 @@ def peak_bytes(
     return {**sizes, "messages_and_flows": 0, "buffers": after}
 
 
-def host_bytes(costs: Footprint, zero_stage: int) -> int:
+def host_bytes(costs: Footprint, layout: Layout) -> int:
     """Bytes of host memory that one rank takes to build the circuit before it is laid out.
 
-    Every rank makes the whole circuit; under ZeRO 3 a second one for checkpoints.
+    Every rank makes the whole circuit; where ranks share parameters afterwards, rank 0 keeps a
+    second one for figures.
     """
-    copies = 2 if zero_stage == 3 else 1
+    copies = 2 if layout.zero_stage == 3 or layout.node_axis > 1 else 1
     return FLOAT_BYTES * (copies * costs.num_parameters + _BUILDING_COPIES * costs.largest_bank)

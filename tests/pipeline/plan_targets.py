@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from distpc.circuits.circuit import Circuit
-from distpc.parallel.collectives import barrier
+from distpc.circuits.share_out import share_units_, splits_of
+from distpc.parallel.collectives import axes, barrier
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh
@@ -55,12 +56,17 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     categories = [case["num_categories"]] * case["num_variables"]
     circuit = Circuit(graph, categories, max_fold_bytes=case["max_fold_bytes"])
     circuit.set_smoothing(1.0, 1.0, 1000)
+    mesh = mesh.with_node_axis(case.get("node_axis", 1))
+    splits = {}
+    if mesh.node_parallel > 1:
+        splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))
     engine = Engine(
         circuit,
         CircuitOptimizer(circuit.parameter_groups()),
         mesh=mesh,
         zero_stage=case["zero_stage"],
         reduce_bucket=case["reduce_bucket"],
+        splits=splits,
     )
     _forget_peak()
     # The first pass under ZeRO 3 finds out in which order blocks are gathered.
@@ -82,7 +88,7 @@ def _step(engine: Engine, case: dict[str, Any], mesh: Mesh, step: int) -> float:
     generator = torch.Generator().manual_seed(step)
     shape = case["batch"], case["num_variables"]
     x = torch.randint(case["num_categories"], shape, generator=generator)
-    x = x.tensor_split(mesh.world_size)[mesh.rank]
+    x = x.tensor_split(mesh.data_parallel)[mesh.data_rank]
     begun = time.monotonic()
     pieces = engine.micro_batches(
         len(x), global_count=case["batch"], micro_batch=case["micro_batch"]

@@ -1,4 +1,4 @@
-"""The planner's bytes against what processes take and send, for layouts that run today.
+"""The planner's bytes against what processes take and send.
 
 Ranks run in a network namespace of their own, whose interface counts their bytes alone. glibc keeps
 small freed blocks for later, which would count as memory in use: it is told not to.
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distpc.circuits.compiled import compile_graph
-from distpc.circuits.footprint import Footprint, footprint
+from distpc.circuits.footprint import Footprint, footprint, shared
 from distpc.parallel.memory import Layout, share
 from distpc.parallel.traffic import traffic
 from distpc.structures.hclt import hclt_graph
@@ -60,19 +60,25 @@ def compare(cases: list[dict[str, Any]], num_ranks: int, folder: Path) -> None:
     """Memory of every rank within 15 %, bytes sent within 5 %."""
     for case, ranks in zip(cases, measure(cases, num_ranks, folder), strict=True):
         costs = sizes(case)
-        layout = Layout(1, num_ranks, case["zero_stage"], case["reduce_bucket"])
-        local = share(case["batch"], num_ranks)
+        node_axis = case.get("node_axis", 1)
+        data_axis = num_ranks // node_axis
+        layout = Layout(node_axis, data_axis, case["zero_stage"], case["reduce_bucket"])
+        local = share(case["batch"], data_axis)
         pieces = share(local, case["micro_batch"])
         planned = peak_bytes(
             costs, layout, micro_batch=share(local, pieces), num_micro_batches=pieces
         )
         peak, found = sum(planned.values()), [rank["peak_bytes"] for rank in ranks]
         sent = traffic(
-            costs, layout, local_batch=local, num_micro_batches=pieces, scatters=False
+            shared(costs, node_axis),
+            layout,
+            local_batch=local,
+            num_micro_batches=pieces,
+            scatters=False,
         ).total
         counted = ranks[0]["sent_bytes"] / num_ranks
         print(
-            f"{num_ranks} ranks, ZeRO {case['zero_stage']}, {pieces} x {share(local, pieces)}: "
+            f"{layout.name}, {pieces} x {share(local, pieces)}: "
             f"{4 * costs.num_parameters / 2**20:.0f} MiB of statistics; planned "
             f"{peak / 2**20:.0f} MiB, peaks {[round(value / 2**20) for value in found]}; sent "
             f"{sent / 2**20:.1f} MiB, counted {counted / 2**20:.1f}"
@@ -92,13 +98,29 @@ def test_two_ranks_take_and_send_what_was_planned(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_layouts_that_run_today(num_ranks: int, tmp_path: Path) -> None:
+def test_replicas(num_ranks: int, tmp_path: Path) -> None:
     """10 million statistics: messages outweigh them in one case, not in the other."""
     shape = {"num_variables": 144, "num_states": 256, "num_categories": 16}
     shape |= {"max_fold_bytes": 2**22, "reduce_bucket": 2_000_000}
     cases = [
         {**shape, "zero_stage": stage, "batch": b, "micro_batch": m}
         for stage in range(4)
+        for b, m in ((512, 512), (256, 64))
+    ]
+    compare(cases, num_ranks, tmp_path / "ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "stages"), [(2, [0]), (4, [0, 3])])
+def test_ranks_that_share_rows(num_ranks: int, stages: list[int], tmp_path: Path) -> None:
+    """The same circuit on node axes of 2 and 4, and on a mesh."""
+    shape = {"num_variables": 144, "num_states": 256, "num_categories": 16}
+    shape |= {"max_fold_bytes": 2**22, "reduce_bucket": 2_000_000}
+    axes = [size for size in (2, 4) if size <= num_ranks]
+    cases = [
+        {**shape, "zero_stage": stage, "node_axis": axis, "batch": b, "micro_batch": m}
+        for axis in axes
+        for stage in (stages if axis < num_ranks else [0])
         for b, m in ((512, 512), (256, 64))
     ]
     compare(cases, num_ranks, tmp_path / "ranks")

@@ -14,8 +14,8 @@ from distpc import structures
 from distpc.artifacts.tensors import write_tensors
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.share_out import share_units_, splits_of
-from distpc.parallel.collectives import axes, sum_across
 from distpc.parallel.checks import check_replicas
+from distpc.parallel.collectives import axes, sum_across
 from distpc.parallel.engine import Engine
 from distpc.parallel.mesh import Mesh
 from distpc.structures.hclt import hclt_graph
