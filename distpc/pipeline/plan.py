@@ -139,17 +139,17 @@ def options(job: Job, cluster: Cluster) -> list[Option]:
     """All layouts of the cluster's ranks, fitting ones first, by rising time of a step.
 
     Raises:
-        ResourceError: no layout of so many ranks leaves each replica a sample.
+        ResourceError: no layout of so many ranks leaves every replica a sample.
     """
     layouts = list(_layouts(job, cluster.num_ranks))
     if not layouts:
         raise ResourceError(
-            "there are more devices than samples in a global batch",
+            "no layout gives every replica a sample of the global batch",
             where="finetune.batch_size",
-            found=f"{job.batch} samples, {cluster.hosts} x {cluster.gpus_per_host} devices, "
-            f"{job.costs.state_units} states that devices may share",
-            expected=f"at least {cluster.num_ranks} samples, or a node axis that divides "
-            f"{cluster.num_ranks} and {job.costs.state_units} and leaves a sample a replica",
+            found=f"{job.batch} samples on {cluster.num_ranks} devices, which may share "
+            f"{job.costs.state_units} states",
+            expected=f"devices / node axis <= {job.batch}, for a node axis that divides both "
+            f"{cluster.num_ranks} devices and {job.costs.state_units} states",
             fix="raise finetune.batch_size, or plan for fewer nodes",
         )
     found = [_option(job, cluster, layout) for layout in layouts]

@@ -133,16 +133,16 @@ def test_what_is_offered_and_taken() -> None:
 def test_less_memory_means_smaller_pieces_then_more_shards_then_refusal() -> None:
     job = Job(sizes(length=32, num_states=2048), batch=8192)
     taken = []
-    for memory in (4 * GIB, 1350 * MIB):
+    for memory in (4 * GIB, 1350 * MIB, 500 * MIB):
         cluster = Cluster(1, 4, memory)
         option = choose(options(job, cluster), cluster)
         assert option.peak <= memory
-        taken.append((option.layout.zero_stage, option.micro_batch))
-    assert taken == [(0, 2048), (1, 256)]
-    cluster = Cluster(1, 4, 500 * MIB)
+        taken.append((option.layout.node_axis, option.layout.zero_stage, option.micro_batch))
+    assert taken == [(1, 0, 2048), (1, 1, 256), (4, 0, 512)]
+    cluster = Cluster(1, 4, 100 * MIB)
     with pytest.raises(ResourceError) as refused:
         choose(options(job, cluster), cluster)
-    assert "500 MiB usable" in str(refused.value) and "at least" in str(refused.value)
+    assert "100 MiB usable" in str(refused.value) and "at least" in str(refused.value)
 
 
 def test_a_matrix_beyond_a_device_takes_ranks_that_share_its_rows(
@@ -179,8 +179,9 @@ def test_large_configs_as_json(
 
 
 def test_bad_requests(capsys: pytest.CaptureFixture[str]) -> None:
-    status, _, error = plan(capsys, "digits.yaml")
-    assert status == 2 and "more devices than samples" in error
+    status, _, error = plan(capsys, "digits.yaml", "finetune.batch_size=5")
+    assert status == 2 and "no layout gives every replica a sample" in error
+    assert "5 samples on 512 devices" in error and "plan for fewer nodes" in error
     for option in (["--nodes", "0"], ["--gpu-memory-gib", "nan"], ["--link-gbps", "-1"]):
         with pytest.raises(SystemExit) as ended:
             plan(capsys, "digits.yaml", *option)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from distpc import structures
+from distpc.artifacts.files import write_json
 from distpc.artifacts.tensors import write_tensors
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.share_out import share_units_, splits_of
+from distpc.errors import TrainingError
 from distpc.parallel.checks import check_replicas
 from distpc.parallel.collectives import axes, sum_across
 from distpc.parallel.engine import Engine
@@ -22,6 +24,15 @@ from distpc.structures.hclt import hclt_graph
 from distpc.structures.patches import HcltLeaf
 from distpc.structures.region_graph import RegionGraph
 from distpc.structures.tree import Tree
+from distpc.training.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    Saver,
+    TrainingFacts,
+    load_optimizer,
+    load_parameters,
+    take_snapshot,
+)
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.rules import Smoothing, make_rule
 
@@ -102,45 +113,93 @@ def train_alone(case: Case) -> dict[str, Tensor]:
     return {"nats": torch.stack(nats), **circuit.state_dict()}
 
 
-def train_shared(case: Case, mesh: Mesh) -> dict[str, Tensor]:
-    """A training on all ranks; the whole result on rank 0."""
-    mesh = mesh.with_node_axis(case.node_parallel)
-    circuit = circuit_of(case)
-    splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))
-    engine = Engine(
-        circuit,
-        optimizer_of(case, circuit),
-        mesh=mesh,
-        zero_stage=case.zero_stage,
-        reduce_bucket=500,
-        splits=splits,
-    )
-    circuit.any_rank = lambda flag: bool(sum_across(torch.tensor(float(flag)), mesh) > 0)
-    share = -(-BATCH // mesh.data_parallel)
-    nats = []
-    for step in range(STEPS):
-        x = batch_of(case, step, circuit.num_variables)
-        x = x.tensor_split(mesh.data_parallel)[mesh.data_rank]
-        pieces = engine.micro_batches(
-            len(x), global_count=BATCH, micro_batch=-(-share // case.accumulation)
+class Shared:
+    """A training on all ranks, from the start or from a checkpoint."""
+
+    def __init__(self, case: Case, mesh: Mesh, saved: Checkpoint | None = None) -> None:
+        self.case = case
+        self.mesh = mesh = mesh.with_node_axis(case.node_parallel)
+        self.circuit = circuit_of(case)
+        if saved is not None:
+            load_parameters(self.circuit, saved)
+        table = share_units_(self.circuit, axes(mesh).node)
+        self.engine = Engine(
+            self.circuit,
+            optimizer_of(case, self.circuit),
+            mesh=mesh,
+            zero_stage=case.zero_stage,
+            reduce_bucket=500,
+            splits=splits_of(self.circuit, table),
         )
-        total = torch.zeros((), dtype=torch.float64)
-        for piece in pieces:
-            log_prob = engine(x[piece])
-            engine.backward(-log_prob.sum(), global_count=BATCH)
-            total += log_prob.detach().double().sum() * (mesh.node_rank == 0)
-        engine.step()
-        nats.append(sum_across(total, mesh) / BATCH)
-    check_replicas(engine, STEPS)
-    return {"nats": torch.stack(nats), **engine.full_state()}
+        if saved is not None:
+            load_optimizer(self.engine, saved)
+        self.circuit.any_rank = lambda flag: bool(sum_across(torch.tensor(float(flag)), mesh) > 0)
+
+    def steps(self, first: int, last: int) -> Tensor:
+        """Mean nats of each batch before its update."""
+        share = -(-BATCH // self.mesh.data_parallel)
+        nats = []
+        for step in range(first, last):
+            x = batch_of(self.case, step, self.circuit.num_variables)
+            x = x.tensor_split(self.mesh.data_parallel)[self.mesh.data_rank]
+            pieces = self.engine.micro_batches(
+                len(x), global_count=BATCH, micro_batch=-(-share // self.case.accumulation)
+            )
+            total = torch.zeros((), dtype=torch.float64)
+            for piece in pieces:
+                log_prob = self.engine(x[piece])
+                self.engine.backward(-log_prob.sum(), global_count=BATCH)
+                total += log_prob.detach().double().sum() * (self.mesh.node_rank == 0)
+            self.engine.step()
+            nats.append(sum_across(total, self.mesh) / BATCH)
+        check_replicas(self.engine, last)
+        return torch.stack(nats)
 
 
-def train_all(payload: dict[str, Any], mesh: Mesh) -> None:
-    """Rank target: every case in these processes, a new engine and new groups each."""
+def run_all(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Rank target: everything in these processes, a new engine and new groups each time."""
     tensors: dict[str, Tensor] = {}
+    out = Path(payload["out"])
     for values in payload["cases"]:
         case = Case(*values)
-        found = train_shared(case, mesh)
+        training = Shared(case, mesh)
+        found = {"nats": training.steps(0, STEPS), **training.engine.full_state()}
         tensors |= {f"{case.name}/{name}": tensor for name, tensor in found.items()}
+    for number, (first, second) in enumerate(payload.get("moves", ())):
+        nats = move(Case(*first), Case(*second), mesh, out / f"move-{number}")
+        tensors[f"move-{number}"] = nats
+    if payload.get("spoils"):
+        told = [spoil(Case(*values), name, mesh) for values, name in payload["spoils"]]
+        write_json(out / f"told-{mesh.rank}.json", told)
     if mesh.is_main:
-        write_tensors(Path(payload["out"]), tensors)
+        write_tensors(out / "found.safetensors", tensors)
+
+
+def move(first: Case, second: Case, mesh: Mesh, folder: Path) -> Tensor:
+    """Half of a training in one layout, saved; loaded, saved again and ended in another."""
+    training = Shared(first, mesh)
+    nats = training.steps(0, STEPS // 2)
+    saver = Saver(Checkpoints(folder / "first", {}), training.mesh)
+    saver.save(TrainingFacts(step=1), take_snapshot(training.engine))
+    saver.wait()
+    saved = saver.checkpoints.newest(mesh)
+    assert saved is not None
+    training = Shared(second, mesh, saved)
+    saver = Saver(Checkpoints(folder / "second", {}), training.mesh)
+    saver.save(TrainingFacts(step=1), take_snapshot(training.engine))
+    saver.wait()
+    return torch.cat([nats, training.steps(STEPS // 2, STEPS)])
+
+
+def spoil(case: Case, name: str, mesh: Mesh) -> str:
+    """What the ranks are told when one of them holds an entry of its own."""
+    training = Shared(case, mesh)
+    parameter: Any = dict(training.circuit.named_parameters())[name]
+    if mesh.rank == 3:
+        held = getattr(parameter, "ds_tensor", parameter).data.view(-1)
+        held[1] = torch.nextafter(held[1], torch.tensor(9.0))
+    try:
+        check_replicas(training.engine, 7)
+    except TrainingError as error:
+        return str(error)
+    return "nothing"

@@ -53,6 +53,7 @@ def stages(base: StageContext) -> dict[str, Any]:
     """Fine-tuned by one process, and by two ranks under every ZeRO stage; and a poisoned one."""
     alone = variant(base, "alone", num_ranks=1)
     shared = {f"zero{stage}": variant(base, f"zero{stage}", zero_stage=stage) for stage in range(4)}
+    shared["node"] = variant(base, "node", node_parallel=2)
     poisoned = variant(base, "poisoned", zero_stage=3)
     payload = {
         "contexts": [ctx.to_json() for ctx in shared.values()],
@@ -65,11 +66,11 @@ def stages(base: StageContext) -> dict[str, Any]:
     return {"alone": alone, **shared, "poisoned": poisoned, "error": caught.value}
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_every_zero_stage_gives_the_statistics_of_one_process(
-    stages: dict[str, Any], stage: int
+@pytest.mark.parametrize("layout", ["zero0", "zero1", "zero2", "zero3", "node"])
+def test_every_layout_gives_the_statistics_of_one_process(
+    stages: dict[str, Any], layout: str
 ) -> None:
-    alone, shared = newest(stages["alone"]), newest(stages[f"zero{stage}"])
+    alone, shared = newest(stages["alone"]), newest(stages[layout])
     assert alone.facts.step == shared.facts.step == NUM_STEPS
     assert_same(shared, alone, rtol=1e-4, atol=1e-5)
     for figure in ("bits", "impossible"):
