@@ -35,6 +35,9 @@ class DataConfig(Section):
     """Where the samples come from; `kind` is digits, idx, image_folder, text or arrays."""
     split: SplitConfig = SplitConfig()
     """Shares of train, valid and test."""
+    split_seed: int | None = Field(default=None, ge=0)
+    """Seed of the permutation that shares samples out; default: the run's seed. Set it where runs
+    of several seeds are to be measured on the same samples."""
     samples_per_shard: int = Field(default=1024, ge=1)
     """Samples in one WebDataset shard (the last of a split holds fewer)."""
     color: Literal["as_is", "ycocg_r", "ycocg_lossy"] = "as_is"
@@ -120,6 +123,9 @@ class StructureConfig(Section):
     """Hidden states of the leaf HCLT (leaf hclt)."""
     leaf_num_groups: int = Field(default=1, ge=1)
     """Groups of clusters with a leaf HCLT body of their own, trained independently (leaf hclt)."""
+    tree_of: Literal["latents", "patch_means"] = "latents"
+    """What the tree over the patches is learnt from: the patches' latents, or the mean values of
+    their pixels, which needs no teacher (kind patches)."""
     max_samples: int = Field(default=20000, ge=1)
     """Training samples from which mutual information is counted (kinds patches, hclt,
     chow_liu)."""
@@ -170,6 +176,8 @@ class FinetuneConfig(Section):
     """Training rule of the statistics; all but online_em need whole rows: parallel.zero_stage 0."""
     num_epochs: int = Field(default=20, ge=0)
     """Passes over the training split."""
+    num_samples: int | None = Field(default=None, ge=1)
+    """Samples to train on, in place of num_epochs passes: the budget of a comparison."""
     batch_size: int = Field(default=256, ge=1)
     """Samples in a global batch, over all ranks and micro-batches; full_batch_em takes all of the
     training split instead, and holds it in memory."""
@@ -279,12 +287,30 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     """Processes of the run."""
 
+    @property
+    def split_seed(self) -> int:
+        """Seed of the permutation that shares samples out."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         kind = self.structure.kind
-        if kind == "patches" and self.teacher.kind == "none":
-            raise ValueError("structure.kind patches needs patch latents: set teacher.kind")
-        if kind != "patches" and self.finetune.initialization == "distilled":
+        distilled = self.finetune.initialization == "distilled"
+        if kind == "patches" and self.teacher.kind == "none" and distilled:
+            raise ValueError(
+                "structure.kind patches needs patch latents to distil from: set teacher.kind, or "
+                "finetune.initialization to random"
+            )
+        if (
+            kind == "patches"
+            and self.teacher.kind == "none"
+            and self.structure.tree_of == "latents"
+        ):
+            raise ValueError(
+                "without a teacher there are no latents to learn the tree from: set teacher.kind, "
+                "or structure.tree_of to patch_means"
+            )
+        if kind != "patches" and distilled:
             raise ValueError(
                 f"structure.kind {kind} has no teacher latents to distil from: "
                 "set finetune.initialization to random"

@@ -46,8 +46,9 @@ def run(ctx: StageContext) -> None:
     source = open_source(data.source, ctx.out)
     try:
         spec = colored(source.spec, data.color)
-        positions = split_positions(source, data, ctx.config.seed)
-        _keep_matching(ctx.out, source, data, ctx.config.seed)
+        seed = ctx.config.split_seed
+        positions = split_positions(source, data, seed)
+        _keep_matching(ctx.out, source, data, seed)
         writer = ShardWriter(ctx.out, source, data.max_bad_samples)
         writer.write_all(positions, data.samples_per_shard)
         spec.save(ctx.out)
