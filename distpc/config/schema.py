@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from distpc.config.compare import CompareConfig
 from distpc.config.sources import Section, Source
 from distpc.config.teachers import TeacherConfig
 
@@ -286,6 +287,8 @@ class RunConfig(Section):
     """The final figures and pictures."""
     parallel: ParallelConfig = ParallelConfig()
     """Processes of the run."""
+    compare: CompareConfig = CompareConfig()
+    """Variants, seeds, sizes and budget of `distpc compare`; nothing else reads it."""
 
     @property
     def split_seed(self) -> int:

@@ -102,7 +102,13 @@ STAGES: tuple[Stage, ...] = (
         lambda config: None,
         has_teacher,
     ),
-    Stage("structure", "distpc.training.structure:run", (*DATA, "assign"), _structure),
+    Stage(
+        "structure",
+        "distpc.training.structure:run",
+        (*DATA, "assign"),
+        _structure,
+        unread=lambda config: () if config.structure.tree_of == "latents" else ("assign",),
+    ),
     Stage(
         "distill",
         "distpc.training.distill:run",

@@ -55,11 +55,11 @@ class ImageFiles:
         self.num_ignored = 0
         self._archive: IO[bytes] | None = None
         if self.root.is_dir():
-            files = self._list_folder()
+            self.files, self.num_ignored = _list_folder(self.root)
         else:
             self._archive = open_tar(self.root, scratch)
             files = self._list_archive(self._archive)
-        self.files = sorted(files, key=lambda file: file.name)
+            self.files = sorted(files, key=lambda file: file.name)
         if not self.files:
             raise DataError(
                 "the source holds no images",
@@ -76,38 +76,10 @@ class ImageFiles:
         self._archive.seek(file.offset)
         return io.BytesIO(self._archive.read(file.size))
 
-    def identity(self) -> dict[str, Any]:
-        """Digest over names, sizes and times of change of all images, and of their archive."""
-        # Not over their content: a run asks at each start, and the images may fill a disk.
-        digest = hashlib.sha256()
-        if self._archive is not None:
-            status = self.root.stat()
-            digest.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        for file in self.files:
-            facts = f"{file.name}\0{file.size}\0{file.modified}\0"
-            digest.update(facts.encode(errors="surrogateescape"))
-        return {"num_images": len(self.files), "names_sizes_and_times": digest.hexdigest()}
-
     def close(self) -> None:
         """Close the archive; one that was unpacked disappears."""
         if self._archive is not None:
             self._archive.close()
-
-    def _list_folder(self) -> list[ImageFile]:
-        files, seen = [], set()
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                path = Path(folder, name)
-                real = path.resolve()
-                # Sets that link each picture under several names would count it several times.
-                if not _is_image(name) or not path.is_file() or real in seen:
-                    self.num_ignored += 1
-                    continue
-                seen.add(real)
-                status = path.stat()
-                name = str(path.relative_to(self.root))
-                files.append(ImageFile(name, status.st_size, status.st_mtime_ns))
-        return files
 
     def _list_archive(self, archive: IO[bytes]) -> list[ImageFile]:
         files: dict[str, ImageFile] = {}
@@ -124,6 +96,45 @@ class ImageFiles:
             modified = int(member.mtime * 1_000_000_000)
             files[member.name] = ImageFile(member.name, member.size, modified, member.offset_data)
         return list(files.values())
+
+
+def identity_of(path: str, field: str) -> dict[str, Any]:
+    """JSON facts that change when images at `path` do: names, sizes and times of change.
+
+    Not their content: a run asks at each start, and the images may fill a disk. Of an archive only
+    its own size and time: listing a compressed one means unpacking it.
+
+    Raises:
+        DataError: nothing there.
+    """
+    root = existing(path, field)
+    if not root.is_dir():
+        status = root.stat()
+        return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    files, _ = _list_folder(root)
+    digest = hashlib.sha256()
+    for file in files:
+        facts = f"{file.name}\0{file.size}\0{file.modified}\0"
+        digest.update(facts.encode(errors="surrogateescape"))
+    return {"num_images": len(files), "names_sizes_and_times": digest.hexdigest()}
+
+
+def _list_folder(root: Path) -> tuple[list[ImageFile], int]:
+    """The images in order of name, and how many other files there are."""
+    files, seen, ignored = [], set(), 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder, name)
+            real = path.resolve()
+            # Sets that link each picture under several names would count it several times.
+            if not _is_image(name) or not path.is_file() or real in seen:
+                ignored += 1
+                continue
+            seen.add(real)
+            status = path.stat()
+            name = str(path.relative_to(root))
+            files.append(ImageFile(name, status.st_size, status.st_mtime_ns))
+    return sorted(files, key=lambda file: file.name), ignored
 
 
 def _is_image(name: str) -> bool:

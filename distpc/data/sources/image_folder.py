@@ -12,7 +12,7 @@ import numpy as np
 
 from distpc.config.sources import ImageFolderSource
 from distpc.data.sources.base import BadSampleError, Source
-from distpc.data.sources.image_files import ImageFile, ImageFiles
+from distpc.data.sources.image_files import ImageFile, ImageFiles, identity_of
 from distpc.data.spec import DatasetSpec
 from distpc.errors import DataError
 
@@ -73,9 +73,8 @@ class ImageFolder(Source):
         return pixels.reshape(-1)
 
     def identity(self) -> dict[str, Any]:
-        """Of the images, and of the test images if there are any."""
-        train = self._sets[0].identity()
-        return train if len(self._sets) == 1 else {"train": train, "test": self._sets[1].identity()}
+        """See `image_identity`."""
+        return image_identity(self._config)
 
     def facts(self) -> dict[str, Any]:
         """How many files are no images by their name."""
@@ -160,3 +159,15 @@ class ImageFolder(Source):
         step = self._config.crop_step_pixels
         left, top = generator.integers([spare_x // step + 1, spare_y // step + 1])
         return int(left) * step, int(top) * step
+
+
+def image_identity(config: ImageFolderSource) -> dict[str, Any]:
+    """Of the images, and of the test images if there are any; see `identity_of`.
+
+    Raises:
+        DataError: nothing there.
+    """
+    train = identity_of(config.path, "path")
+    if config.test_path is None:
+        return train
+    return {"train": train, "test": identity_of(config.test_path, "test_path")}
