@@ -125,7 +125,9 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
     rows = report["variants"]
-    assert set(rows) == {f"{name}@{size}" for name in ("em", "em (best)", "pixels") for size in (4, 8)}
+    assert set(rows) == {
+        f"{name}@{size}" for name in ("em", "em (best)", "pixels") for size in (4, 8)
+    }
     num_train = report["dataset"]["num_samples"]["train"]
     pixels, em = rows["pixels@8"], rows["em@8"]
     assert pixels["num_parameters"] == em["num_parameters"] > rows["em@4"]["num_parameters"]
