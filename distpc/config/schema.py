@@ -60,14 +60,15 @@ class LatentsConfig(Section):
     max_samples: int | None = Field(default=None, ge=1)
     """Training samples whose features and latents are made, the first shards up to this many;
     default: all. What was used is recorded."""
-    num_rounds: int = Field(default=30, ge=1)
-    """Most Lloyd rounds of one restart."""
+    num_rounds: int = Field(default=30, ge=0)
+    """Most Lloyd rounds of one restart; 0 leaves the first centroids as they are."""
     num_restarts: int = Field(default=1, ge=1)
     """Restarts of the clustering; the one with the least inertia is kept."""
     tolerance: float = Field(default=1e-4, ge=0)
     """A restart ends when a round lowers the inertia by less than this fraction."""
-    init: Literal["k-means++", "k-means||"] = "k-means||"
-    """How the first centroids are chosen."""
+    init: Literal["k-means++", "k-means||", "random"] = "k-means||"
+    """How the first centroids are chosen; random: points drawn alike (with num_rounds 0 the control
+    of clustering itself)."""
     min_usage_entropy_fraction: float = Field(default=0.3, ge=0, le=1)
     """Refuse latents whose usage entropy is below this fraction of log2(num_clusters)."""
     max_dead_fraction: float = Field(default=0.2, ge=0, le=1)
