@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   distpc run configs/digits.yaml
   distpc run configs/digits.yaml finetune.num_epochs=5 --out runs/short
   distpc run configs/fashion_mnist.yaml --dry-run
+  distpc compare configs/digits_compare.yaml
   distpc plan configs/fashion_mnist.yaml --nodes 1 --gpus-per-node 8 --gpu-memory-gib 80
   distpc finetune configs/digits.yaml
   distpc sample runs/digits/model --num 64 --out samples.png
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _add_config(stage)
         stage.set_defaults(command=_run, stage=name)
+    _add_compare(commands)
     _add_plan(commands)
     _add_sample(commands)
     _add_inpaint(commands)
@@ -112,6 +114,30 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the resolved config, the circuit's size, bytes per rank and what would run",
     )
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="the same circuit on the same budget, trained in several ways",
+        description="Train the variants of the section `compare` (default: tuned EM, shuffled "
+        "features, random features, random patches, the data's own values, the configured teacher) "
+        "on as many samples each, and write a table, report.json and plots. Finished runs are kept:"
+        " the same command goes on where it was interrupted.",
+        epilog="examples:\n"
+        "  distpc compare configs/digits_compare.yaml\n"
+        "  distpc compare configs/cifar_patches.yaml data.source.path=train.tar.gz "
+        "data.source.test_path=test.tar.gz\n"
+        "  distpc compare configs/digits_compare.yaml 'compare.seeds=[0,1,2]' --dry-run\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="YAML file of the run, see docs/config.md")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="fields to change"
+    )
+    parser.add_argument("--out", type=Path, help="its folder (default: runs/NAME-compare)")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, and which are done")
+    parser.set_defaults(command=_compare)
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
@@ -364,6 +390,20 @@ def _run(options: argparse.Namespace) -> None:
         report = pipeline.run()
         if report is not None:
             print(summarize(report, pipeline.folder))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from distpc.config import load_config
+    from distpc.pipeline.comparison import compare, describe_runs
+
+    config = load_config(options.config, options.overrides)
+    folder = options.out or Path("runs") / f"{config.name}-compare"
+    if options.dry_run:
+        print(describe_runs(config, folder))
+        return
+    compare(config, folder)
+    print((folder / "table.md").read_text(), end="")
+    print(f"report and plots in {folder}")
 
 
 def _plan(options: argparse.Namespace) -> None:

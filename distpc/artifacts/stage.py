@@ -89,6 +89,7 @@ class Stage:
         identity: `module:function(config, folder)` giving JSON values that change with whatever
             outside of the configuration the result depends on; `folder` is the stage's own.
         applies: whether this configuration needs the stage at all.
+        unread: those of `inputs` that this configuration's result does not depend on.
         version: raised when the stage's code changes what it writes.
     """
 
@@ -97,5 +98,6 @@ class Stage:
     inputs: tuple[str, ...]
     fields: Callable[[RunConfig], Any]
     applies: Callable[[RunConfig], bool] = lambda config: True
+    unread: Callable[[RunConfig], tuple[str, ...]] = lambda config: ()
     identity: str | None = None
     version: int = 1

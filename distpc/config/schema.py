@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from distpc.config.compare import CompareConfig
 from distpc.config.sources import Section, Source
 from distpc.config.teachers import TeacherConfig
 
@@ -35,6 +36,9 @@ class DataConfig(Section):
     """Where the samples come from; `kind` is digits, idx, image_folder, text or arrays."""
     split: SplitConfig = SplitConfig()
     """Shares of train, valid and test."""
+    split_seed: int | None = Field(default=None, ge=0)
+    """Seed of the permutation that shares samples out; default: the run's seed. Set it where runs
+    of several seeds are to be measured on the same samples."""
     samples_per_shard: int = Field(default=1024, ge=1)
     """Samples in one WebDataset shard (the last of a split holds fewer)."""
     color: Literal["as_is", "ycocg_r", "ycocg_lossy"] = "as_is"
@@ -56,14 +60,15 @@ class LatentsConfig(Section):
     max_samples: int | None = Field(default=None, ge=1)
     """Training samples whose features and latents are made, the first shards up to this many;
     default: all. What was used is recorded."""
-    num_rounds: int = Field(default=30, ge=1)
-    """Most Lloyd rounds of one restart."""
+    num_rounds: int = Field(default=30, ge=0)
+    """Most Lloyd rounds of one restart; 0 leaves the first centroids as they are."""
     num_restarts: int = Field(default=1, ge=1)
     """Restarts of the clustering; the one with the least inertia is kept."""
     tolerance: float = Field(default=1e-4, ge=0)
     """A restart ends when a round lowers the inertia by less than this fraction."""
-    init: Literal["k-means++", "k-means||"] = "k-means||"
-    """How the first centroids are chosen."""
+    init: Literal["k-means++", "k-means||", "random"] = "k-means||"
+    """How the first centroids are chosen; random: points drawn alike (with num_rounds 0 the control
+    of clustering itself)."""
     min_usage_entropy_fraction: float = Field(default=0.3, ge=0, le=1)
     """Refuse latents whose usage entropy is below this fraction of log2(num_clusters)."""
     max_dead_fraction: float = Field(default=0.2, ge=0, le=1)
@@ -120,6 +125,9 @@ class StructureConfig(Section):
     """Hidden states of the leaf HCLT (leaf hclt)."""
     leaf_num_groups: int = Field(default=1, ge=1)
     """Groups of clusters with a leaf HCLT body of their own, trained independently (leaf hclt)."""
+    tree_of: Literal["latents", "patch_means"] = "latents"
+    """What the tree over the patches is learnt from: the patches' latents, or the mean values of
+    their pixels, which needs no teacher (kind patches)."""
     max_samples: int = Field(default=20000, ge=1)
     """Training samples from which mutual information is counted (kinds patches, hclt,
     chow_liu)."""
@@ -170,6 +178,8 @@ class FinetuneConfig(Section):
     """Training rule of the statistics; all but online_em need whole rows: parallel.zero_stage 0."""
     num_epochs: int = Field(default=20, ge=0)
     """Passes over the training split."""
+    num_samples: int | None = Field(default=None, ge=1)
+    """Samples to train on, in place of num_epochs passes: the budget of a comparison."""
     batch_size: int = Field(default=256, ge=1)
     """Samples in a global batch, over all ranks and micro-batches; full_batch_em takes all of the
     training split instead, and holds it in memory."""
@@ -283,13 +293,33 @@ class RunConfig(Section):
     """The final figures and pictures."""
     parallel: ParallelConfig = ParallelConfig()
     """Processes of the run."""
+    compare: CompareConfig = CompareConfig()
+    """Variants, seeds, sizes and budget of `distpc compare`; nothing else reads it."""
+
+    @property
+    def split_seed(self) -> int:
+        """Seed of the permutation that shares samples out."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         kind = self.structure.kind
-        if kind == "patches" and self.teacher.kind == "none":
-            raise ValueError("structure.kind patches needs patch latents: set teacher.kind")
-        if kind != "patches" and self.finetune.initialization == "distilled":
+        distilled = self.finetune.initialization == "distilled"
+        if kind == "patches" and self.teacher.kind == "none" and distilled:
+            raise ValueError(
+                "structure.kind patches needs patch latents to distil from: set teacher.kind, or "
+                "finetune.initialization to random"
+            )
+        if (
+            kind == "patches"
+            and self.teacher.kind == "none"
+            and self.structure.tree_of == "latents"
+        ):
+            raise ValueError(
+                "without a teacher there are no latents to learn the tree from: set teacher.kind, "
+                "or structure.tree_of to patch_means"
+            )
+        if kind != "patches" and distilled:
             raise ValueError(
                 f"structure.kind {kind} has no teacher latents to distil from: "
                 "set finetune.initialization to random"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -35,12 +35,30 @@ class ImageFolderSource(Section):
     kind: Literal["image_folder"]
     path: str
     """Folder (searched recursively) or .tar / .tar.gz archive."""
+    test_path: str | None = None
+    """Folder or archive of published test images; if absent, test is split from `path`."""
     mode: Literal["grey", "rgb"] = "rgb"
     """Colour mode that images are converted to when they are read."""
     crop_size_pixels: int | None = Field(default=None, ge=1)
-    """Side of a square cut from the centre, before any resize."""
+    """Side of a square cut out, before any resize."""
+    crop_at: Literal["centre", "random"] = "centre"
+    """Where the square is cut; random: anywhere, drawn from the image's name, so that every run
+    sees the same crops."""
+    crop_step_pixels: int = Field(default=1, ge=1)
+    """Random squares begin at multiples of this (crop_at random)."""
+    crops_per_image: int = Field(default=1, ge=1)
+    """Samples made of every image of `path`, all in the same split (crop_at random); one is made
+    of every test image."""
     resize_pixels: int | None = Field(default=None, ge=1)
     """Side of the square that images are resized to (area filter)."""
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> ImageFolderSource:
+        if self.crop_at == "random" and self.crop_size_pixels is None:
+            raise ValueError("crop_at random needs crop_size_pixels")
+        if self.crops_per_image > 1 and self.crop_at != "random":
+            raise ValueError("crops_per_image above 1 needs crop_at random")
+        return self
 
 
 class TextSource(Section):

@@ -109,7 +109,8 @@ class ShardIndex:
                 expected=FORMAT_VERSION,
                 fix="remove the index stage's folder and run the same command again",
             )
-        shards = (folder / value["shards_folder"]).resolve()
+        # By name, links left alone: a run's stages may be links to those of another run.
+        shards = Path(os.path.normpath(folder.absolute() / value["shards_folder"]))
         entries = [
             ShardEntry(
                 **entry,

@@ -20,10 +20,12 @@ from distpc.artifacts.files import atomic_path, fingerprint, read_json, write_js
 from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
 from distpc.config.schema import DataConfig, RunConfig
+from distpc.config.sources import ImageFolderSource
 from distpc.data.codec import SampleCodec
 from distpc.data.color import NUM_CATEGORIES
 from distpc.data.plan import seeded_permutation
 from distpc.data.sources import BadSampleError, Source, open_source
+from distpc.data.sources.image_folder import image_identity
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, DataError, ResourceError
 from distpc.parallel.progress import Progress
@@ -46,8 +48,9 @@ def run(ctx: StageContext) -> None:
     source = open_source(data.source, ctx.out)
     try:
         spec = colored(source.spec, data.color)
-        positions = split_positions(source, data, ctx.config.seed)
-        _keep_matching(ctx.out, source, data, ctx.config.seed)
+        seed = ctx.config.split_seed
+        positions = split_positions(source, data, seed)
+        _keep_matching(ctx.out, source, data, seed)
         writer = ShardWriter(ctx.out, source, data.max_bad_samples)
         writer.write_all(positions, data.samples_per_shard)
         spec.save(ctx.out)
@@ -71,6 +74,8 @@ def source_identity(config: RunConfig, folder: Path) -> dict[str, Any]:
         DataError: neither a readable source nor finished shards.
     """
     try:
+        if isinstance(config.data.source, ImageFolderSource):
+            return image_identity(config.data.source)
         with tempfile.TemporaryDirectory() as scratch:
             source = open_source(config.data.source, Path(scratch))
             try:

@@ -12,8 +12,13 @@ import numpy as np
 from distpc.artifacts.files import write_json
 from distpc.artifacts.stage import StageContext
 from distpc.latents.holder import ShardFacts
+from distpc.latents.kmeans import grid_bits
 from distpc.latents.lloyd import FitState, Lloyd, check_distinct
-from distpc.latents.seeding import PLUS_PLUS_POINTS_PER_CLUSTER, SCALABLE_POINTS_PER_CLUSTER
+from distpc.latents.seeding import (
+    PLUS_PLUS_POINTS_PER_CLUSTER,
+    RANDOM_POINTS_PER_CLUSTER,
+    SCALABLE_POINTS_PER_CLUSTER,
+)
 from distpc.latents.store import FORMAT_VERSION, feature_shards, write_centroids
 from distpc.parallel.cluster import Cluster
 from distpc.parallel.progress import Progress
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 WORKER = "distpc.latents.holder:FeatureHolder"
 CENTROIDS = "centroids.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
+_GROUPS_PER_WORKER = 4
+"""Groups of shards whose sums a worker makes in a round: enough to share them out evenly."""
 
 
 def run(ctx: StageContext) -> None:
@@ -49,14 +56,21 @@ def run(ctx: StageContext) -> None:
             answers = dict(pool.map(items, method=method))
             return [answers[position] for position in range(len(items))]
 
+        def hold(method: str, items: Sequence[Any]) -> list[tuple[Any, Any]]:
+            answers = dict(pool.map(items, method=method, hold=True))
+            return [answers[position] for position in range(len(items))]
+
         try:
             facts = ask("describe", [(name, config.num_clusters) for name in names])
             check_distinct([fact.distinct for fact in facts], config.num_clusters, features.path)
             with RoundLog(ctx, state) as log:
                 job = Lloyd(
                     ask,
+                    hold,
                     names,
                     [fact.points for fact in facts],
+                    grid_bits(sum(f.points for f in facts), max(f.largest for f in facts)),
+                    min(len(names), _GROUPS_PER_WORKER * ctx.config.parallel.num_workers),
                     config,
                     ctx.config.seed,
                     put=cluster.put,
@@ -127,6 +141,7 @@ def _write(ctx: StageContext, state: FitState, facts: Sequence[ShardFacts]) -> N
     per_cluster = {
         "k-means||": SCALABLE_POINTS_PER_CLUSTER,
         "k-means++": PLUS_PLUS_POINTS_PER_CLUSTER,
+        "random": RANDOM_POINTS_PER_CLUSTER,
     }
     summary = {
         "num_clusters": config.num_clusters,

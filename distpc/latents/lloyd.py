@@ -1,7 +1,9 @@
 """K-means over held shards: seeding, rounds, restarts; stops and goes on between any two rounds.
 
-Nothing here knows who holds a shard: `ask(method, items)` puts one question of `FeatureHolder` to
-every shard and returns the answers in shard order. Legend: D feature width, K clusters.
+Nothing here knows who holds a shard: `ask(method, items)` puts a question of `FeatureHolder` and
+returns the answers in the order of items; `hold` does so for questions with two answers, of which
+the second, (K, D) large, stays with whoever made it: sums are added up in a tree of workers, and
+what comes here is the next round's centroids, once. Legend: D feature width, K clusters.
 """
 
 from __future__ import annotations
@@ -19,13 +21,34 @@ from torch import Tensor
 from distpc.config.schema import LatentsConfig
 from distpc.errors import LatentError
 from distpc.latents import seeding
-from distpc.latents.kmeans import Statistics, reduce_statistics, update_centroids
+from distpc.latents.kmeans import refill
 from distpc.latents.store import read_tensors, write_tensors
 
 Ask = Callable[[str, Sequence[Any]], list[Any]]
+Hold = Callable[[str, Sequence[Any]], list[tuple[Any, Any]]]
 
 # Streams of random numbers: (seed, stream, restart, round, shard).
 _FIRST, _DRAW, _RACE, _CHOOSE = range(4)
+
+_FAR_POINTS = 4
+"""Far points that are looked at for each empty cluster."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One round's centroids against the points.
+
+    Attributes:
+        inertia: sum of squared distances.
+        counts: (K,) points of each cluster.
+        means: (K, D) float32, their means.
+        handle: of the centroids.
+    """
+
+    inertia: float
+    counts: np.ndarray
+    means: np.ndarray
+    handle: Any
 
 
 @dataclass
@@ -91,8 +114,11 @@ class Lloyd:
 
     Attributes:
         ask: puts a question to every shard.
+        hold: the same, where the second answer stays behind a handle.
         shards: names of the shards, in order.
         sizes: points in each.
+        bits: of the grid on which sums of points are exact.
+        num_groups: groups of shards whose sums are made one by one.
         config: clusters, rounds, restarts, tolerance, seeding.
         seed: of everything random.
         put: makes an array cheap to send to every shard (Ray's object store).
@@ -101,8 +127,11 @@ class Lloyd:
     """
 
     ask: Ask
+    hold: Hold
     shards: Sequence[str]
     sizes: Sequence[int]
+    bits: int
+    num_groups: int
     config: LatentsConfig
     seed: int
     put: Callable[[np.ndarray], Any] = lambda array: array
@@ -128,12 +157,13 @@ class Lloyd:
 
     def _round(self, state: FitState, centroids: Tensor) -> None:
         """Measure the centroids; then move them, or end the restart."""
-        total = self._measure(centroids)
         inertia, refilled = state.inertia[-1], state.refilled[-1]
+        number = state.restart, len(inertia)
+        total = self._measure(centroids, number)
         inertia.append(total.inertia)
         self.log(state.restart, len(inertia) - 1, total.inertia)
         if len(inertia) <= self.config.num_rounds and not self._converged(total, state):
-            state.centroids, moved = update_centroids(total, centroids)
+            state.centroids, moved = self._moved(total, number)
             refilled.append(moved)
             return
         if state.best is None or total.inertia < state.inertia[state.best_restart][-1]:
@@ -141,7 +171,7 @@ class Lloyd:
         state.centroids = None
         state.restart += 1
 
-    def _converged(self, total: Statistics, state: FitState) -> bool:
+    def _converged(self, total: Measured, state: FitState) -> bool:
         inertia, refilled = state.inertia[-1], state.refilled[-1]
         if total.inertia == 0:
             return True
@@ -149,23 +179,61 @@ class Lloyd:
             return False
         return inertia[-2] - inertia[-1] <= self.config.tolerance * inertia[-2]
 
-    def _measure(self, centroids: Tensor) -> Statistics:
+    def _measure(self, centroids: Tensor, number: tuple[int, int]) -> Measured:
         handle = self.put(centroids.numpy())
-        parts = self.ask("statistics", [(name, handle) for name in self.shards])
-        for name, part in zip(self.shards, parts, strict=True):
-            if not np.isfinite(part.inertia):
+        groups = self._groups()
+        noted = self.hold("totals", [(group, number, handle, self.bits) for group in groups])
+        inertia = [value for values, _ in noted for value in values]
+        for name, value in zip(self.shards, inertia, strict=True):
+            if not np.isfinite(value):
                 raise LatentError(
                     "features are not finite, or too large to square",
                     where=f"feature shard {name}",
-                    found=f"inertia {part.inertia}",
+                    found=f"inertia {value}",
                     fix="run the features stage again",
                 )
-        return reduce_statistics(parts)
+        totals = [total for _, total in noted]
+        while len(totals) > 1:
+            pairs = list(zip(totals[::2], totals[1::2], strict=False))
+            rest = totals[2 * len(pairs) :]
+            totals = [total for _, total in self.hold("add", pairs)] + rest
+        counts, means = self.ask("means", [(totals[0], handle)])[0]
+        return Measured(sum(inertia), counts, means, handle)
+
+    def _groups(self) -> list[list[str]]:
+        """Neighbouring shards, in groups of about equally many points."""
+        ends = np.cumsum(np.asarray(self.sizes, dtype=np.int64))
+        middles = ends - np.asarray(self.sizes) / 2
+        of_shard = np.minimum(middles * self.num_groups // ends[-1], self.num_groups - 1)
+        found = [
+            [self.shards[int(i)] for i in np.flatnonzero(of_shard == group)]
+            for group in range(self.num_groups)
+        ]
+        return [group for group in found if group]
+
+    def _moved(self, total: Measured, number: tuple[int, int]) -> tuple[Tensor, int]:
+        """The next round's centroids, and how many empty clusters moved to far points."""
+        empty = np.flatnonzero(total.counts == 0)
+        if not len(empty):
+            return torch.from_numpy(np.array(total.means)), 0
+        # More than needed: copies of one outlier are no use. The same number from every shard, lest
+        # the result depend on how points are sharded.
+        wanted = min(self.config.num_clusters, _FAR_POINTS * len(empty) + _FAR_POINTS)
+        items = [(name, number, total.handle, wanted) for name in self.shards]
+        far = self.ask("farthest", items)
+        distances = np.concatenate([distances for distances, _ in far])
+        candidates = np.concatenate([points for _, points in far])
+        kept = np.argsort(-distances, kind="stable")[:wanted]
+        means, moved = refill(total.means, empty, distances[kept], candidates[kept])
+        return torch.from_numpy(means), moved
 
     def _first_centroids(self, restart: int) -> Tensor:
         """(K, D) float32 by the configured method."""
         num_clusters = self.config.num_clusters
         choose = seeding.generator(self.seed, _CHOOSE, restart)
+        if self.config.init == "random":
+            drawn = self._draw(_DRAW, restart, seeding.RANDOM_POINTS_PER_CLUSTER * num_clusters)
+            return seeding.random_points(drawn, num_clusters, choose)
         if self.config.init == "k-means++":
             drawn = self._draw(_DRAW, restart, seeding.PLUS_PLUS_POINTS_PER_CLUSTER * num_clusters)
             return seeding.plus_plus(drawn, np.ones(len(drawn)), num_clusters, choose)

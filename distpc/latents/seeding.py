@@ -26,6 +26,9 @@ SCALABLE_POINTS_PER_CLUSTER = 1024
 PLUS_PLUS_POINTS_PER_CLUSTER = 128
 """Points that k-means++ looks at, over K: they all travel to the driver."""
 
+RANDOM_POINTS_PER_CLUSTER = 4
+"""Points among which the random start chooses, over K: enough to find K that differ."""
+
 
 def generator(*parts: int) -> np.random.Generator:
     """Random numbers that depend on nothing but `parts` (seed, restart, round, shard, ...)."""
@@ -46,6 +49,14 @@ def draw_points(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         return points.float()
     rows = np.sort(rng.choice(len(points), size=count, replace=False))
     return points[torch.from_numpy(rows)].float()
+
+
+def random_points(points: np.ndarray, num_clusters: int, rng: np.random.Generator) -> Tensor:
+    """K different points, (K, D) float32; when fewer differ, the first is repeated."""
+    different = np.unique(points, axis=0)
+    chosen = rng.permutation(len(different))[:num_clusters]
+    padded = np.concatenate([chosen, np.full(num_clusters - len(chosen), chosen[0])])
+    return torch.from_numpy(different[padded].astype(np.float32))
 
 
 def race(

@@ -115,6 +115,26 @@ class Cluster:
         """The address of this machine by which others of the cluster reach it."""
         return str(_ray().util.get_node_ip_address())
 
+    def environment(self) -> dict[str, str]:
+        """Variables with which a process that this one starts joins the same cluster."""
+        return {"RAY_ADDRESS": str(_ray().get_runtime_context().gcs_address)}
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process started it, so that it is this machine alone."""
+        return self._own is not None
+
+    def num_runs(self, parallel: ParallelConfig) -> int:
+        """How many runs as `parallel` describes them the cluster has room for at a time."""
+        total = _ray().cluster_resources()
+        workers = parallel.num_workers * parallel.cpus_per_worker
+        cpus = max(workers, parallel.num_ranks * parallel.threads_per_rank)
+        room = total.get("CPU", 0) / cpus
+        if total.get("GPU", 0) > 0:
+            # Every training rank takes a GPU where there are any.
+            room = min(room, total["GPU"] / parallel.num_ranks)
+        return max(1, int(room + 1e-6))
+
     def close(self) -> None:
         """Leave the cluster; end it if it is this process's own. Idempotent.
 

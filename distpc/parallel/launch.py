@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -82,6 +83,25 @@ def run_ranks(
     failed = _run_on_cluster(job, join_seconds) if on_cluster else _run_here(job)
     if failed:
         raise _error(failed, num_ranks, log_folder)
+
+
+def alone() -> dict[str, str]:
+    """Variables with which a process is its own only rank, so that it needs no other for training.
+
+    Raises:
+        OSError: no port is free.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class ItemQueue:
 class _Task:
     worker: int
     index: int
+    held: Any = None
 
 
 class Pool:
@@ -92,6 +93,7 @@ class Pool:
         method: str = "__call__",
         label: str = "",
         retries: int | None = None,
+        hold: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """Yield (index, result) of every item as it is finished.
 
@@ -106,6 +108,8 @@ class Pool:
             label: of the progress bar; none is shown without.
             retries: times that one item is tried again after its worker died
                 (default: parallel.max_worker_restarts).
+            hold: the method returns a pair; the second of it stays in the cluster's object store,
+                and a handle comes in its place, to go inside later items.
 
         Raises:
             DistpcError: the worker's code raised it, or raised something else, which it names;
@@ -119,7 +123,7 @@ class Pool:
         running: dict[Any, _Task] = {}
         self._grow(min(self._parallel.num_workers, len(items)))
         for worker in range(len(self._actors)):
-            self._give(worker, queue.next_for(worker), items, method, running)
+            self._give(worker, queue.next_for(worker), items, method, running, hold)
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(Progress(label, len(items))) if label else None
             while running:
@@ -130,15 +134,15 @@ class Pool:
                         raise _lost(items[task.index], task, deaths[task.index], self._cause)
                     _tell(f"worker {task.worker} died over item {task.index}: replaced")
                     self._actors[task.worker] = self._new_actor(task.worker)
-                    self._give(task.worker, task.index, items, method, running)
+                    self._give(task.worker, task.index, items, method, running, hold)
                     continue
                 if outcome.error is not None:
                     raise outcome.error
                 self._homes[task.index] = task.worker
-                self._give(task.worker, queue.next_for(task.worker), items, method, running)
+                self._give(task.worker, queue.next_for(task.worker), items, method, running, hold)
                 if progress is not None:
                     progress.advance()
-                yield task.index, outcome.value
+                yield task.index, (outcome.value, task.held) if hold else outcome.value
 
     def close(self) -> None:
         """End the workers. Idempotent."""
@@ -174,12 +178,18 @@ class Pool:
         items: Sequence[Any],
         method: str,
         running: dict[Any, _Task],
+        hold: bool,
     ) -> None:
         if index is None:
             return
         handles: list[Any] = []
         item = split(items[index], self._ray.ObjectRef, handles)
-        running[self._actors[worker].run.remote(method, item, *handles)] = _Task(worker, index)
+        actor = self._actors[worker]
+        if hold:
+            outcome, held = actor.run_and_hold.options(num_returns=2).remote(method, item, *handles)
+        else:
+            outcome, held = actor.run.remote(method, item, *handles), None
+        running[outcome] = _Task(worker, index, held)
 
     def _next(self, running: dict[Any, _Task]) -> tuple[_Task, Any]:
         """The next task to end and its outcome; None as outcome when its worker died."""

@@ -71,6 +71,14 @@ class WorkerHost:
                 error=as_own_error(error, f"{type(self._worker).__name__}.{method}", item)
             )
 
+    def run_and_hold(self, method: str, item: Any, *values: Any) -> tuple[Outcome, Any]:
+        """As `run` of a method that returns a pair: its first as the outcome, and its second."""
+        outcome = self.run(method, item, *values)
+        if outcome.error is not None:
+            return outcome, None
+        note, held = outcome.value
+        return Outcome(note), held
+
 
 def take_gpu(gpu_ids: list[Any]) -> None:
     """Compute on the first of the GPUs reserved for this process.

@@ -76,6 +76,6 @@ def _open(config: RunConfig) -> tuple[DatasetSpec, int]:
         source = open_source(config.data.source, Path(scratch))
         try:
             spec = colored(source.spec, config.data.color)
-            return spec, len(split_positions(source, config.data, config.seed)["train"])
+            return spec, len(split_positions(source, config.data, config.split_seed)["train"])
         finally:
             source.close()

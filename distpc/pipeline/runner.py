@@ -123,6 +123,17 @@ class Pipeline:
             for step in self.steps():
                 self._bring_up(step)
 
+    def run_until(self, name: str) -> None:
+        """Bring the stages up to `name` up to date, and no further."""
+        from distpc.parallel.cluster import Cluster
+
+        self.check()
+        with self._owned(), Cluster.session():
+            for step in self.steps():
+                self._bring_up(step)
+                if step.stage.name == name:
+                    return
+
     def run_stage(self, name: str) -> Artifact | None:
         """Run one stage, whose inputs must be done.
 
@@ -184,7 +195,8 @@ class Pipeline:
             yield world.leads
 
     def _inputs(self, stage: Stage) -> list[str]:
-        return [name for name in stage.inputs if name in self.stages]
+        unread = stage.unread(self.config)
+        return [name for name in stage.inputs if name in self.stages and name not in unread]
 
     def _identity(self, stage: Stage) -> Any:
         if stage.identity is None:

@@ -17,7 +17,8 @@ def _values(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _shards(config: RunConfig) -> Any:
-    return _values(config.data, without=("patch_size_pixels", "cache_bytes")), config.seed
+    without = ("patch_size_pixels", "cache_bytes", "split_seed")
+    return _values(config.data, without=without), config.split_seed
 
 
 def _teacher(config: RunConfig) -> Any:
@@ -35,10 +36,11 @@ def _fit(config: RunConfig) -> Any:
 def _structure(config: RunConfig) -> Any:
     structure = config.structure
     leaf = ("leaf", "leaf_num_states", "leaf_num_groups")
+    of_patches = ("tree_of", *leaf)
     if structure.kind != "patches":
-        return _values(structure, without=leaf), config.seed
+        return _values(structure, without=of_patches), config.seed
     of_leaf = leaf[:1] if structure.leaf == "product" else leaf
-    used = ("kind", "max_samples", "num_bins", "pseudocount", *of_leaf)
+    used = ("kind", "tree_of", "max_samples", "num_bins", "pseudocount", *of_leaf)
     unused = tuple(field for field in type(structure).model_fields if field not in used)
     patches = config.latents.num_clusters, config.data.patch_size_pixels
     return _values(structure, without=unused), patches, config.seed
@@ -100,7 +102,13 @@ STAGES: tuple[Stage, ...] = (
         lambda config: None,
         has_teacher,
     ),
-    Stage("structure", "distpc.training.structure:run", (*DATA, "assign"), _structure),
+    Stage(
+        "structure",
+        "distpc.training.structure:run",
+        (*DATA, "assign"),
+        _structure,
+        unread=lambda config: () if config.structure.tree_of == "latents" else ("assign",),
+    ),
     Stage(
         "distill",
         "distpc.training.distill:run",

@@ -59,7 +59,11 @@ def run(ctx: StageContext) -> None:
         graph = _build(ctx.config, index.spec, trees.get("variables"))
     else:
         grid = PatchGrid.of(index.spec, ctx.config.data.patch_size_pixels)
-        trees["patches"], information["patches"] = _tree(_latent_information(ctx, grid))
+        trees["patches"], information["patches"] = _tree(
+            _latent_information(ctx, grid)
+            if ctx.config.structure.tree_of == "latents"
+            else _mean_information(ctx, index, grid)
+        )
         if ctx.config.structure.leaf == "hclt":
             trees["leaf"], information["leaf"] = _tree(_patch_information(ctx, index, grid))
         graph = _patch_circuit(ctx.config, grid, trees["patches"], trees.get("leaf"))
@@ -220,6 +224,24 @@ def _latent_information(ctx: StageContext, grid: PatchGrid) -> np.ndarray:
     sizes = [source.num_clusters] * grid.num_patches
     batches = _Batches(lambda: _first_latents(source, settings.max_samples))
     return mutual_information(batches, sizes, pseudocount=settings.pseudocount)
+
+
+def _mean_information(ctx: StageContext, index: ShardIndex, grid: PatchGrid) -> np.ndarray:
+    """(Z, Z) mutual information of the patches' mean values, in bins."""
+    settings = ctx.config.structure
+    variables = grid.variables()
+
+    def means(max_samples: int) -> Iterator[np.ndarray]:
+        for rows in take_rows(index, "train", max_samples):
+            # Missing values, -1, only shift a mean that is binned anyway.
+            yield rows[:, variables].mean(axis=2, dtype=np.float64)
+
+    first = np.concatenate(list(means(min(settings.max_samples, _BIN_SAMPLES))))
+    bins = Bins.of(first, [None] * grid.num_patches, settings.num_bins)
+    batches = _Batches(lambda: means(settings.max_samples))
+    return mutual_information(
+        bins.stream(batches), bins.num_values, pseudocount=settings.pseudocount
+    )
 
 
 def _first_latents(source: LatentSource, max_samples: int) -> Iterator[np.ndarray]:

@@ -84,7 +84,7 @@ class Trainer:
         self.check_replicas_every = check_replicas_every
         self.spec = spec
         self.num_samples = num_samples
-        self.total = config.num_epochs * num_samples
+        self.total = config.num_samples or config.num_epochs * num_samples
         self.parts = parts
         self.facts = facts
         self.guard = Guard(config.max_divergence_bits)
@@ -153,6 +153,7 @@ class Trainer:
             f"last_valid_{unit}": None if facts.valid is None else facts.valid["bits"],
             "steps": facts.step,
             "epochs": facts.samples / self.num_samples,
+            "curve": facts.curve,
             "train_impossible_samples": facts.impossible,
             "samples_per_second": self._samples_per_second(),
             "waiting_fraction": self._waiting_fraction(),
@@ -302,6 +303,7 @@ class Trainer:
             "bits": figures.bits,
             "impossible": figures.impossible,
         }
+        facts.curve.append([facts.samples, figures.bits])
         # A model that rules validation samples out is worse than any that does not.
         rank = (figures.impossible, figures.bits)
         if facts.best is None or rank < (facts.best["impossible"], facts.best["bits"]):

@@ -193,3 +193,53 @@ def test_an_archive_packed_anew_changes_the_identity(tmp_path: Path, suffix: str
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert identity() != first
+
+
+def test_random_crops_are_the_same_in_every_run(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for number in range(5):
+        picture(number, 12, 12).save(folder / f"{number:02d}.png")
+    fields = {"crop_size_pixels": 4, "crop_at": "random", "crop_step_pixels": 2}
+    source = opened(folder, crops_per_image=3, **fields)
+    assert source.num_samples == 15
+    assert source.spec.image_shape == (4, 4, 3)
+    assert source.groups is not None
+    assert source.groups.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    crops = [source.read(position).reshape(4, 4, 3) for position in range(15)]
+    whole = pixels(2, 12, 12)
+    corners = {
+        (top, left)
+        for crop in crops[6:9]
+        for top in range(9)
+        for left in range(9)
+        if np.array_equal(whole[top : top + 4, left : left + 4], crop)
+    }
+    assert corners
+    assert all(top % 2 == left % 2 == 0 for top, left in corners)
+    assert len({crop.tobytes() for crop in crops}) > 10
+    again = opened(folder, crops_per_image=3, **fields)
+    assert all(np.array_equal(again.read(p).reshape(4, 4, 3), crops[p]) for p in range(15))
+
+
+def test_test_images_of_their_own(tmp_path: Path) -> None:
+    for name, numbers in (("train", range(6)), ("test", range(10, 13))):
+        (tmp_path / name).mkdir()
+        for number in numbers:
+            picture(number).save(tmp_path / name / f"{number:02d}.png")
+    source = opened(tmp_path / "train", test_path=str(tmp_path / "test"))
+    assert (source.num_samples, source.num_published_test) == (9, 3)
+    assert np.array_equal(source.read(7).reshape(6, 6, 3), pixels(11))
+    assert set(source.identity()) == {"train", "test"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"crop_at": "random"}, "crop_size_pixels"),
+        ({"crops_per_image": 2, "crop_size_pixels": 4}, "crop_at random"),
+    ],
+)
+def test_crops_that_make_no_sense_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ImageFolderSource(kind="image_folder", path="x", **fields)

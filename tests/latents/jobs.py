@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from distpc.latents.holder import FeatureHolder
+from distpc.latents.kmeans import grid_bits
 from distpc.latents.lloyd import Lloyd
 from distpc.latents.store import shard_path, write_shard
 
@@ -34,7 +35,7 @@ def blob_shards(num_shards=3, rows=400):
     return shards, centres
 
 
-def local_job(folder, names, config, seed=0, fingerprint="f", **hooks):
+def local_job(folder, names, config, seed=0, fingerprint="f", num_groups=2, **hooks):
     """A clustering whose questions one holder in this process answers."""
     holder = FeatureHolder(str(folder), fingerprint, "cpu")
 
@@ -42,4 +43,7 @@ def local_job(folder, names, config, seed=0, fingerprint="f", **hooks):
         return [getattr(holder, method)(item) for item in items]
 
     facts = ask("describe", [(name, config.num_clusters) for name in names])
-    return Lloyd(ask, names, [fact.points for fact in facts], config, seed, **hooks), facts
+    sizes = [fact.points for fact in facts]
+    bits = grid_bits(sum(sizes), max(fact.largest for fact in facts))
+    # In one process what is held and what is told are the same.
+    return Lloyd(ask, ask, names, sizes, bits, num_groups, config, seed, **hooks), facts

@@ -73,11 +73,11 @@ class DyingHolder(FeatureHolder):
 
     asked = 0
 
-    def statistics(self, item: Any) -> Any:
+    def totals(self, item: Any) -> Any:
         self.asked += 1
-        if self.asked == 8:
+        if self.asked == 4:
             die_once(self._folder.parent)
-        return super().statistics(item)
+        return super().totals(item)
 
 
 class DyingExtractor(Extractor):

@@ -46,7 +46,7 @@ def test_inertia_falls_and_the_best_restart_is_kept(tmp_path):
     assert len(set(finals)) == 3
     assert state.best_restart == int(np.argmin(finals))
     assert rounds == [(r, i, v) for r in range(3) for i, v in enumerate(state.inertia[r])]
-    total = job._measure(state.best)
+    total = job._measure(state.best, (9, 0))
     assert total.inertia == min(finals)
 
 
@@ -125,3 +125,35 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(LatentError, match="not finite") as caught:
         local_job(tmp_path, names, LatentsConfig(num_clusters=2))
     assert names[1] in caught.value.where
+
+
+def test_groups_change_nothing(tmp_path):
+    rng = np.random.default_rng(7)
+    # One far outlier and few points: clusters run empty and are refilled on the way.
+    shards = [rng.normal(size=(rows, 3)) for rows in (40, 300, 2, 120, 90)]
+    shards[2][1] = 60.0
+    names = write_features(tmp_path, shards)
+    config = LatentsConfig(num_clusters=24, num_rounds=8, tolerance=0)
+    states = [
+        local_job(tmp_path, names, config, num_groups=groups)[0].run(FitState())
+        for groups in (1, 2, 3, 5)
+    ]
+    for other in states[1:]:
+        assert torch.equal(other.best, states[0].best)
+        assert other.inertia == states[0].inertia
+
+
+def test_random_start_without_rounds_is_points_of_the_data(tmp_path):
+    rng = np.random.default_rng(3)
+    shards = [rng.normal(size=(200, 3)) for _ in range(2)]
+    names = write_features(tmp_path, shards)
+    config = LatentsConfig(num_clusters=16, init="random", num_rounds=0)
+    job, _ = local_job(tmp_path, names, config)
+    state = job.run(FitState())
+    assert len(state.inertia[0]) == 1
+    points = np.concatenate(shards).astype(np.float16).astype(np.float32)
+    found = state.best.numpy()
+    assert len(np.unique(found, axis=0)) == 16
+    assert (np.square(found[:, None] - points[None]).sum(-1).min(1) == 0).all()
+    again = local_job(tmp_path, names, config, seed=1)[0].run(FitState())
+    assert not torch.equal(again.best, state.best)

@@ -18,6 +18,7 @@ class TrainingFacts:
         train_bits: bits per dimension of the last whole epoch, each batch before its update.
         impossible: training samples of likelihood 0 met so far.
         valid: the last validation's figures, as `best`.
+        curve: [samples consumed, validation bits] of every validation.
     """
 
     step: int = 0
@@ -28,3 +29,4 @@ class TrainingFacts:
     train_bits: float | None = None
     impossible: int = 0
     valid: dict[str, float] | None = None
+    curve: list[list[float]] = field(default_factory=list)
