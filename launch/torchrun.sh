@@ -27,8 +27,9 @@ else
     options+=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV")
     options+=(--rdzv-id "${RDZV_ID:-distpc}")
     if [ -n "${LOCAL_ADDR:-}" ]; then
+        # Whether the meeting point is here: torchrun itself would look its host name up.
         options+=(--local-addr "$LOCAL_ADDR")
-        [ "$LOCAL_ADDR" = "${RDZV%:*}" ] && options+=(--rdzv-conf is_host=1)
+        options+=(--rdzv-conf "is_host=$([ "$LOCAL_ADDR" = "${RDZV%:*}" ] && echo 1 || echo 0)")
     fi
 fi
 # Rank 0 runs the other stages with all cores; in training each rank takes its own few.

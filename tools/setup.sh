@@ -19,14 +19,17 @@ find_python() {
     return 1
 }
 
-# setup_environment EXTRAS: an environment with the package (editable) and these extras.
+# setup_environment EXTRAS: an environment with the package (editable) and these extras. One for
+# developers (dev) has what the launchers need.
 setup_environment() {
-    local extras="$1" python wanted
+    local extras="$1" python wanted stamp
     wanted="$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" | sha256sum | cut -c1-16) $REPO"
-    if [ "$(cat "$VENV/.distpc-$extras" 2>/dev/null)" = "$wanted" ]; then
-        echo "[setup] environment $VENV is ready"
-        return
-    fi
+    for stamp in "$extras" dev; do
+        if [ "$(cat "$VENV/.distpc-$stamp" 2>/dev/null)" = "$wanted" ]; then
+            echo "[setup] environment $VENV is ready"
+            return
+        fi
+    done
     python="$(find_python)" || return 1
     if ! "$VENV/bin/python" -c '' 2>/dev/null; then
         echo "[setup] making a virtual environment in $VENV with $python"

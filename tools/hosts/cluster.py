@@ -1,0 +1,179 @@
+"""A Ray cluster over hosts, a run on it, and what becomes of it when a host is cut off."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from checks import (
+    STATISTICS_TOLERANCE,
+    Failed,
+    check,
+    read_report,
+    same_result,
+    wait_for,
+    wait_for_ends,
+)
+from network import Host
+from safetensors.torch import load_file
+
+_PORT = 6379
+_RUN_SECONDS = 900.0
+_VARIABLES = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    # How soon a silent host is given up; by default after about half a minute.
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class Clusters:
+    """Runs of one configuration on Ray clusters of one CPU a host.
+
+    Args:
+        arguments: of `distpc run`, the configuration first.
+        folder: of run folders and of the clusters' own files.
+    """
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self._arguments = arguments
+        self._folder = folder
+
+    def undisturbed(self, hosts: list[Host], name: str) -> Path:
+        """The whole run, workers and training ranks on all hosts."""
+        out = self._folder / "runs" / name
+        workers: dict[str, set[str]] = {host.name: set() for host in hosts}
+        with self._cluster(hosts, name):
+            run = self._run(hosts, out, name)
+
+            def ended() -> bool:
+                for host in hosts:
+                    workers[host.name] |= _kinds(host)
+                return run.poll() is not None
+
+            wait_for(ended, _RUN_SECONDS, f"{name} to end")
+        wait_for_ends({hosts[0].name: run}, 0)
+        for host, kinds in workers.items():
+            check(kinds == {"workers", "ranks"}, f"{host} ran workers and training ranks of Ray")
+        report = read_report(out)
+        check(
+            report["ranks"] | {"configured": 0}
+            == {"started_by": "ray", "num_ranks": len(hosts), "configured": 0},
+            f"a Ray cluster over {len(hosts)} hosts extracts, clusters, assigns, distils, trains",
+            f"test_bpd {report['test_bpd']:.7f}",
+        )
+        return out
+
+    def cut_off(self, hosts: list[Host], name: str, whole: Path) -> None:
+        """Pull the last host's cable during extraction; the rest finishes the run."""
+        out = self._folder / "runs" / name
+        lost, rest = hosts[-1], hosts[:-1]
+        expected = len(list((whole / "features").glob("*.safetensors")))
+        with self._cluster(hosts, name):
+            run = self._run(hosts, out, name, num_ranks=len(rest))
+
+            def finished() -> int:
+                return len(list((out / "features").glob("*.safetensors")))
+
+            def in_the_middle() -> bool:
+                if run.poll() is not None:
+                    raise Failed("the run ended before a host was cut off")
+                return finished() >= expected // 8
+
+            wait_for(in_the_middle, _RUN_SECONDS, "extraction to begin")
+            lost.unplug()
+            check(
+                finished() < expected,
+                f"{lost.name} is cut off during extraction",
+                f"{finished()} of {expected} shards are there",
+            )
+            wait_for_ends({hosts[0].name: run}, _RUN_SECONDS)
+        lost.plug()
+        told = hosts[0].log(name).read_text()
+        lines = [line for line in told.splitlines() if "died over item" in line]
+        check(bool(lines), "the lost worker's item was done by another", "; ".join(lines))
+        _same_files(out, whole, "features")
+        _same_files(out, whole, "assign")
+        _near(out, whole, Path("fit", "centroids.safetensors"))
+        same_result(out, whole)
+
+    def _run(
+        self, hosts: list[Host], out: Path, log: str, num_ranks: int | None = None
+    ) -> subprocess.Popen[bytes]:
+        arguments = [*self._arguments, "--out", str(out), "parallel.join_seconds=60"]
+        arguments += [f"parallel.num_workers={len(hosts)}"]
+        arguments += [f"parallel.num_ranks={num_ranks or len(hosts)}"]
+        return hosts[0].start(
+            log,
+            [sys.executable, "-m", "distpc", "run", *arguments],
+            RAY_ADDRESS=f"{hosts[0].address}:{_PORT}",
+            **_VARIABLES,
+        )
+
+    @contextmanager
+    def _cluster(self, hosts: list[Host], name: str) -> Iterator[None]:
+        """Ray on all hosts, with one CPU each; the first is the head."""
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
+        start += ["--num-gpus=0", f"--object-store-memory={100 * 2**20}"]
+        head, address = hosts[0], f"{hosts[0].address}:{_PORT}"
+        try:
+            for host in hosts:
+                # Sockets need short paths.
+                folder = self._folder / name[-9:] / host.name[-1]
+                command = [*start, "--node-ip-address", host.address, "--temp-dir", str(folder)]
+                command += (
+                    ["--head", f"--port={_PORT}", "--include-dashboard=false"]
+                    if host is head
+                    else ["--address", address]
+                )
+                host.start(f"{name}-node", command, **_VARIABLES)
+                log = host.log(f"{name}-node")
+                wait_for(lambda log=log: "Ray runtime started" in log.read_text(), 120, "Ray")
+            yield
+        finally:
+            for host in hosts:
+                host.kill_all()
+
+
+def _kinds(host: Host) -> set[str]:
+    """What of a run runs on `host` now: Ray workers, training ranks."""
+    kinds = set()
+    for process in host.processes():
+        try:
+            words = Path(f"/proc/{process}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if words.startswith(b"ray::_Host"):
+            kinds.add("workers")
+        if b"distpc.parallel.rank" in words:
+            kinds.add("ranks")
+    return kinds
+
+
+def _same_files(out: Path, whole: Path, stage: str) -> None:
+    names = [
+        {path.name for path in (run / stage).glob("*.safetensors")} for run in (out, whole)
+    ]
+    check(names[0] == names[1] and bool(names[0]), f"{stage} wrote the same {len(names[0])} files")
+    for name in sorted(names[0]):
+        found, expected = (load_file(run / stage / name) for run in (out, whole))
+        same = found.keys() == expected.keys()
+        if not same or not all(torch.equal(found[key], expected[key]) for key in expected):
+            raise Failed(f"{stage}/{name} differs from the undisturbed run's")
+
+
+def _near(out: Path, whole: Path, file: Path) -> None:
+    found, expected = (load_file(run / file) for run in (out, whole))
+    worst = max(
+        float((found[key] - expected[key]).abs().max() / expected[key].abs().max())
+        for key in expected
+    )
+    check(worst <= STATISTICS_TOLERANCE, f"{file} agrees", f"within {worst:.1e}")
