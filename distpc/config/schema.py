@@ -60,6 +60,15 @@ class LatentsConfig(Section):
     max_samples: int | None = Field(default=None, ge=1)
     """Training samples whose features and latents are made, the first shards up to this many;
     default: all. What was used is recorded."""
+    max_bad_samples: int = Field(default=0, ge=0)
+    """Training samples that may be left out because they cannot be encoded (features that are not
+    finite, a sample that kills every worker). All are named in the stage's folder and log."""
+    keep_features: bool = True
+    """Keep the features of all samples on the disk. Otherwise k-means is fitted to those of the
+    first shards only (a uniform sample), and features become latents as they are made."""
+    fit_samples: int | None = Field(default=None, ge=1)
+    """Samples that k-means is fitted to where features are not kept, by whole shards; default: as
+    many as give 1,024 features a cluster."""
     num_rounds: int = Field(default=30, ge=0)
     """Most Lloyd rounds of one restart; 0 leaves the first centroids as they are."""
     num_restarts: int = Field(default=1, ge=1)
@@ -254,7 +263,14 @@ class ParallelConfig(Section):
     check_replicas_every_steps: int = Field(default=50, ge=0)
     """Steps between two comparisons, bit by bit, of what ranks must hold alike; 0: never."""
     num_workers: int = Field(default=2, ge=1)
-    """Ray actors for features, k-means, assignment and distillation."""
+    """Ray actors for features, k-means, assignment and distillation; a cluster with less room is
+    refused."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """Ray actors that there may be while the cluster has free places: they join when machines join
+    it. Default: num_workers."""
+    prefetch_shards: int = Field(default=1, ge=0)
+    """Shards that a worker reads and decodes while its teacher encodes another one; each is held in
+    its memory."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that Ray reserves for one worker."""
     gpus_per_worker: float = Field(default=0.0, ge=0)

@@ -192,7 +192,10 @@ class TeacherConfig(Section):
     random_width: int = Field(default=16, ge=1)
     """Width of the random control's features."""
     extraction_batch_size: int = Field(default=256, ge=1)
-    """Images encoded at once during feature extraction."""
+    """Samples encoded at once during feature extraction."""
+    extraction_mixed_precision: bool = True
+    """On GPUs, multiply matrices in bfloat16 during feature extraction (torch.autocast); features
+    are kept in float16 anyway. CPUs always compute in float32."""
 
     @property
     def training(self) -> TrainingConfig | None:

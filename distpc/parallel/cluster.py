@@ -23,6 +23,7 @@ from distpc.parallel.mesh import RANK_VARIABLES
 from distpc.parallel.placement import RankHosts
 from distpc.parallel.pool import Pool
 from distpc.parallel.processes import python_path
+from distpc.parallel.room import count_places
 from distpc.parallel.worker import WorkerHost
 
 _KNOCK_SECONDS = 5.0
@@ -80,9 +81,14 @@ class Cluster:
             if shared is not None:
                 shared.close()
 
-    def pool(self, worker: str, kwargs: dict[str, Any]) -> Pool:
-        """Workers that keep living, with what they cached, over several `map` calls."""
-        return Pool(_ray(), _Host, worker, kwargs, self.parallel)
+    def pool(self, worker: str, kwargs: dict[str, Any], *, ahead: int = 0) -> Pool:
+        """Workers that keep living, with what they cached, over several `map` calls.
+
+        Args:
+            ahead: items that a worker is given beside the one that it works on; then its methods
+                are called from several threads at a time.
+        """
+        return Pool(_ray(), _Host, worker, kwargs, self.parallel, ahead)
 
     def map(
         self,
@@ -101,7 +107,7 @@ class Cluster:
             kwargs: of the constructor; handles of `put` arrive as their values.
         """
         with contextlib.closing(self.pool(worker, kwargs)) as pool:
-            yield from pool.map(items, method=method, label=label, retries=retries)
+            yield from pool.map(items, method=method, label=label, retries=retries, release=True)
 
     def put(self, value: Any) -> Any:
         """Store `value` once for all workers; the handle goes inside items or kwargs."""
@@ -258,12 +264,7 @@ def check_room(parallel: ParallelConfig, nodes: list[dict[str, float]], place: s
         ResourceError: fewer workers fit than are asked for.
     """
     cpus, gpus = parallel.cpus_per_worker, parallel.gpus_per_worker
-    room = 0
-    for node in nodes:
-        by_cpu = node.get("CPU", 0) / cpus
-        by_gpu = node.get("GPU", 0) / gpus if gpus else by_cpu
-        # The small number forgives rounding: 0.3 / 0.1 is less than 3.
-        room += int(min(by_cpu, by_gpu) + 1e-6)
+    room = count_places(parallel, nodes)
     if room >= parallel.num_workers:
         return
     total_cpus = sum(node.get("CPU", 0) for node in nodes)

@@ -85,8 +85,8 @@ class DyingExtractor(Extractor):
 
     shards = 0
 
-    def _encode(self, x: Any) -> Any:
-        encoded = super()._encode(x)
+    def _encode(self, *arguments: Any) -> Any:
+        encoded = super()._encode(*arguments)
         self.shards += 1
         if self.shards == 2:
             die_once(self._out.parent)

@@ -21,7 +21,7 @@ from distpc.data import shards as data_shards
 from distpc.data.patches import PatchGrid
 from distpc.data.reader import read_shard as read_data_shard
 from distpc.errors import LatentError
-from distpc.latents import assign, extract, fit, load_latents
+from distpc.latents import assign, extract, fit, load_latents, shard_work
 from distpc.latents.lloyd import FitState
 from distpc.latents.store import read_centroids, read_shard, shard_path, write_centroids
 from distpc.teachers import train as teacher_train
@@ -109,7 +109,9 @@ def test_features_are_the_teachers_and_keep_their_keys(finished, upstream):
     assert facts["samples"] == sum(entry.num_samples for entry in entries)
     assert facts["grid"] == [4, 4]
     assert (facts["shards"], facts["kept_shards"]) == (len(entries), 0)
-    assert set(facts["seconds"]) == {"read", "encode", "write"}
+    assert set(facts["seconds"]) == {"read", "wait", "encode", "write"}
+    assert facts["samples_per_second"] > 0 and facts["start_seconds"] > 0
+    assert (facts["bad_samples"], facts["most_workers"]) == ({}, 2)
     assert facts["bytes"] > facts["samples"] * 16 * 4 * 2
 
 
@@ -185,12 +187,17 @@ def test_finished_shards_are_kept(finished, upstream, tmp_path, monkeypatch):
         def __exit__(self, *error):
             pass
 
-        def map(self, worker, kwargs, items, label):
-            made = extract.Extractor(**kwargs)
-            assert [entry.name for entry in items] == names[1:4]
-            return [(number, made(entry)) for number, entry in enumerate(items)]
+        ready_seconds, most_workers = 0.5, 1
 
-    monkeypatch.setattr(extract.Cluster, "connect", lambda parallel: Here())
+        def pool(self, worker, kwargs, ahead):
+            self.made = extract.Extractor(**kwargs)
+            return self
+
+        def map(self, tasks, **options):
+            assert [task.entry.name for task in tasks] == names[1:4]
+            return [(number, self.made(task)) for number, task in enumerate(tasks)]
+
+    monkeypatch.setattr(shard_work.Cluster, "connect", lambda parallel: Here())
     extract.run(ctx)
 
     assert whole.stat().st_mtime_ns == before
@@ -207,31 +214,6 @@ def test_max_samples_takes_the_first_shards(upstream, tmp_path):
     assert len(extract.first_shards(entries, 600)) == 2
     assert len(extract.first_shards(entries, 512)) == 2
     assert len(extract.first_shards(entries, 1)) == 1
-
-
-def test_features_that_are_not_finite_are_refused(upstream, tmp_path):
-    _, entries = train_shards(upstream)
-    worker = extract.Extractor(
-        index=str(upstream["index"].path),
-        teacher=str(upstream["teacher"].path),
-        out=str(tmp_path),
-        fingerprint="f",
-        teacher_fingerprint="t",
-        patch_size=2,
-        batch_size=100,
-        device="cpu",
-    )
-    encode = worker._teacher.encode
-    worker._teacher.encode = lambda x: (
-        encode(x) * torch.where(x[:, 20] == 3, 1e9, 1.0)[:, None, None]
-    )
-    with pytest.raises(LatentError, match="not finite in float16") as caught:
-        worker(entries[1])
-    assert entries[1].name in caught.value.where
-    x = read_data_shard(entries[1], data_index.ShardIndex.load(upstream["index"].path).spec).x
-    bad = entries[1].samples().keys[int(np.flatnonzero(x[:, 20] == 3)[0])]
-    assert f"'{bad}'" in caught.value.found
-    assert not any(tmp_path.iterdir())
 
 
 def test_centroids_do_not_depend_on_workers_or_deaths(finished, upstream):

@@ -207,6 +207,13 @@ class Adder:
         time.sleep(0.05)
         return os.getpid(), torch.get_num_threads()
 
+    def slow(self, item: dict[str, Any]) -> tuple[float, int]:
+        """The value, after a while, and this process; runs are noted in a folder."""
+        time.sleep(item["seconds"])
+        if "log" in item:
+            (Path(item["log"]) / f"{item['value']}-{os.getpid()}").touch()
+        return self(item), os.getpid()
+
     def _leave_mark(self, mark: Path) -> None:
         """The first process to come here says who it is, and waits to be killed."""
         try:

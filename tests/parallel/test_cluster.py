@@ -26,7 +26,7 @@ from distpc.config.schema import ParallelConfig
 from distpc.errors import DataError, DistpcError, ResourceError
 from distpc.parallel import reaper
 from distpc.parallel.cluster import Cluster, check_room
-from distpc.parallel.pool import ItemQueue
+from distpc.parallel.items import ItemQueue
 
 ADDER = "parallel_targets:Adder"
 
@@ -78,7 +78,7 @@ def test_a_pool_keeps_its_workers_and_their_items(
 def test_there_are_no_more_workers_than_items(cluster: Cluster, kwargs: dict[str, Any]) -> None:
     with cluster.pool(ADDER, kwargs) as pool:
         assert len(dict(pool.map([0], method="who"))) == 1
-        assert len(pool._actors) == 1
+        assert pool.num_workers == 1
     assert list(cluster.map(ADDER, kwargs, [])) == []
 
 

@@ -1,0 +1,78 @@
+"""What clusters look like: patches in their surroundings, or tokens in their text."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distpc.data.patches import PatchGrid
+from distpc.data.pictures import three_channels, to_display
+from distpc.data.spec import MISSING, DatasetSpec
+
+_DIMMED = 0.45
+_GROUND = 60
+_MIN_SIDE = 48
+_GAP = 2
+_SNIPPET_UNITS = 24
+
+
+def patch_montage(
+    x: dict[int, np.ndarray], units: dict[int, list[int]], spec: DatasetSpec, size: int
+) -> np.ndarray:
+    """One row a cluster: patches, bright, in the middle of the 3 x 3 patches around, dimmed.
+
+    Args:
+        x: (M, V) samples of the members of each cluster.
+        units: the M members' patches.
+        spec: of the data set of images.
+        size: side of a patch in pixels.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    grid = PatchGrid.of(spec, size)
+    columns = max(len(members) for members in units.values())
+    factor = max(1, _MIN_SIDE // (3 * size))
+    side = 3 * size * factor
+    sheet = np.full(
+        (_GAP + len(units) * (side + _GAP), _GAP + columns * (side + _GAP), 3), 255, dtype=np.uint8
+    )
+    for number, (cluster, members) in enumerate(units.items()):
+        top = _GAP + number * (side + _GAP)
+        pictures = three_channels(to_display(x[cluster], spec))
+        for column, (picture, unit) in enumerate(zip(pictures, members, strict=True)):
+            left = _GAP + column * (side + _GAP)
+            tile = _tile(picture, unit, grid).repeat(factor, axis=0).repeat(factor, axis=1)
+            sheet[top : top + side, left : left + side] = tile
+    return sheet
+
+
+def _tile(picture: np.ndarray, unit: int, grid: PatchGrid) -> np.ndarray:
+    """(3 * size, 3 * size, 3): the patch and what is around it."""
+    size = grid.size
+    wide = np.pad(
+        picture * _DIMMED, ((size, size), (size, size), (0, 0)), constant_values=_GROUND
+    ).astype(np.uint8)
+    row, column = divmod(unit, grid.columns)
+    top, left = row * size, column * size
+    tile = wide[top : top + 3 * size, left : left + 3 * size].copy()
+    tile[size : 2 * size, size : 2 * size] = picture[top : top + size, left : left + size]
+    return tile
+
+
+def snippet(x: np.ndarray, unit: int, units: int = _SNIPPET_UNITS) -> str:
+    """A token in its text: up to `units` tokens before and behind it, itself in [brackets].
+
+    Args:
+        x: (V,) tokens; bytes of UTF-8 where all are below 256, else shown as numbers.
+        unit: which of them.
+    """
+    parts = [x[max(0, unit - units) : unit], x[unit : unit + 1], x[unit + 1 : unit + 1 + units]]
+    before, token, behind = (_text(part[part != MISSING]) for part in parts)
+    return f"{before}[{token}]{behind}"
+
+
+def _text(tokens: np.ndarray) -> str:
+    if (tokens > 255).any():
+        return " ".join(str(token) for token in tokens.tolist())
+    text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
+    return text.replace("\n", "\u23ce").replace("\r", "").replace("\t", "\u21e5")
