@@ -12,6 +12,7 @@
 # RDZV_ID       name of the run, if one machine serves several (distpc)
 # LOCAL_ADDR    address of this machine for the others, where its host name does not resolve
 # MAX_RESTARTS  times that all ranks start again after one is lost (3); each continues the run
+# JOIN_SECONDS  how long a machine waits for the others, at first and after a loss (600)
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 take_arguments "$@"
@@ -26,11 +27,14 @@ else
     : "${RDZV:?set RDZV to host:port of the first machine}"
     options+=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV")
     options+=(--rdzv-id "${RDZV_ID:-distpc}")
+    rdzv="join_timeout=${JOIN_SECONDS:=600}"
+    echo "[torchrun] waits up to $JOIN_SECONDS s (JOIN_SECONDS) for $NNODES machines at $RDZV" >&2
     if [ -n "${LOCAL_ADDR:-}" ]; then
         # Whether the meeting point is here: torchrun itself would look its host name up.
         options+=(--local-addr "$LOCAL_ADDR")
-        options+=(--rdzv-conf "is_host=$([ "$LOCAL_ADDR" = "${RDZV%:*}" ] && echo 1 || echo 0)")
+        rdzv+=",is_host=$([ "$LOCAL_ADDR" = "${RDZV%:*}" ] && echo 1 || echo 0)"
     fi
+    options+=(--rdzv-conf "$rdzv")
 fi
 # Rank 0 runs the other stages with all cores; in training each rank takes its own few.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"

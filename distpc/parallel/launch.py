@@ -23,12 +23,15 @@ from distpc.config.schema import ParallelConfig
 from distpc.errors import DistpcError
 from distpc.parallel.failures import Failure, first_own, first_rank, rank_failed, read_failure
 from distpc.parallel.mesh import check_devices, is_rank, launcher_name
+from distpc.parallel.placement import LOST
 from distpc.parallel.processes import python_path
 from distpc.parallel.rank import error_file, import_target, joined_mesh, log_file
 from distpc.parallel.world import World
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 2.0
+# A cluster takes its time to notice that a machine is lost; ranks that miss it fail sooner.
+_LOST_SECONDS = 60.0
 _PAYLOAD = "payload.json"
 
 
@@ -82,7 +85,7 @@ def run_ranks(
     on_cluster = launcher_name() == "ray"
     failed = _run_on_cluster(job, join_seconds) if on_cluster else _run_here(job)
     if failed:
-        raise _error(failed, num_ranks, log_folder)
+        raise _error(failed, job)
 
 
 def alone() -> dict[str, str]:
@@ -177,7 +180,11 @@ def _run_on_cluster(job: _Job, join_seconds: float) -> dict[int, int]:
             ranks.append(hosts.start(job.arguments(rank), environment, output.absolute()))
             stack.callback(ranks[-1].end)
         with _Relay(spoken) as relay:
-            failed = _wait(ranks, relay.pass_on)
+
+            def is_clear(failed: dict[int, int]) -> bool:
+                return LOST in failed.values() or first_own(_failures(job)) is not None
+
+            failed = _wait(ranks, relay.pass_on, is_clear)
         del store
     return failed
 
@@ -243,45 +250,57 @@ class _Relay:
         self.pass_on()
 
 
-def _wait(ranks: Sequence[_Rank], meanwhile: Callable[[], None] | None = None) -> dict[int, int]:
-    """Wait until all ranks succeeded or one failed; exit codes of the failed, by rank."""
-    deadline = None
+def _wait(
+    ranks: Sequence[_Rank],
+    meanwhile: Callable[[], None] = lambda: None,
+    is_clear: Callable[[dict[int, int]], bool] = lambda failed: True,
+) -> dict[int, int]:
+    """Wait until all ranks succeeded or one failed; exit codes of the failed, by rank.
+
+    The first that is seen to fail need not be the first that failed: the others have a moment to
+    report, and longer while it is not clear what began it.
+    """
+    since = None
     while True:
         codes = {rank: process.poll() for rank, process in enumerate(ranks)}
         failed = {rank: code for rank, code in codes.items() if code is not None and code != 0}
         if None not in codes.values():
             return failed
-        if failed and deadline is None:
-            # The first to be seen need not be the first that failed: let the others report.
-            deadline = time.monotonic() + _GRACE_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
-            return failed
-        if meanwhile is not None:
-            meanwhile()
+        if failed:
+            since = since or time.monotonic()
+            waited = time.monotonic() - since
+            if waited > _LOST_SECONDS or (waited > _GRACE_SECONDS and is_clear(failed)):
+                return failed
+        meanwhile()
         time.sleep(_POLL_SECONDS)
 
 
-def _error(failed: dict[int, int], num_ranks: int, log_folder: Path) -> DistpcError:
+def _failures(job: _Job) -> dict[int, Failure]:
+    """The errors that ranks left, by rank."""
+    found = {rank: read_failure(error_file(job.log_folder, rank)) for rank in range(job.num_ranks)}
+    return {rank: failure for rank, failure in found.items() if failure is not None}
+
+
+def _error(failed: dict[int, int], job: _Job) -> DistpcError:
     """The error to raise: the cause, not what the loss of the first rank did to the others."""
-    failures: dict[int, Failure] = {}
-    for rank in range(num_ranks):
-        failure = read_failure(error_file(log_folder, rank))
-        if failure is not None:
-            failures[rank] = failure
+    failures = _failures(job)
     own = first_own(failures)
     if own is not None:
         return own
     killed = next((rank for rank, code in failed.items() if code < 0), None)
     first = first_rank(failures) if killed is None else killed
     rank = next(iter(failed)) if first is None else first
-    log = log_file(log_folder, rank)
+    log = log_file(job.log_folder, rank)
     if rank in failures:
         failure = failures[rank]
-        return rank_failed(rank, num_ranks, f"failed: {failure.summary}", failure.trace, log)
-    return rank_failed(rank, num_ranks, _manner(failed[rank]), _tail(log), log)
+        how = f"failed: {failure.summary}"
+        return rank_failed(rank, job.num_ranks, how, failure.trace, log)
+    return rank_failed(rank, job.num_ranks, _manner(failed[rank]), _tail(log), log)
 
 
 def _manner(code: int) -> str:
+    if code == LOST:
+        return "is lost: its machine, or what started it there, does not answer"
     if code >= 0:
         return f"ended with exit status {code}"
     hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""

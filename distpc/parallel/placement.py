@@ -11,6 +11,9 @@ from typing import Any
 
 from distpc.errors import ResourceError
 
+LOST = -1000
+"""In place of an exit status: the cluster has lost the machine or the process that kept it."""
+
 
 class RankHost:
     """Runs in a Ray worker: starts one rank, which dies with it, and waits for its end."""
@@ -93,12 +96,12 @@ class PlacedRank:
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        """Exit status of the rank; None while it runs, -9 when it was lost with its machine."""
+        """Exit status of the rank; None while it runs, LOST when it went with its machine."""
         if self._code is None and self._ray.wait([self._outcome], timeout=0)[0]:
             try:
                 self._code = int(self._ray.get(self._outcome))
             except self._ray.exceptions.RayError:
-                self._code = -9
+                self._code = LOST
         return self._code
 
     def end(self) -> None:

@@ -29,6 +29,7 @@ DIGITS = [
     *["teacher.mae.num_epochs=1", "latents.num_clusters=16", "finetune.num_epochs=3"],
     *["evaluate.num_pictures=4"],
 ]
+NOT_PERMITTED = 77
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -63,9 +64,16 @@ def run(launcher: list[str], out: Path, arguments: list[str], **variables: str) 
     return report
 
 
-def test_torchrun_gives_what_one_process_gives(tmp_path: Path) -> None:
-    local = [sys.executable, "-m"]
-    alone = run(local, tmp_path / "alone", [*HCLT, "parallel.num_ranks=1"])
+@pytest.fixture(scope="module")
+def alone_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    run([sys.executable, "-m"], out, [*HCLT, "parallel.num_ranks=1"])
+    return out
+
+
+def test_torchrun_gives_what_one_process_gives(alone_run: Path, tmp_path: Path) -> None:
+    alone = json.loads((alone_run / "report.json").read_text())
     ranks = run(torchrun(), tmp_path / "ranks", [*HCLT, "parallel.num_ranks=5"])
     assert ranks["test_bpd"] == pytest.approx(alone["test_bpd"], abs=1e-4)
     assert ranks["ranks"] == {"started_by": "torchrun", "num_ranks": 2, "configured": 5}
@@ -122,6 +130,70 @@ def test_digits_as_a_ray_job(
     report = run(submit, tmp_path / "digits", DIGITS, **cluster)
     assert report["test_bpd"] == pytest.approx(local["test_bpd"], abs=1e-4)
     assert report["ranks"]["started_by"] == "ray"
+
+
+def hosts(*arguments: str, seconds: float) -> None:
+    """tools/hosts.sh, where network namespaces are permitted."""
+    result = subprocess.run(
+        [str(ROOT / "tools" / "hosts.sh"), *arguments],
+        env=environment(DISTPC_VENV=sys.prefix),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    print(result.stdout)
+    if result.returncode == NOT_PERMITTED:
+        pytest.skip(result.stderr)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "all held" in result.stdout
+
+
+def test_two_hosts_of_which_one_is_cut_off(alone_run: Path) -> None:
+    hosts("--quick", str(alone_run), seconds=600)
+
+
+@pytest.mark.slow
+def test_three_hosts_with_ray_and_torchrun() -> None:
+    hosts(seconds=3600)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
+    """The agent stays, starts all ranks again, and they go on from the last checkpoint."""
+    arguments = [*HCLT, "finetune.num_epochs=6", "finetune.checkpoint_every_seconds=0"]
+    whole = run([sys.executable, "-m"], tmp_path / "whole", arguments)
+    out = tmp_path / "killed"
+    script = [str(ROOT / "launch" / "torchrun.sh"), *arguments, "--out", str(out)]
+    with (tmp_path / "log.txt").open("w") as log:
+        agent = subprocess.Popen(
+            script, env=environment(DISTPC_VENV=sys.prefix, NPROC="2"), stdout=log, stderr=log
+        )
+    try:
+        for _ in range(2):
+            kill_rank_1(agent.pid, out / "finetune" / "checkpoints")
+        assert agent.wait(600) == 0, (tmp_path / "log.txt").read_text()[-4000:]
+    finally:
+        agent.kill()
+        agent.wait()
+    report = json.loads((out / "report.json").read_text())
+    assert report["test_bpd"] == pytest.approx(whole["test_bpd"], abs=1e-4)
+    assert report["finetune"]["resumed_at_step"] > 0
+
+
+def kill_rank_1(agent: int, checkpoints: Path) -> None:
+    """Once there is a new checkpoint; until the agent has ended the other rank."""
+    before = set(checkpoints.glob("*"))
+    wait_for(lambda: set(checkpoints.glob("*")) - before, 300)
+    ranks = ranks_of(agent)
+    assert sorted(ranks) == [0, 1]
+    ranks[1].kill()
+    wait_for(lambda: not is_alive(ranks[0]), 60)
+
+
+def ranks_of(agent: int) -> dict[int, psutil.Process]:
+    """The ranks that a torchrun agent has started."""
+    children = psutil.Process(agent).children()
+    return {int(child.environ()["RANK"]): child for child in children}
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import log_prob_exact
 from distpc.circuits.io import load_model
 from distpc.data.index import ShardIndex
-from distpc.errors import LatentError
+from distpc.errors import LatentError, ResourceError
 from distpc.latents.store import read_shard, shard_path, write_shard
 from distpc.parallel.cluster import Cluster
 from distpc.structures import PatchLayout
@@ -182,6 +183,34 @@ def test_a_second_attempt_keeps_pieces_and_gives_the_same(runs, product):
     assert ctx.metadata["kept_pieces"] == len(kept)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     first, second = (load_model(c.out / "model").state_dict() for c in (product, ctx))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+
+
+def test_no_finished_piece_is_trained_again(runs, groups, monkeypatch):
+    """Workers die in pieces: once, then as often as it takes to end the attempt."""
+    monkeypatch.setattr(distill, "WORKER", "distill_runs:CountedWorker")
+    ctx = runs.variant(
+        "killed",
+        structure={"leaf": "hclt", "leaf_num_groups": 2, "leaf_num_states": 6},
+        distill={"leaf_epochs": 6, "leaf_batch_size": 512},
+    )
+    ctx.fingerprint = groups.fingerprint
+    folder = ctx.out.parent
+    longest, other, _ = plan_pieces(ctx, PatchLayout.of(load_graph(ctx)), LatentSource.of(ctx, 16))
+    tries = 1 + ctx.config.parallel.max_worker_restarts
+    (folder / f"die-in-{other.name}").write_text(f"{tries + 1} {longest.name}")
+    with pytest.raises(ResourceError, match="died over the same item"):
+        distill.run(ctx)
+    assert longest.is_finished(ctx) and not other.is_finished(ctx)
+    distill.run(ctx)
+    begun, finished = (
+        Counter((folder / f"{what}.txt").read_text().split()) for what in ("begun", "finished")
+    )
+    assert finished == {longest.name: 1, other.name: 1, "top": 1}
+    assert begun[other.name] == tries + 2
+    assert begun[longest.name] == 1
+    first, second = (load_model(c.out / "model").state_dict() for c in (groups, ctx))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name])
 

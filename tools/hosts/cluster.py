@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,8 @@ from safetensors.torch import load_file
 
 _PORT = 6379
 _RUN_SECONDS = 900.0
+_NOTICE_SECONDS = 90.0
+"""Most that may pass until Ray has noticed that a host is lost."""
 _VARIABLES = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -52,7 +56,7 @@ class Clusters:
         out = self._folder / "runs" / name
         workers: dict[str, set[str]] = {host.name: set() for host in hosts}
         with self._cluster(hosts, name):
-            run = self._run(hosts, out, name)
+            run = self._run(hosts, out, name, workers=len(hosts), ranks=len(hosts))
 
             def ended() -> bool:
                 for host in hosts:
@@ -78,7 +82,7 @@ class Clusters:
         lost, rest = hosts[-1], hosts[:-1]
         expected = len(list((whole / "features").glob("*.safetensors")))
         with self._cluster(hosts, name):
-            run = self._run(hosts, out, name, num_ranks=len(rest))
+            run = self._run(hosts, out, name, workers=len(hosts), ranks=len(rest))
 
             def finished() -> int:
                 return len(list((out / "features").glob("*.safetensors")))
@@ -105,12 +109,37 @@ class Clusters:
         _near(out, whole, Path("fit", "centroids.safetensors"))
         same_result(out, whole)
 
+    def lose(self, hosts: list[Host], name: str, whole: Path) -> None:
+        """Switch the last host off during fine-tuning; the rest resumes."""
+        out = self._folder / "runs" / name
+        kept = shutil.ignore_patterns("finetune", "evaluate", "report.json", "model", "tb")
+        shutil.copytree(whole, out, ignore=kept)
+        lost, rest = hosts[-1], hosts[:-1]
+        with self._cluster(hosts, name):
+            run = self._run(hosts, out, name, workers=len(hosts), ranks=len(hosts))
+            checkpoints = out / "finetune" / "checkpoints"
+            wait_for(lambda: any(checkpoints.glob("*/*")), _RUN_SECONDS, "a checkpoint")
+            lost.kill_all()
+            begun = time.monotonic()
+            wait_for(lambda: run.poll() is not None, _NOTICE_SECONDS, "training to stop")
+            told = hosts[0].log(name).read_text()
+            check(
+                f"rank {len(hosts) - 1} of {len(hosts)} is lost" in told and run.returncode == 2,
+                f"{lost.name} is switched off in training on Ray: the error names the rank",
+                f"after {time.monotonic() - begun:.1f} s",
+            )
+            again = self._run(rest, out, f"{name}-rest", workers=len(rest), ranks=len(rest))
+            wait_for_ends({hosts[0].name: again}, _RUN_SECONDS)
+        step = read_report(out)["finetune"]["resumed_at_step"]
+        check(step > 0, "the rest resumes", f"from the checkpoint of step {step}")
+        same_result(out, whole)
+
     def _run(
-        self, hosts: list[Host], out: Path, log: str, num_ranks: int | None = None
+        self, hosts: list[Host], out: Path, log: str, *, workers: int, ranks: int
     ) -> subprocess.Popen[bytes]:
         arguments = [*self._arguments, "--out", str(out), "parallel.join_seconds=60"]
-        arguments += [f"parallel.num_workers={len(hosts)}"]
-        arguments += [f"parallel.num_ranks={num_ranks or len(hosts)}"]
+        arguments += ["parallel.zero_stage=3", "finetune.checkpoint_every_seconds=0"]
+        arguments += [f"parallel.num_workers={workers}", f"parallel.num_ranks={ranks}"]
         return hosts[0].start(
             log,
             [sys.executable, "-m", "distpc", "run", *arguments],
@@ -159,9 +188,7 @@ def _kinds(host: Host) -> set[str]:
 
 
 def _same_files(out: Path, whole: Path, stage: str) -> None:
-    names = [
-        {path.name for path in (run / stage).glob("*.safetensors")} for run in (out, whole)
-    ]
+    names = [{path.name for path in (run / stage).glob("*.safetensors")} for run in (out, whole)]
     check(names[0] == names[1] and bool(names[0]), f"{stage} wrote the same {len(names[0])} files")
     for name in sorted(names[0]):
         found, expected = (load_file(run / stage / name) for run in (out, whole))

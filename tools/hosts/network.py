@@ -24,8 +24,8 @@ _UNSHARE = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--pid",
 _UNSHARE += ["--kill-child", "--mount-proc"]
 # The first process of a process namespace inherits all orphans: a shell buries them.
 _FIRST = 'mount -t tmpfs none /run && mkdir -p /run/netns && "$@"; exit $?'
-_TRY = "mount -t tmpfs none /run && mkdir /run/netns && ip netns add one && ip link add switch type bridge"
-_TRY += " && ip netns exec one ip link set lo up"
+_TRY = "mount -t tmpfs none /run && mkdir /run/netns && ip netns add one"
+_TRY += " && ip link add switch type bridge && ip netns exec one ip link set lo up"
 _NETWORK = "10.77.0"
 
 

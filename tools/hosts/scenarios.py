@@ -10,8 +10,8 @@ from pathlib import Path
 from checks import Failed, same_result
 from cluster import Clusters
 from network import end_with_parent, make_hosts
-from training import REPO, Trainings
 from traffic import compare_traffic
+from training import REPO, Trainings
 
 _TAIL_CHARACTERS = 3000
 _HCLT = [
@@ -63,6 +63,7 @@ def full(folder: Path) -> None:
     whole = clusters.undisturbed(hosts[:2], "ray-2")
     for number in (2, 3):
         clusters.cut_off(hosts[:number], f"ray-{number}-cut", whole)
+    clusters.lose(hosts[:2], "ray-2-lost", whole)
 
     trainings = Trainings(_HCLT, folder / "runs")
     alone = trainings.undisturbed(hosts[:1], "alone")

@@ -70,10 +70,15 @@ class Trainings:
             "the error names the lost rank",
             next((line for line in told.splitlines() if "is lost" in line), told[-2000:]),
         )
-        for host in rest:
-            process = started[host.name]
-            wait_for(lambda: process.poll() is not None, _AGENT_SECONDS, "the launcher to end")
-            check(process.returncode != 0, f"the launcher on {host.name} ends with an error")
+        wait_for(
+            lambda: all(started[host.name].poll() is not None for host in rest),
+            _AGENT_SECONDS,
+            "the launchers to end",
+        )
+        check(
+            all(started[host.name].returncode != 0 for host in rest),
+            "the launchers end with an error",
+        )
         # The launcher there would try for minutes to reach the others.
         lost.kill_all()
         lost.plug()
@@ -125,9 +130,7 @@ class Trainings:
             for host in hosts
         }
 
-    def _wait_for_training(
-        self, out: Path, started: dict[str, subprocess.Popen[bytes]]
-    ) -> None:
+    def _wait_for_training(self, out: Path, started: dict[str, subprocess.Popen[bytes]]) -> None:
         checkpoints = out / "finetune" / "checkpoints"
 
         def in_the_middle() -> bool:
