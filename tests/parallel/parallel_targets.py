@@ -181,6 +181,12 @@ def wait_for_ever(payload: dict[str, Any], mesh: Mesh) -> None:
     collectives.barrier(mesh)
 
 
+def wait_alone(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Leave the numbers of this process and its parent, and wait."""
+    Path(payload["out"], "pids").write_text(f"{os.getpid()} {os.getppid()}")
+    time.sleep(600)
+
+
 class Adder:
     """A worker: adds a base to its items; its items say how to misbehave."""
 

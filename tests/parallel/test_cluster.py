@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ from distpc.errors import DataError, DistpcError, ResourceError
 from distpc.parallel import reaper
 from distpc.parallel.cluster import Cluster, check_room
 from distpc.parallel.items import ItemQueue
+from distpc.parallel.launch import alone
+from distpc.parallel.placement import LOST
 
 ADDER = "parallel_targets:Adder"
 
@@ -124,6 +127,36 @@ def test_an_item_that_kills_its_workers_is_named(cluster: Cluster, kwargs: dict[
         list(cluster.map(ADDER, kwargs, items, retries=1))
     assert "2 workers in a row died" in str(caught.value)
     assert "12345" in str(caught.value.where)
+
+
+def test_training_ranks_wait_for_a_place_no_longer_than_they_may(cluster: Cluster) -> None:
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match="gave no place to 64 training ranks") as caught:
+        cluster.rank_hosts(64, 1, seconds=1.0)
+    assert time.monotonic() - started < 20
+    assert f"{os.cpu_count()} CPUs" in str(caught.value.found)
+    assert "join_seconds=1" in str(caught.value.expected)
+    assert "parallel.num_ranks" in str(caught.value.fix)
+
+
+def test_a_rank_that_goes_with_its_machine_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "payload.json").write_text(json.dumps({"out": str(tmp_path)}))
+    target, payload = "parallel_targets:wait_alone", str(tmp_path / "payload.json")
+    hosts = cluster.rank_hosts(1, 1, seconds=60)
+    try:
+        placed = hosts.start(
+            [target, payload, str(tmp_path), "0", "1"], alone(), tmp_path / "rank-0.log"
+        )
+        pids = tmp_path / "pids"
+        wait_until(lambda: pids.is_file() and pids.read_text(), 90, "the rank")
+        assert placed.poll() is None
+        rank, host = map(int, pids.read_text().split())
+        os.kill(host, signal.SIGKILL)
+        wait_until(lambda: placed.poll() is not None, 60, "its loss to be seen")
+        assert placed.poll() == LOST
+        wait_until(lambda: not psutil.pid_exists(rank), 10, "the rank to end with it")
+    finally:
+        hosts.close()
 
 
 def test_a_request_beyond_this_machine_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Ranks that a launcher started: they meet, do what rank 0 calls, and end together."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from parallel_processes import wait_until
 
+import distpc
 from distpc.parallel.processes import interface_towards, loopback_interface, python_path
 
 RANK = Path(__file__).with_name("world_rank.py")
@@ -37,6 +39,14 @@ class Ranks:
             self.port = probe.getsockname()[1]
 
     def start(self, rank: int, what: str, *facts: str, world_size: int = 2) -> None:
+        self._start([str(RANK), what, str(self.folder), *facts], rank, python_path(), world_size)
+
+    def run_distpc(self, rank: int, package_root: Path) -> None:
+        config = Path(__file__).parents[2] / "configs" / "digits_hclt.yaml"
+        command = ["-m", "distpc", "run", str(config), "--out", str(self.folder / "run")]
+        self._start(command, rank, str(package_root), 2)
+
+    def _start(self, command: list[str], rank: int, path: str, world_size: int) -> None:
         environment = {
             **os.environ,
             "RANK": str(rank),
@@ -44,12 +54,13 @@ class Ranks:
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
-            "PYTHONPATH": python_path(),
+            "PYTHONPATH": path,
             "OMP_NUM_THREADS": "1",
         }
         self.started.append(
             subprocess.Popen(
-                [sys.executable, str(RANK), what, str(self.folder), *facts],
+                [sys.executable, *command],
+                cwd=self.folder,
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -94,6 +105,21 @@ def test_ranks_that_were_started_differently_are_refused(ranks: Ranks) -> None:
     assert told.startswith("ConfigError: rank 1 was started differently from rank 0")
     assert "found:    config.finetune.num_epochs=3\n" in told
     assert "expected: config.finetune.num_epochs=4\n" in told
+
+
+@pytest.mark.slow
+def test_ranks_of_other_code_are_refused(ranks: Ranks) -> None:
+    """`distpc run` twice, once from a copy of the package with one more comment."""
+    package, copy = Path(distpc.__file__).parent, ranks.folder / "copy"
+    shutil.copytree(package, copy / "distpc", ignore=shutil.ignore_patterns("*.pyc"))
+    with (copy / "distpc" / "cli.py").open("a") as file:
+        file.write("# another\n")
+    for rank, path in enumerate([package.parent, copy]):
+        ranks.run_distpc(rank, path)
+    (first, told), (second, silent) = ranks.ends()
+    assert (first, second, silent) == (2, 2, "")
+    assert "ConfigError: rank 1 was started differently from rank 0" in told
+    assert "found:    code of distpc=" in told and "same installation" in told
 
 
 def test_a_rank_that_never_joins_ends_the_wait(ranks: Ranks) -> None:

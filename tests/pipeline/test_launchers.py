@@ -157,6 +157,22 @@ def test_three_hosts_with_ray_and_torchrun() -> None:
     hosts(seconds=3600)
 
 
+def test_a_machine_that_never_comes_ends_the_wait(tmp_path: Path) -> None:
+    variables = {"NNODES": "2", "NPROC": "1", "RDZV": f"127.0.0.1:{free_port()}"}
+    variables |= {"LOCAL_ADDR": "127.0.0.1", "JOIN_SECONDS": "3", "MAX_RESTARTS": "0"}
+    result = subprocess.run(
+        [str(ROOT / "launch" / "torchrun.sh"), *HCLT, "--out", str(tmp_path / "run")],
+        env=environment(DISTPC_VENV=sys.prefix, **variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "waits up to 3 s (JOIN_SECONDS) for 2 machines at 127.0.0.1:" in result.stderr
+    assert "RendezvousTimeoutError" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
     """The agent stays, starts all ranks again, and they go on from the last checkpoint."""
