@@ -20,7 +20,7 @@ _HCLT = [
 ]
 _DIGITS = [
     str(REPO / "configs" / "digits.yaml"),
-    *["data.samples_per_shard=16", "teacher.mae.num_epochs=1", "latents.num_clusters=16"],
+    *["data.samples_per_shard=4", "teacher.mae.num_epochs=1", "latents.num_clusters=16"],
     *["finetune.num_epochs=2", "evaluate.num_pictures=4"],
 ]
 
