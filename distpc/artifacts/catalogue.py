@@ -12,7 +12,7 @@ are catalogues, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any
 
 from distpc.artifacts.files import atomic_path, file_digest, fingerprint, write_json
 from distpc.artifacts.manifest import MANIFEST, Artifact
-from distpc.artifacts.place import Place
-from distpc.errors import ArtifactError, DistpcError, PlaceError
+from distpc.artifacts.place import Listed, Place
+from distpc.errors import ArtifactError, DistpcError
 
 CONTENT = "content"
 THREADS = 4
@@ -54,7 +54,7 @@ def entries(place: Place) -> Iterator[Entry]:
         FormatVersionError: another version of distpc wrote there.
     """
     manifests = [name for name in place.list() if name.rpartition("/")[2] == MANIFEST]
-    found = [_read(place, name.removesuffix(MANIFEST).rstrip("/")) for name in manifests]
+    found = [read(place, name.removesuffix(MANIFEST).rstrip("/")) for name in manifests]
     yield from sorted(found, key=lambda entry: (entry.artifact.stage, entry.artifact.created))
 
 
@@ -66,7 +66,7 @@ def find(place: Place, stage: str, wanted: str) -> Entry | None:
     """
     for folder in (f"{stage}/{wanted}", stage):
         if place.size(f"{folder}/{MANIFEST}") is not None:
-            entry = _read(place, folder)
+            entry = read(place, folder)
             if entry.artifact.fingerprint == wanted:
                 return entry
     return None
@@ -120,12 +120,14 @@ def take(
         advance: told the bytes of each file that has arrived.
 
     Raises:
-        ArtifactError: a file has another content than its manifest says.
-        PlaceError, ResourceError: a file is missing, the place cannot be read, the disk is full.
+        ArtifactError: a file is missing, cut, or has another content than its manifest says.
+        PlaceError, ResourceError: the place cannot be read, the disk is full.
     """
     artifact = entry.artifact
+    there = entry.place.list()
 
     def bring(name: str) -> None:
+        _require(entry, name, there)
         target, digest = folder / name, artifact.sha256.get(name)
         if digest is None:
             raise ArtifactError("an artifact has no checksums", where=entry.place.at(MANIFEST))
@@ -143,24 +145,27 @@ def take(
 
 
 def check(entry: Entry) -> Iterator[DistpcError]:
-    """Read all files of an entry; yield an error for each that is missing, cut or changed."""
-    artifact = entry.artifact
+    """Read all files of an entry; yield an error for each that is missing, cut or changed, and
+    one where its fingerprint is not that of what it was made from."""
     there = entry.place.list()
-    for name, size in artifact.files.items():
-        where = entry.place.at(name)
-        found = there[name].bytes if name in there else None
-        digest = artifact.sha256.get(name)
-        if found != size:
-            yield PlaceError(
-                "a file is missing or cut",
-                where=where,
-                found="no file" if found is None else f"{found} bytes",
-                expected=f"{size} bytes",
-            )
-        elif digest is None:
-            yield ArtifactError("a file has no checksum in its manifest", where=where)
-        elif entry.place.digest(name) != digest:
-            yield _changed(where, digest)
+    made_from = entry.artifact.made_from
+    if made_from is not None and fingerprint(made_from) != entry.artifact.fingerprint:
+        yield ArtifactError(
+            "a manifest's fingerprint does not follow from what it was made from",
+            where=entry.place.at(MANIFEST),
+            found=entry.artifact.fingerprint,
+            expected=fingerprint(made_from),
+        )
+    for name in entry.artifact.files:
+        digest = entry.artifact.sha256.get(name)
+        try:
+            _require(entry, name, there)
+            if digest is None:
+                raise ArtifactError("a file has no checksum", where=entry.place.at(name))
+            if entry.place.digest(name) != digest:
+                raise _changed(entry.place.at(name), digest)
+        except DistpcError as error:
+            yield error
 
 
 def difference(there: Any, here: Any) -> str:
@@ -185,7 +190,12 @@ def _differing(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, Any
         yield path, there, here
 
 
-def _read(place: Place, folder: str) -> Entry:
+def read(place: Place, folder: str = "") -> Entry:
+    """The finished stage whose manifest lies in a folder of a place.
+
+    Raises:
+        As `entries`; ArtifactError: the manifest is no JSON.
+    """
     where = place.child(folder) if folder else place
     try:
         manifest = json.loads(where.read(MANIFEST))
@@ -195,6 +205,19 @@ def _read(place: Place, folder: str) -> Entry:
         ) from error
     artifact = Artifact.from_json(Path(where.root), manifest, where.at(MANIFEST))
     return Entry(artifact, where.child(manifest[CONTENT]) if CONTENT in manifest else where)
+
+
+def _require(entry: Entry, name: str, there: Mapping[str, Listed]) -> None:
+    expected = entry.artifact.files[name]
+    found = there[name].bytes if name in there else None
+    if found != expected:
+        raise ArtifactError(
+            "a file is missing or cut",
+            where=entry.place.at(name),
+            found="no file" if found is None else f"{found} bytes",
+            expected=f"{expected} bytes",
+            fix="remove the stage's result there, and run the command that made it again",
+        )
 
 
 def _each(work: Callable[[str], None], names: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ class ArtifactsConfig(Section):
     default: nowhere."""
     stages: list[StageName] | None = None
     """Stages that are copied there; default: all."""
-    reuse: list[str] = []
+    reuse: list[str] = Field(default=[])
     """Folders, run folders or URLs that finished stages are taken from, where fingerprints agree,
     instead of being computed; the first that has one counts."""
     cache_folder: str | None = None

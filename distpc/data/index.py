@@ -229,8 +229,9 @@ def scan_shard(path: Path, spec: DatasetSpec, where: str | None = None) -> Sampl
         where: names the shard in errors; default: `path`.
 
     Raises:
-        DataError: the tar is cut or empty; a member is no plain file; a sample is half or its key has dots
-            or is repeated; an image is of another size; a value lies outside its categories.
+        DataError: the tar is cut or empty; a member is no plain file; a sample is half or its key
+            has dots or is repeated; an image is of another size; a value lies outside its
+            categories.
     """
     codec = SampleCodec(spec)
     named = where or str(path)
