@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "of a place (folder or URL) and compare sizes, checksums and fingerprints; ends "
                 "with 0 only if all hold",
             )
-            stage.epilog += "  distpc index --check runs/digits\n"
+            stage.epilog = f"{stage.epilog}  distpc index --check runs/digits\n"
     _add_catalogue(commands)
     _add_compare(commands)
     _add_plan(commands)

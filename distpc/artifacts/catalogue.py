@@ -170,11 +170,13 @@ def check(entry: Entry) -> Iterator[DistpcError]:
 
 def difference(there: Any, here: Any) -> str:
     """Where two results' `made_from` differ first, in words."""
+    if there is None:
+        return "it does not say what it was made from"
     for path, one, other in _differing(there, here, ""):
         return (
             f"{path} is {json.dumps(one, default=str)} there, {json.dumps(other, default=str)} here"
         )
-    return "it does not say what it was made from"
+    return "no difference"
 
 
 def _differing(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -113,10 +113,13 @@ class Pipeline:
 
         Raises:
             ConfigError, DataError, ResourceError: see `check_run`.
+            PlaceError: see `check_places`.
             ArtifactError: the run folder holds what no stage left there.
         """
         from distpc.pipeline.preflight import check_run
+        from distpc.pipeline.sharing import check_places
 
+        check_places(self.config.artifacts, self.folder)
         steps = self.steps()
         if "shards" in self.stages and any(step.state != "done" for step in steps):
             is_written = steps[0].state == "done"

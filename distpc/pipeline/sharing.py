@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distpc.artifacts import Artifact
 from distpc.artifacts.catalogue import difference, entries, find, publish, take
+from distpc.artifacts.manifest import MANIFEST
 from distpc.artifacts.place import Place
+from distpc.config.places import ArtifactsConfig
+from distpc.errors import ArtifactError
 from distpc.parallel.progress import Progress
 
 if TYPE_CHECKING:
     from distpc.pipeline.runner import Step
+
+
+def check_places(places: ArtifactsConfig, folder: Path) -> None:
+    """Refuse places that cannot be reached, before a stage has run for hours.
+
+    Raises:
+        PlaceError: a bucket is missing, or its server does not answer or refuses.
+        ArtifactError: stages were to be published into the run folder itself.
+    """
+    for place in [*places.reuse, *([places.url] if places.url else [])]:
+        Place.of(place).size(MANIFEST)
+    if places.url and Place.of(places.url) == Place.of(folder):
+        raise ArtifactError(
+            "a run cannot publish into its own run folder",
+            where="artifacts.url",
+            found=places.url,
+            fix="name another folder; a run folder can be reused as it is (--reuse)",
+        )
 
 
 def take_from(place: Place, stage: str, step: Step) -> Artifact | None:
