@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distpc.artifacts.files import atomic_path, file_digest, fingerprint, write_json
@@ -54,7 +54,9 @@ def entries(place: Place) -> Iterator[Entry]:
         FormatVersionError: another version of distpc wrote there.
     """
     manifests = [name for name in place.list() if name.rpartition("/")[2] == MANIFEST]
-    found = [read(place, name.removesuffix(MANIFEST).rstrip("/")) for name in manifests]
+    folders = [name.removesuffix(MANIFEST).rstrip("/") for name in manifests]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda folder: read(place, folder), folders))
     yield from sorted(found, key=lambda entry: (entry.artifact.stage, entry.artifact.created))
 
 
@@ -210,6 +212,9 @@ def read(place: Place, folder: str = "") -> Entry:
 
 
 def _require(entry: Entry, name: str, there: Mapping[str, Listed]) -> None:
+    parts = PurePosixPath(name).parts
+    if ".." in parts or name.startswith("/"):
+        raise ArtifactError("a manifest names a file outside of its folder", where=name)
     expected = entry.artifact.files[name]
     found = there[name].bytes if name in there else None
     if found != expected:

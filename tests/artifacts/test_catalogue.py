@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distpc.artifacts import Artifact, fingerprint
+from distpc.artifacts import Artifact, fingerprint, write_json
 from distpc.artifacts.catalogue import check, difference, entries, find, publish, take
 from distpc.artifacts.place import Place
 from distpc.errors import ArtifactError
@@ -80,6 +80,18 @@ def test_damage_is_named_and_never_taken(
     assert caught.value.where == error.where
     assert Artifact.find(tmp_path / "taken") is None
     assert not (tmp_path / "taken" / "sub" / "a.bin").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside"])
+def test_a_manifest_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
+    artifact = finished(tmp_path / "fit")
+    (tmp_path / "outside").write_text("12345")
+    forged = {**artifact.to_json(), "files": {name: 5}, "sha256": {name: "0" * 64}}
+    write_json(tmp_path / "fit" / "manifest.json", forged)
+    (entry,) = entries(Place.of(tmp_path / "fit"))
+    with pytest.raises(ArtifactError, match="outside of its folder"):
+        take(entry, tmp_path / "deep" / "taken")
+    assert not (tmp_path / "deep" / "outside").exists()
 
 
 def test_a_forged_fingerprint_is_noticed(tmp_path: Path) -> None:
