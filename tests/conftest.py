@@ -1,4 +1,4 @@
-"""What all tests share: one math thread, no process group left over, an object store."""
+"""What all tests share: one math thread, the repository's root, an object store."""
 
 import os
 import secrets
@@ -10,18 +10,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def no_process_group_left() -> Iterator[None]:
-    """A test that opens a process group closes it, or the next one would join it."""
-    yield
-    if "torch.distributed" in sys.modules:
-        distributed = sys.modules["torch.distributed"]
-        left = distributed.is_available() and distributed.is_initialized()
-        if left:
-            distributed.destroy_process_group()
-        assert not left, "this test left its process group open: call collectives.finish()"
 
 
 @pytest.fixture(scope="session")
