@@ -30,7 +30,7 @@ class ArtifactsConfig(Section):
     url: str | None = None
     """Folder or s3://bucket/prefix to which finished stages are copied, under their fingerprints;
     default: nowhere."""
-    stages: list[StageName] | None = None
+    publish: list[StageName] | None = None
     """Stages that are copied there; default: all."""
     reuse: list[str] = Field(default=[])
     """Folders, run folders or URLs that finished stages are taken from, where fingerprints agree,

@@ -309,7 +309,7 @@ class Pipeline:
 
     def _publish(self, artifact: Artifact) -> Artifact:
         places = self.config.artifacts
-        if places.url and (places.stages is None or artifact.stage in places.stages):
+        if places.url and (places.publish is None or artifact.stage in places.publish):
             from distpc.pipeline.sharing import publish_to
 
             publish_to(Place.of(places.url), artifact)

@@ -36,6 +36,19 @@ def check_places(places: ArtifactsConfig, folder: Path) -> None:
         )
 
 
+def where_finished(places: ArtifactsConfig, step: Step) -> str | None:
+    """The place that a stage would be taken from, should it have to run; None where it is computed.
+
+    Raises:
+        PlaceError: a place cannot be read.
+    """
+    for place in places.reuse:
+        entry = find(Place.of(place), step.stage.name, step.fingerprint)
+        if entry is not None:
+            return str(entry.place)
+    return None
+
+
 def take_from(place: Place, stage: str, step: Step) -> Artifact | None:
     """Copy a stage's result into its folder, if a place has one with the step's fingerprint.
 

@@ -152,7 +152,7 @@ def test_published_stages_are_taken_by_another_run(
     bucket: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = f"{bucket}/stages"
-    run(tmp_path / "one", f"artifacts.url={place}", "artifacts.stages=[index, structure]")
+    run(tmp_path / "one", f"artifacts.url={place}", "artifacts.publish=[index, structure]")
     run(tmp_path / "one", f"artifacts.url={place}")
     assert capsys.readouterr().err.count("published") == 3
     run(tmp_path / "two", f"artifacts.reuse=['{tmp_path / 'nothing'}', '{place}']")
@@ -169,6 +169,12 @@ def test_published_stages_are_taken_by_another_run(
     said = capsys.readouterr().err
     assert "index: taken from" in said and "structure: finished" in said
     assert "fields[0].num_bins is 16 there, 8 here" in said
+
+    dry = ["run", str(CONFIG), "structure.max_samples=200", "--out", str(tmp_path / "four")]
+    assert main([*dry, "--reuse", place, "--dry-run"]) == 0
+    shown = capsys.readouterr().out.split("stages:")[1]
+    assert f"take      from {place}/index/" in shown and "finetune   run" in shown
+    assert not (tmp_path / "four").exists()
 
     assert main(["catalogue", place, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
