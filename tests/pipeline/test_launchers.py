@@ -193,7 +193,8 @@ def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
         agent.wait()
     report = json.loads((out / "report.json").read_text())
     assert report["test_bpd"] == pytest.approx(whole["test_bpd"], abs=1e-4)
-    assert report["finetune"]["resumed_at_step"] > 0
+    training = json.loads((out / "finetune" / "training.json").read_text())
+    assert training["resumed_at_step"] > 0
 
 
 def kill_rank_1(agent: int, checkpoints: Path) -> None:

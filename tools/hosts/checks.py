@@ -67,6 +67,11 @@ def read_report(run: Path) -> dict[str, Any]:
     return report
 
 
+def resumed_at_step(run: Path) -> int:
+    """The step of the checkpoint that the last attempt at fine-tuning went on from; 0: none."""
+    return int(read_json(run / "finetune" / "training.json")["resumed_at_step"])
+
+
 def same_result(run: Path, whole: Path) -> None:
     """Compare a disturbed run with the undisturbed one: figures and statistics.
 

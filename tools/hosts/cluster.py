@@ -16,6 +16,7 @@ from checks import (
     Failed,
     check,
     read_report,
+    resumed_at_step,
     same_result,
     wait_for,
     wait_for_ends,
@@ -134,7 +135,7 @@ class Clusters:
             )
             again = self._run(rest, out, f"{name}-rest", workers=len(rest), ranks=len(rest))
             wait_for_ends({hosts[0].name: again}, _RUN_SECONDS)
-        step = read_report(out)["finetune"]["resumed_at_step"]
+        step = resumed_at_step(out)
         check(step > 0, "the rest resumes", f"from the checkpoint of step {step}")
         same_result(out, whole)
 

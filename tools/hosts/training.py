@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from checks import check, read_report, same_result, wait_for, wait_for_ends
+from checks import check, read_report, resumed_at_step, same_result, wait_for, wait_for_ends
 from network import Host
 
 REPO = Path(__file__).resolve().parents[2]
@@ -102,7 +102,7 @@ class Trainings:
 
     def _compare(self, out: Path, whole: Path, num_ranks: int, what: str) -> None:
         report = read_report(out)
-        step = report["finetune"]["resumed_at_step"]
+        step = resumed_at_step(out)
         check(
             report["ranks"]["num_ranks"] == num_ranks and step > 0,
             what,
