@@ -74,7 +74,7 @@ def make_config(**sections: Any) -> Any:
         "data": {"source": {"kind": "digits"}, "samples_per_shard": 400},
         "teacher": {"kind": "pixels"},
         "latents": {"num_clusters": NUM_CLUSTERS},
-        "parallel": {"num_workers": 2, "cpus_per_worker": 0.5},
+        "parallel": {"num_workers": 2, "cpus_per_worker": 0.5, "max_worker_restarts": 1},
     }
     return parse_config({**values, **sections}, where="test")
 
