@@ -22,7 +22,7 @@ from distpc.parallel.processes import python_path
 ROOT = Path(__file__).parents[2]
 HCLT = [
     str(ROOT / "configs" / "digits_hclt.yaml"),
-    *["structure.num_states=4", "finetune.num_epochs=1", "evaluate.num_pictures=4"],
+    *["structure.num_states=4", "finetune.num_epochs=2", "evaluate.num_pictures=4"],
 ]
 DIGITS = [
     str(ROOT / "configs" / "digits.yaml"),
@@ -199,8 +199,9 @@ def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
 
 def kill_rank_1(agent: int, checkpoints: Path) -> None:
     """Once there is a new checkpoint; until the agent has ended the other rank."""
-    before = set(checkpoints.glob("*"))
-    wait_for(lambda: set(checkpoints.glob("*")) - before, 300)
+    trained = "step-*[1-9]*"
+    before = set(checkpoints.glob(trained))
+    wait_for(lambda: set(checkpoints.glob(trained)) - before, 300)
     ranks = ranks_of(agent)
     assert sorted(ranks) == [0, 1]
     ranks[1].kill()

@@ -72,6 +72,11 @@ def resumed_at_step(run: Path) -> int:
     return int(read_json(run / "finetune" / "training.json")["resumed_at_step"])
 
 
+def has_trained(run: Path) -> bool:
+    """Whether fine-tuning has a checkpoint, whole, of a later step than the first."""
+    return any((run / "finetune" / "checkpoints").glob("step-*[1-9]*"))
+
+
 def same_result(run: Path, whole: Path) -> None:
     """Compare a disturbed run with the undisturbed one: figures and statistics.
 

@@ -15,6 +15,7 @@ from checks import (
     STATISTICS_TOLERANCE,
     Failed,
     check,
+    has_trained,
     read_report,
     resumed_at_step,
     same_result,
@@ -122,8 +123,7 @@ class Clusters:
         lost, rest = hosts[-1], hosts[:-1]
         with self._cluster(hosts, name):
             run = self._run(hosts, out, name, workers=len(hosts), ranks=len(hosts))
-            checkpoints = out / "finetune" / "checkpoints"
-            wait_for(lambda: any(checkpoints.glob("*/*")), _RUN_SECONDS, "a checkpoint")
+            wait_for(lambda: has_trained(out), _RUN_SECONDS, "a checkpoint")
             lost.kill_all()
             begun = time.monotonic()
             wait_for(lambda: run.poll() is not None, _NOTICE_SECONDS, "training to stop")

@@ -6,7 +6,15 @@ import subprocess
 import time
 from pathlib import Path
 
-from checks import check, read_report, resumed_at_step, same_result, wait_for, wait_for_ends
+from checks import (
+    check,
+    has_trained,
+    read_report,
+    resumed_at_step,
+    same_result,
+    wait_for,
+    wait_for_ends,
+)
 from network import Host
 
 REPO = Path(__file__).resolve().parents[2]
@@ -131,12 +139,10 @@ class Trainings:
         }
 
     def _wait_for_training(self, out: Path, started: dict[str, subprocess.Popen[bytes]]) -> None:
-        checkpoints = out / "finetune" / "checkpoints"
-
         def in_the_middle() -> bool:
             ended = [name for name, process in started.items() if process.poll() is not None]
             assert not ended, f"{ended} ended before a checkpoint was there"
-            return any(checkpoints.glob("*/*"))
+            return has_trained(out)
 
         wait_for(in_the_middle, 300, "the first checkpoint")
 
