@@ -86,8 +86,12 @@ class Looks:
 
     def snippets(self, members: dict[int, list[Member]]) -> dict[int, list[str]]:
         """Tokens of each cluster, in their text."""
+        is_bytes = set(self.index.spec.num_categories) == {256}
         return {
-            cluster: [snippet(row, m.unit) for row, m in zip(rows, members[cluster], strict=True)]
+            cluster: [
+                snippet(row, member.unit, is_bytes)
+                for row, member in zip(rows, members[cluster], strict=True)
+            ]
             for cluster, rows in self.samples(members).items()
         }
 

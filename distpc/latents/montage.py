@@ -59,20 +59,21 @@ def _tile(picture: np.ndarray, unit: int, grid: PatchGrid) -> np.ndarray:
     return tile
 
 
-def snippet(x: np.ndarray, unit: int, units: int = _SNIPPET_UNITS) -> str:
+def snippet(x: np.ndarray, unit: int, is_bytes: bool, units: int = _SNIPPET_UNITS) -> str:
     """A token in its text: up to `units` tokens before and behind it, itself in [brackets].
 
     Args:
-        x: (V,) tokens; bytes of UTF-8 where all are below 256, else shown as numbers.
+        x: (V,) tokens.
         unit: which of them.
+        is_bytes: whether they are bytes of UTF-8; else they are shown as numbers.
     """
     parts = [x[max(0, unit - units) : unit], x[unit : unit + 1], x[unit + 1 : unit + 1 + units]]
-    before, token, behind = (_text(part[part != MISSING]) for part in parts)
+    before, token, behind = (_text(part[part != MISSING], is_bytes) for part in parts)
     return f"{before}[{token}]{behind}"
 
 
-def _text(tokens: np.ndarray) -> str:
-    if (tokens > 255).any():
-        return " ".join(str(token) for token in tokens.tolist())
+def _text(tokens: np.ndarray, is_bytes: bool) -> str:
+    if not is_bytes:
+        return "".join(f" {token} " for token in tokens.tolist())
     text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
     return text.replace("\n", "\u23ce").replace("\r", "").replace("\t", "\u21e5")
