@@ -22,6 +22,7 @@ from distpc.data.patches import PatchGrid
 from distpc.data.reader import read_shard as read_data_shard
 from distpc.errors import LatentError
 from distpc.latents import assign, extract, fit, load_latents, shard_work
+from distpc.latents.kmeans import assign_points
 from distpc.latents.lloyd import FitState
 from distpc.latents.store import read_centroids, read_shard, shard_path, write_centroids
 from distpc.teachers import train as teacher_train
@@ -214,6 +215,78 @@ def test_max_samples_takes_the_first_shards(upstream, tmp_path):
     assert len(extract.first_shards(entries, 600)) == 2
     assert len(extract.first_shards(entries, 512)) == 2
     assert len(extract.first_shards(entries, 1)) == 1
+
+
+def test_a_sample_that_kills_every_worker_is_named_and_left_out(upstream, tmp_path, monkeypatch):
+    entries = train_shards(upstream)[1]
+    killer = entries[1].samples().keys[100]
+    (tmp_path / "killer").write_text(killer)
+    monkeypatch.setattr(extract, "WORKER", stages.KILLED_EXTRACTOR)
+    workers = {**parallel(1), "max_worker_restarts": 0}
+    run = Run(tmp_path, upstream, latents={"max_bad_samples": 1}, parallel=workers)
+    facts = run.stage("features", extract.run).metadata
+    assert list(facts["bad_samples"]) == [killer]
+    assert "every worker that encodes it dies" in facts["bad_samples"][killer]
+    assert facts["samples"] == sum(entry.num_samples for entry in entries) - 1
+    # The whole shard once, then the part that holds the sample, then the sample alone.
+    assert (tmp_path / "deaths").read_text().split() == ["256", "16", "1"]
+    found = read_shard(shard_path(tmp_path / "features", entries[1].name), "features")
+    assert found.keys == [key for key in entries[1].samples().keys if key != killer]
+    listed = json.loads((tmp_path / "features" / shard_work.BAD_SAMPLES).read_text())
+    assert list(listed) == [killer]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb/features")).Reload()
+    assert events.Scalars("features/bad_samples")[0].value == 1
+    table = events.Tensors("features/bad_samples/text_summary")[0].tensor_proto.string_val[0]
+    assert f"| {killer} |" in table.decode()
+
+    # With none allowed, what is there already is refused without a worker.
+    strict = Run(tmp_path, upstream, parallel=workers)
+    monkeypatch.setattr(shard_work.Cluster, "connect", None)
+    with pytest.raises(LatentError, match="cannot be encoded") as caught:
+        extract.run(strict.context("features"))
+    assert f"'{killer}'" in caught.value.found
+
+
+def test_latents_without_kept_features_are_the_same(finished, upstream, tmp_path):
+    _, entries = train_shards(upstream)
+    latents = {"num_clusters": 16, "num_rounds": 8, "keep_features": False, "fit_samples": 256}
+    run = Run(tmp_path, upstream, latents=latents, parallel=parallel(1))
+    features = run.stage("features", extract.run)
+    assert (features.metadata["shards"], features.metadata["samples"]) == (1, 256)
+    run.stage("fit", fit.run)
+    facts = run.stage("assign", assign.run).metadata
+    assert facts["samples"] == sum(entry.num_samples for entry in entries)
+    centroids = read_centroids(
+        tmp_path / "fit" / fit.CENTROIDS, features=features.fingerprint, width=4
+    )
+    for entry in entries:
+        # From the features that another run kept.
+        kept = read_shard(shard_path(finished.folder / "features", entry.name), "features")
+        keys, found = load_latents(tmp_path / "assign", entry.name)
+        labels, _ = assign_points(kept.rows.flatten(0, 1), centroids)
+        assert keys == kept.keys
+        assert found.ravel().tolist() == labels.tolist()
+    whole = finished.artifacts["features"].metadata["bytes"]
+    assert facts["feature_bytes_saved"] + features.metadata["bytes"] == pytest.approx(whole, 0.01)
+    # Fitted to a fifth of the samples, the centroids serve all of them about as well.
+    report = json.loads((finished.folder / "assign/report.json").read_text())
+    assert facts["mean_squared_distance"] < 1.1 * report["mean_squared_distance"]
+
+
+def test_features_without_variance_are_refused(upstream, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "encode_shards", lambda *arguments: shard_work.Spent({}))
+    monkeypatch.setattr(extract, "first_shards", lambda entries, most: entries[:1])
+    run = Run(tmp_path, upstream)
+    ctx = run.context("features")
+    worker = extract.Extractor(extract.settings(ctx))
+    entry = train_shards(upstream)[1][0]
+    worker._teacher.encode = lambda x: torch.ones(len(x), 16, 4)
+    worker(shard_work.ShardTask(entry))
+    with pytest.raises(LatentError, match="no variance"):
+        extract.run(ctx)
 
 
 def test_centroids_do_not_depend_on_workers_or_deaths(finished, upstream):
