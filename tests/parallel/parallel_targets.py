@@ -214,6 +214,12 @@ class Adder:
             (Path(item["log"]) / f"{item['value']}-{os.getpid()}").touch()
         return self(item), os.getpid()
 
+    def timed(self, item: dict[str, Any]) -> tuple[float, tuple[float, float]]:
+        """The value, and when it was worked on."""
+        began = time.monotonic()
+        value, _ = self.slow(item)
+        return value, (began, time.monotonic())
+
     def _leave_mark(self, mark: Path) -> None:
         """The first process to come here says who it is, and waits to be killed."""
         try:
