@@ -88,7 +88,7 @@ class Cluster:
             ahead: items that a worker is given beside the one that it works on; then its methods
                 are called from several threads at a time.
         """
-        return Pool(_ray(), _Host, worker, kwargs, self.parallel, ahead)
+        return Pool(_ray(), _Host, worker, kwargs, self.parallel, ahead, _ask_autoscaler)
 
     def map(
         self,
@@ -171,6 +171,13 @@ class Cluster:
 class _Host(WorkerHost):
     def gpu_ids(self) -> list[Any]:
         return _ray().get_gpu_ids()
+
+
+def _ask_autoscaler(places: list[dict[str, float]]) -> None:
+    """Say what room is wanted in all; without an autoscaler nobody listens."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=places)
 
 
 def _start(parallel: ParallelConfig) -> Cluster:

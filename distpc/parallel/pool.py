@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,6 +86,7 @@ class Pool:
         kwargs: of its constructor; may hold handles.
         parallel: how many workers, of what size.
         ahead: items that a worker may hold beside the one that it works on.
+        ask: tells the cluster's autoscaler the places that are wanted in all.
     """
 
     def __init__(
@@ -95,13 +96,16 @@ class Pool:
         worker: str,
         kwargs: dict[str, Any],
         parallel: ParallelConfig,
-        ahead: int = 0,
+        ahead: int,
+        ask: Callable[[list[dict[str, float]]], None],
     ) -> None:
         self._ray = ray
         self._worker = worker
         self._kwargs = kwargs
         self._parallel = parallel
         self._ahead = ahead
+        self._ask = ask
+        self._asked_places = 0
         self._actor_class = ray.remote(host).options(
             num_cpus=parallel.cpus_per_worker,
             num_gpus=parallel.gpus_per_worker,
@@ -197,6 +201,7 @@ class Pool:
 
     def close(self) -> None:
         """End the workers. Idempotent."""
+        self._ask_for(0)
         for number in list(self._workers):
             self._dismiss(number)
         self._homes.clear()
@@ -212,6 +217,7 @@ class Pool:
         useful = self._useful(job)
         least = min(self._parallel.num_workers, useful)
         most = min(self._parallel.max_workers or least, useful)
+        self._ask_for(most if most > self._parallel.num_workers else 0)
         if len(self._workers) >= max(least, most):
             return
         now = time.monotonic()
@@ -228,6 +234,13 @@ class Pool:
                 self._start_worker()
         if not self._workers and room == 0:
             raise losses.no_room(self._parallel, self._machines())
+
+    def _ask_for(self, num_workers: int) -> None:
+        """Let an autoscaler know for how many workers there should be room; 0 takes it back."""
+        if num_workers != self._asked_places:
+            place = {"CPU": self._parallel.cpus_per_worker, "GPU": self._parallel.gpus_per_worker}
+            self._ask([{k: v for k, v in place.items() if v}] * num_workers)
+            self._asked_places = num_workers
 
     def _room(self) -> int:
         """Workers that fit on the cluster as it is now, were it empty."""

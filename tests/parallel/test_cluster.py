@@ -137,6 +137,17 @@ def test_a_request_beyond_this_machine_is_refused_at_once(monkeypatch: pytest.Mo
     assert str(caught.value.fix) == f"set parallel.num_workers={os.cpu_count()}"
 
 
+def test_gpus_that_are_not_there_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    started = time.monotonic()
+    with pytest.raises(ResourceError) as caught:
+        Cluster.connect(ParallelConfig(num_workers=3, cpus_per_worker=0.1, gpus_per_worker=0.5))
+    assert time.monotonic() - started < 2
+    assert "and 1 GPUs on 1 machine(s): room for 2 workers" in str(caught.value.found)
+    assert "0.5 GPUs = 0.3 CPUs and 1.5 GPUs" in str(caught.value.expected)
+
+
 def test_room_is_counted_by_machine() -> None:
     nodes = [{"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0}]
     check_room(ParallelConfig(num_workers=2, cpus_per_worker=2), nodes, "here")
