@@ -119,6 +119,7 @@ class Pool:
         self._cause = ""
         self._stillborn = 0
         self._looked = 0.0
+        self._homeless: float | None = None
         self.most_workers = 0
         """Workers that ran side by side, at most."""
         self.ready_seconds: float | None = None
@@ -161,7 +162,7 @@ class Pool:
             DistpcError: the worker's code raised it, or raised something else, which it names;
                 not tried again.
             ResourceError: one item's workers died `retries` + 1 times, workers die before they
-                are given any, or the cluster has no machine left that has room for one.
+                are given any, or the cluster has had no room for one for parallel.join_seconds.
         """
         job = _Job(
             items,
@@ -218,7 +219,8 @@ class Pool:
         least = min(self._parallel.num_workers, useful)
         most = min(self._parallel.max_workers or least, useful)
         self._ask_for(most if most > self._parallel.num_workers else 0)
-        if len(self._workers) >= max(least, most):
+        runs = any(worker.starting is None for worker in self._workers.values())
+        if runs and len(self._workers) >= max(least, most):
             return
         now = time.monotonic()
         if now - self._looked < _LOOK_SECONDS:
@@ -232,7 +234,16 @@ class Pool:
             free = count_places(self._parallel, [self._ray.available_resources()])
             for _ in range(min(most - len(self._workers), self._room() - len(self._workers), free)):
                 self._start_worker()
-        if not self._workers and room == 0:
+        self._refuse_to_wait_for_ever(runs or room > 0, now)
+
+    def _refuse_to_wait_for_ever(self, is_hopeful: bool, now: float) -> None:
+        if is_hopeful:
+            self._homeless = None
+            return
+        if self._homeless is None:
+            self._homeless = now
+            _tell("no machine of the cluster has room for a worker: waiting for one to join")
+        if now - self._homeless > self._parallel.join_seconds:
             raise losses.no_room(self._parallel, self._machines())
 
     def _ask_for(self, num_workers: int) -> None:
@@ -316,7 +327,8 @@ class Pool:
     def _may_change(self, job: _Job) -> bool:
         """Whether there may be more workers soon than there are."""
         wanted = max(self._parallel.num_workers, self._parallel.max_workers or 0)
-        return len(self._workers) < min(wanted, self._useful(job))
+        nobody_runs = all(worker.starting is not None for worker in self._workers.values())
+        return nobody_runs or len(self._workers) < min(wanted, self._useful(job))
 
     def _useful(self, job: _Job) -> int:
         """Workers that would have something to do."""

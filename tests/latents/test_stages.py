@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from distpc.config.load import dump_config
 from distpc.data import index as data_index
 from distpc.data import shards as data_shards
 from distpc.data.patches import PatchGrid
@@ -370,3 +372,38 @@ def test_what_does_not_belong_together_is_refused(finished, tmp_path):
     run.seal(other, "features")
     with pytest.raises(LatentError, match="another run"):
         assign.run(run.context("assign"))
+
+
+def test_a_run_can_be_looked_at(finished, upstream, repository, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("features", "fit", "assign"):
+        (run / name).symlink_to(finished.folder / name)
+    for name in ("shards", "index"):
+        (run / name).symlink_to(upstream[name].path)
+    (run / "resolved_config.yaml").write_text(dump_config(finished.config))
+    command = [sys.executable, str(repository / "tools/inspect_latents.py"), str(run)]
+    done = subprocess.run([*command, "--clusters", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage entropy 3." in done.stdout
+    names = sorted(path.name for path in (run / "inspect").iterdir())
+    pictures = ["elbow.png", "members.png", "projection.png", "usage.png"]
+    assert names == sorted([*pictures, "latents.json"])
+    for name in pictures:
+        with Image.open(run / "inspect" / name) as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert pixels.std() > 5 and min(pixels.shape) > 100
+    figures = json.loads((run / "inspect/latents.json").read_text())
+    report = json.loads((finished.folder / "assign/report.json").read_text())
+    assert figures["usage"] == report["usage"]
+    assert len(figures["clusters_shown"]) == 3
+    held_out = [entry["held_out"] for entry in figures["elbow"]]
+    assert held_out == sorted(held_out, reverse=True) and 16 in [
+        entry["num_clusters"] for entry in figures["elbow"]
+    ]
+    assert (run / "tb/inspect").is_dir()
+
+    (run / "assign").unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ArtifactError" in done.stderr and "assign" in done.stderr

@@ -92,7 +92,7 @@ def test_the_item_that_kills_is_told_from_the_one_beside_it(nodes: Any) -> None:
 
 
 def test_a_cluster_that_lost_all_its_room_is_an_error_with_both_numbers(nodes: Any) -> None:
-    parallel = ParallelConfig(num_workers=1, cpus_per_worker=2)
+    parallel = ParallelConfig(num_workers=1, cpus_per_worker=2, join_seconds=3)
     with pytest.raises(ResourceError, match="no room for 1 workers"):
         Cluster.connect(parallel)
     large = nodes.add_node(num_cpus=2, wait=True)
