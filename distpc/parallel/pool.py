@@ -397,7 +397,7 @@ class Pool:
 
     def _tell_who_waits(self, waiting: int) -> None:
         """Say once that a shared cluster has not given all workers their place."""
-        if waiting and not self._told:
+        if waiting and not self._told and time.monotonic() - self._asked > _PATIENCE_SECONDS:
             self._told = True
             free = self._ray.available_resources().get("CPU", 0)
             _tell(
