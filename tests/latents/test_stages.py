@@ -114,7 +114,7 @@ def test_features_are_the_teachers_and_keep_their_keys(finished, upstream):
     assert (facts["shards"], facts["kept_shards"]) == (len(entries), 0)
     assert set(facts["seconds"]) == {"read", "wait", "encode", "write"}
     assert facts["samples_per_second"] > 0 and facts["start_seconds"] > 0
-    assert (facts["bad_samples"], facts["most_workers"]) == ({}, 2)
+    assert facts["bad_samples"] == {} and facts["most_workers"] in (1, 2)
     assert facts["bytes"] > facts["samples"] * 16 * 4 * 2
 
 
