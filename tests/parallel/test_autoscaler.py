@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from distpc.config.schema import ParallelConfig
 from distpc.parallel import reaper
@@ -25,24 +24,42 @@ from distpc.parallel.cluster import Cluster
 
 pytestmark = pytest.mark.slow
 
+_COMMANDS = (
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+    "cluster_synced_files",
+    "rsync_exclude",
+    "rsync_filter",
+)
+
 
 @pytest.fixture
 def autoscaled() -> Iterator[None]:
     """A cluster of one CPU that may grow by two machines of one CPU each."""
-    import ray
-
-    example = Path(ray.__file__).parent / "autoscaler/_private/fake_multi_node/example.yaml"
-    config = yaml.safe_load(example.read_text())
-    config["available_node_types"] = {
-        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-        "small": {
-            "resources": {"CPU": 1},
-            "node_config": {},
-            "min_workers": 0,
-            "max_workers": 2,
+    config = {
+        "cluster_name": "fake_multinode",
+        "provider": {"type": "fake_multinode"},
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "small": {
+                "resources": {"CPU": 1},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 2,
+            },
         },
+        "max_workers": 2,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.1,
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        "file_mounts_sync_continuously": False,
+        **{key: [] for key in _COMMANDS},
     }
-    config |= {"max_workers": 2, "idle_timeout_minutes": 0.1}
     folder = Path("/tmp", f"ray-scaled-{os.getpid()}")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
