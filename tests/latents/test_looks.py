@@ -43,12 +43,13 @@ def test_a_montage_shows_the_patch_in_its_surroundings():
     x[0, 2:4, 4:6] = 200
     x[1, 0:2, 0:2] = 250
     sheet = patch_montage({7: x.reshape(2, 64)}, {7: [1 * 4 + 2, 0]}, spec, 2)
-    assert sheet.shape == (2 + 48 + 2, 2 + 2 * 50, 3) and sheet.dtype == np.uint8
-    first, second = sheet[2:50, 2:50, 0], sheet[2:50, 52:100, 0]
+    assert sheet.shape == (2 + 80 + 2, 2 + 2 * 82, 3) and sheet.dtype == np.uint8
+    first, second = sheet[2:82, 2:82, 0], sheet[2:82, 84:164, 0]
     # 8 screen pixels a pixel: the patch is in the middle, what is around is dimmed.
-    assert (first[16:32, 16:32] == 200).all() and (first[:16] == 45).all()
-    assert (second[16:32, 16:32] == 250).all() and (second[32:, 16:] == 45).all()
-    assert (second[:16] == 60).all(), "beyond the picture"
+    assert (first[32:48, 32:48] == 200).all() and (first[16:31] == 60).all()
+    assert (second[32:48, 32:48] == 250).all() and (second[49:, 32:] == 60).all()
+    assert (second[:31] == 60).all(), "beyond the picture"
+    assert (sheet[2 + 31, 2 + 31 : 2 + 49] == (255, 220, 0)).all(), "the frame"
 
 
 def test_a_snippet_marks_its_token():
