@@ -64,8 +64,8 @@ class LatentsConfig(Section):
     """Training samples that may be left out because they cannot be encoded (features that are not
     finite, a sample that kills every worker). All are named in the stage's folder and log."""
     keep_features: bool = True
-    """Keep the features of all samples on the disk. Otherwise k-means is fitted to those of the
-    first shards only (a uniform sample), and features become latents as they are made."""
+    """Keep the features of all samples on the disk. Otherwise k-means is fitted to those of some
+    shards only, spread over all, and features become latents as they are made."""
     fit_samples: int | None = Field(default=None, ge=1)
     """Samples that k-means is fitted to where features are not kept, by whole shards; default: as
     many as give 1,024 features a cluster."""

@@ -27,7 +27,7 @@ def test_members_are_of_the_cluster_and_of_different_samples():
         for number in range(3)
     ]
     latents = {name: values for name, _, values in shards}
-    found = draw_members(iter(shards), [2, 0, 7], 60)
+    found = draw_members(iter(shards), [2, 0, 7], 60, 30)
     assert [len(found[cluster]) for cluster in (2, 0, 7)] == [60, 60, 0]
     for cluster, members in found.items():
         assert len({member.key for member in members}) == len(members)
@@ -35,6 +35,7 @@ def test_members_are_of_the_cluster_and_of_different_samples():
             assert latents[member.shard][member.row, member.unit] == cluster
             assert member.key == f"{member.shard[1:]}-{member.row}"
     assert len({member.unit for member in found[2]}) == 9
+    assert [member.shard for member in found[2]].count("s0") == 30
 
 
 def test_a_montage_shows_the_patch_in_its_surroundings():

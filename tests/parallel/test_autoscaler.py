@@ -40,9 +40,17 @@ _COMMANDS = (
 @pytest.fixture
 def autoscaled() -> Iterator[None]:
     """A cluster of one CPU that may grow by two machines of one CPU each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     config = {
         "cluster_name": "fake_multinode",
-        "provider": {"type": "fake_multinode"},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"127.0.0.1:{port}",
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
         "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
@@ -63,9 +71,6 @@ def autoscaled() -> Iterator[None]:
     folder = Path("/tmp", f"ray-scaled-{os.getpid()}")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     hidden = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
