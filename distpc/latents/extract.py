@@ -1,9 +1,9 @@
 """Stage `features`: one data shard in, one shard of teacher features out, on Ray workers.
 
-With `latents.keep_features: false` only the shards that k-means is fitted to are kept: some, evenly
-spread over all. Images are put into shards by a random permutation, so that these are a uniform
-sample; of text, whose documents are permuted and stay whole, they come from as many documents as can
-be. The stage `assign` then encodes all shards and keeps latents only.
+With `latents.keep_features: false` only the shards that k-means is fitted to are kept: some, spread
+evenly over all. Images are put into shards by a random permutation, so that these are a uniform
+sample; text stays in its documents, which are permuted, so that these are of many documents. The
+stage `assign` then encodes all shards and keeps latents only.
 """
 
 from __future__ import annotations

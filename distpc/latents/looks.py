@@ -101,7 +101,7 @@ class Looks:
         }
 
     def features(self, num_points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-        """About (P, D) float32 features and (P,) clusters, of samples from shards spread over all."""
+        """(P, D) float32 features and (P,) clusters, of whole samples from shards far apart."""
         artifact = self.inputs["features"]
         names = _spread(feature_shards(artifact), SHARDS)
         points: list[np.ndarray] = []
