@@ -73,6 +73,8 @@ def settings(ctx: StageContext) -> EncoderSettings:
         device="cuda" if config.parallel.gpus_per_worker > 0 else "cpu",
         mixed=config.teacher.extraction_mixed_precision,
         max_bad=config.latents.max_bad_samples,
+        cache_folder=config.artifacts.cache_folder,
+        cache_bytes=config.artifacts.cache_bytes,
     )
 
 
