@@ -48,6 +48,7 @@ def autoscaled() -> Iterator[None]:
         "provider": {
             "type": "fake_multinode",
             "gcs_address": f"127.0.0.1:{port}",
+            "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
