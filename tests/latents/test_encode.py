@@ -15,8 +15,9 @@ from distpc.data.reader import read_shard as read_data_shard
 from distpc.errors import DistpcError, LatentError, ResourceError
 from distpc.latents import extract
 from distpc.latents.encode import NOT_FINITE, ShardTask
-from distpc.latents.shard_work import BAD_SAMPLES, BadSamples, _cut
+from distpc.latents.shard_work import BAD_SAMPLES, BadSamples, _cut, _without_killers
 from distpc.latents.store import read_shard, shard_path, write_shard
+from distpc.parallel.pool import Lost
 from distpc.teachers import train as teacher_train
 from distpc.training.samples import LatentSource
 
@@ -161,3 +162,46 @@ def test_training_leaves_out_what_has_no_latents(make_worker, entry, upstream, t
     write_shard(shard_path(tmp_path, entry.name), "latents", latents, left, {**notes, "bad": {}})
     with pytest.raises(DistpcError, match="do not belong to the data"):
         source.read(entry)
+
+
+class Deaths:
+    """Stands for workers that die over tasks that `kills(task)`; others are encoded here."""
+
+    def __init__(self, worker, kills):
+        self.worker, self.kills, self.tasks = worker, kills, []
+
+    def map(self, tasks, *, method="__call__", **options):
+        self.tasks += tasks
+        for number, task in enumerate(tasks):
+            dies = self.kills(task)
+            yield number, Lost(1, "killed") if dies else getattr(self.worker, method)(task)
+
+
+def test_a_shard_that_kills_as_a_whole_is_an_error_of_resources(
+    make_worker, entry, tmp_path, upstream
+):
+    bad = BadSamples(Run(tmp_path, upstream).context("features"))
+    pool = Deaths(make_worker(), lambda task: task.rows is None)
+    with pytest.raises(ResourceError, match="no single sample") as caught:
+        _without_killers(pool, entry, bad)
+    assert entry.name in caught.value.where and caught.value.found == "killed"
+    assert len(pool.tasks) == 16 + 1
+
+
+def test_killers_are_found_in_parts_and_counted_at_once(make_worker, entry, tmp_path, upstream):
+    run = Run(tmp_path, upstream, latents={"max_bad_samples": 2})
+    keys = entry.samples().keys
+
+    def kills(task, rows):
+        start, stop = task.rows or (0, len(keys))
+        return any(start <= row < stop and keys[row] not in task.bad for row in rows)
+
+    worker = make_worker(max_bad=2)
+    pool = Deaths(worker, lambda task: kills(task, (3, 200)))
+    note = _without_killers(pool, entry, BadSamples(run.context("features")))
+    assert list(note.bad) == [keys[3], keys[200]] and note.written
+    pool = Deaths(worker, lambda task: kills(task, range(100)))
+    with pytest.raises(LatentError, match="cannot be encoded") as caught:
+        _without_killers(pool, entry, BadSamples(run.context("features")))
+    # It stops at the third: nobody waits for a hundred deaths.
+    assert caught.value.found.count("every worker that encodes it dies") == 3
