@@ -177,23 +177,14 @@ class Pool:
         self._asked = self._asked or time.monotonic()
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(Progress(label, len(items))) if label else None
-            while job.unfinished:
-                self._fit_to_cluster(job)
-                self._hand_out(job)
-                for task, outcome in self._ended(job):
-                    if outcome is None:
-                        if not self._try_again(job, task, lost):
-                            found = Lost(job.deaths[task.index], self._cause)
-                            yield task.index, found
-                        continue
-                    if outcome.error is not None:
-                        raise outcome.error
-                    self._homes[task.index] = task.worker
-                    # Before the caller computes with the result: no worker should wait for that.
-                    self._hand_out(job)
-                    if progress is not None:
-                        progress.advance()
-                    yield task.index, (outcome.value, task.held) if hold else outcome.value
+            for task, outcome in self._results(job):
+                if outcome is None:
+                    if not self._try_again(job, task, lost):
+                        yield task.index, Lost(job.deaths[task.index], self._cause)
+                    continue
+                if progress is not None:
+                    progress.advance()
+                yield task.index, (outcome.value, task.held) if hold else outcome.value
 
     @property
     def num_workers(self) -> int:
@@ -212,6 +203,24 @@ class Pool:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _results(self, job: _Job) -> Iterator[tuple[_Task, Any]]:
+        """Tasks with their outcomes, until no item is left; None as outcome when a worker died.
+
+        Raises:
+            DistpcError: a worker's.
+        """
+        while job.unfinished:
+            self._fit_to_cluster(job)
+            self._hand_out(job)
+            for task, outcome in self._ended(job):
+                if outcome is not None:
+                    if outcome.error is not None:
+                        raise outcome.error
+                    self._homes[task.index] = task.worker
+                    # Before the caller computes with the result: no worker should wait for that.
+                    self._hand_out(job)
+                yield task, outcome
 
     def _fit_to_cluster(self, job: _Job) -> None:
         """Start workers where some are missing, and more where the cluster has free places."""
