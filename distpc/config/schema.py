@@ -135,6 +135,14 @@ class StructureConfig(Section):
     """Bins that ordered values are put into when mutual information is counted."""
     pseudocount: float = Field(default=0.1, ge=0)
     """Added to every cell of the pairwise count tables."""
+    max_fold_mib: float = Field(default=64.0, gt=0)
+    """Bound on the parameters that are evaluated, and under parallel.zero_stage 3 gathered,
+    together; one matrix may exceed it. Smaller ones save memory there."""
+
+    @property
+    def max_fold_bytes(self) -> int:
+        """The bound in bytes."""
+        return int(self.max_fold_mib * 2**20)
 
     @model_validator(mode="after")
     def _consistent(self) -> StructureConfig:

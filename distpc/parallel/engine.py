@@ -14,6 +14,7 @@ from torch import nn
 
 from distpc.errors import TrainingError
 from distpc.parallel import collectives
+from distpc.parallel.memory import MOST_BUCKET
 from distpc.parallel.mesh import Mesh
 from distpc.parallel.places import Place, Split, places_of
 
@@ -69,7 +70,7 @@ class Engine:
         *,
         mesh: Mesh,
         zero_stage: int = 0,
-        reduce_bucket: int = 50_000_000,
+        reduce_bucket: int = MOST_BUCKET,
         splits: Mapping[str, Split] | None = None,
     ) -> None:
         collectives.start(mesh)

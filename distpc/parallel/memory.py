@@ -7,6 +7,9 @@ from dataclasses import dataclass
 FLOAT_BYTES = 4
 _ZERO_0_BUCKET = 500_000_000
 """Elements that DeepSpeed flattens at once to reduce them, where it shards nothing."""
+MOST_BUCKET = 50_000_000
+_LEAST_BUCKET = 1_000_000
+_BUCKETS = 64
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Layout:
     node_axis: int = 1
     data_axis: int = 1
     zero_stage: int = 0
-    reduce_bucket: int = 50_000_000
+    reduce_bucket: int = MOST_BUCKET
 
     @property
     def num_ranks(self) -> int:
@@ -40,6 +43,19 @@ class Layout:
 def share(amount: int, ranks: int) -> int:
     """The largest of nearly equal shares."""
     return -(-amount // ranks)
+
+
+def fitting_bucket(num_parameters: int, largest: int) -> int:
+    """Elements to reduce, gather or keep alive at once: what a few matrices take, not the circuit.
+
+    Several buckets are in memory at a time, so that each is a 64th of the circuit; but no smaller
+    than a parameter, which is gathered as a whole anyway, nor than what is worth an operation.
+
+    Args:
+        num_parameters: entries of the statistics on one rank of the node axis.
+        largest: entries of the largest parameter there.
+    """
+    return min(MOST_BUCKET, max(num_parameters // _BUCKETS, largest, _LEAST_BUCKET))
 
 
 def bytes_per_rank(num_parameters: int, layout: Layout, *, state_copies: int = 0) -> dict[str, int]:

@@ -10,7 +10,7 @@ from distpc.circuits.footprint import Footprint, shared
 from distpc.errors import ResourceError
 from distpc.parallel.memory import Layout, share
 from distpc.parallel.traffic import Links, traffic
-from distpc.training.needs import peak_bytes
+from distpc.training.needs import layout_of, peak_bytes
 
 SLACK = 1.05
 """Of layouts within this factor of the fastest, the simplest is taken."""
@@ -213,7 +213,7 @@ def _layouts(job: Job, num_ranks: int) -> Iterator[Layout]:
             continue
         stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(4)
         for stage in stages:
-            yield Layout(node_axis, data_axis, stage)
+            yield layout_of(job.costs, node_axis, data_axis, stage)
 
 
 def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:

@@ -63,7 +63,7 @@ def job_of(config: RunConfig, message_bytes: int = 4) -> Job:
     """
     spec = planned_spec(config)
     graph = sketch(config, spec)
-    schedule = compile_graph(graph, spec.num_categories)
+    schedule = compile_graph(graph, spec.num_categories, config.structure.max_fold_bytes)
     return Job(
         costs=footprint(graph, schedule),
         batch=config.finetune.batch_size,

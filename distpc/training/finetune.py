@@ -18,6 +18,7 @@ from distpc.data.spec import DatasetSpec
 from distpc.parallel.collectives import axes, barrier
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
+from distpc.parallel.memory import fitting_bucket
 from distpc.parallel.mesh import Mesh
 from distpc.parallel.places import Split
 from distpc.structures.region_graph import RegionGraph
@@ -135,7 +136,11 @@ def starting_circuit(
     else:
         graph = RegionGraph.from_json(read_json(_graph_path(ctx)))
         circuit = Circuit(
-            graph, spec.num_categories, seed=ctx.config.seed, init_noise=config.init_noise
+            graph,
+            spec.num_categories,
+            seed=ctx.config.seed,
+            init_noise=config.init_noise,
+            max_fold_bytes=ctx.config.structure.max_fold_bytes,
         )
         if random_rows:
             start_near_data_(circuit, take_rows(index, "train", MARGINAL_SAMPLES))
@@ -174,13 +179,17 @@ def _assemble(
     config, parallel = ctx.config.finetune, ctx.config.parallel
     whole = circuit
     if mesh.is_main and (parallel.zero_stage == 3 or mesh.node_parallel > 1):
-        whole = Circuit(circuit.graph, circuit.num_categories)
+        whole = Circuit(
+            circuit.graph, circuit.num_categories, max_fold_bytes=circuit.max_fold_bytes
+        )
         whole.load_state_dict(circuit.state_dict())
         whole.set_smoothing(*circuit.smoothing)
     splits: dict[str, Split] = {}
     if mesh.node_parallel > 1:
         splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))
     rule = rule_of(ctx, circuit, index)
+    largest = max((parameter.numel() for parameter in circuit.parameters()), default=0)
+    bucket = fitting_bucket(circuit.num_parameters, largest)
     optimizer = CircuitOptimizer(
         circuit.parameter_groups(),
         step_size=config.step_size,
@@ -203,7 +212,14 @@ def _assemble(
         circuit=circuit,
         whole=whole,
         optimizer=optimizer,
-        engine=Engine(circuit, optimizer, mesh=mesh, zero_stage=parallel.zero_stage, splits=splits),
+        engine=Engine(
+            circuit,
+            optimizer,
+            mesh=mesh,
+            zero_stage=parallel.zero_stage,
+            reduce_bucket=bucket,
+            splits=splits,
+        ),
         loader=loader,
         validation=Validation(
             index,

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from distpc.circuits.footprint import Footprint, backward_peak, shared
 from distpc.config.schema import FinetuneConfig
-from distpc.parallel.memory import FLOAT_BYTES, Layout, bytes_per_rank, engine_bytes
+from distpc.parallel.memory import (
+    FLOAT_BYTES,
+    Layout,
+    bytes_per_rank,
+    engine_bytes,
+    fitting_bucket,
+)
 
 _BUILDING_COPIES = 3
 """Copies of the largest parameter while random statistics are made and brought to scale."""
@@ -19,6 +25,13 @@ def state_copies(settings: FinetuneConfig) -> int:
     if settings.rule == "anemone":
         return int(settings.momentum > 0)
     return 2 if settings.rule == "adam" else 0
+
+
+def layout_of(costs: Footprint, node_axis: int, data_axis: int, zero_stage: int) -> Layout:
+    """A layout with the buckets that training takes on it."""
+    own = shared(costs, node_axis)
+    bucket = fitting_bucket(own.num_parameters, own.largest_bank)
+    return Layout(node_axis, data_axis, zero_stage, bucket)
 
 
 def peak_bytes(
