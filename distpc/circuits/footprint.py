@@ -44,7 +44,6 @@ class StepCost:
         passed: bytes a sample of the flows that it passes on.
         viewed: bytes of those that are the memory of its own flow.
         scratch: bytes a sample that its backward pass needs for a moment.
-        gathered: entries a sample of the message that a sum reads; 0 elsewhere.
         exchanged: entries a sample that ranks of the node axis gather or scatter, in a forward and
             backward pass; one that is all-reduced counts twice.
         exchanges: collectives that they do it in.
@@ -57,7 +56,6 @@ class StepCost:
     passed: int = 0
     viewed: int = 0
     scratch: int = 0
-    gathered: int = 0
     exchanged: int = 0
     exchanges: int = 0
     multiply_adds: int = 0
@@ -106,11 +104,6 @@ class Footprint:
     def multiply_adds(self) -> int:
         """Of a sample's forward pass; backward takes twice as many."""
         return sum(step.multiply_adds for step in self.steps)
-
-    @property
-    def gathered(self) -> int:
-        """Entries a sample of all messages that sums read."""
-        return sum(step.gathered for step in self.steps)
 
     @property
     def exchanged(self) -> int:
@@ -167,7 +160,7 @@ def footprint(graph: RegionGraph, schedule: Schedule, num_ranks: int = 1) -> Foo
     return Footprint(graph, schedule, banks, min(wide, default=1), tuple(steps))
 
 
-def shared(costs: Footprint, ranks: int, message_bytes: int = FLOAT_BYTES) -> Footprint:
+def shared(costs: Footprint, ranks: int) -> Footprint:
     """The share of one of several ranks that own rows of every sum, and as many states.
 
     A rank computes its share of messages, and gathers whole what its sums read.
@@ -175,18 +168,10 @@ def shared(costs: Footprint, ranks: int, message_bytes: int = FLOAT_BYTES) -> Fo
     Args:
         costs: of the whole circuit.
         ranks: on the node axis.
-        message_bytes: of one entry of a message that sums read: 4, or 2 in bfloat16.
     """
     if ranks not in costs._shares:
         costs._shares[ranks] = footprint(costs.graph, costs.schedule, ranks)
-    of_rank = costs._shares[ranks]
-    if message_bytes == FLOAT_BYTES:
-        return of_rank
-    steps = tuple(
-        replace(step, kept=max(0, step.kept - (FLOAT_BYTES - message_bytes) * step.gathered))
-        for step in of_rank.steps
-    )
-    return replace(of_rank, steps=steps)
+    return costs._shares[ranks]
 
 
 def backward_peak(
@@ -350,6 +335,5 @@ def _step_cost(
         # Its own message too, and the one that it reads where that is a copy.
         kept=message + (FLOAT_BYTES * read if is_copy else 0),
         scratch=scratch + message,
-        gathered=read if bank.num_units > 1 else 0,
         multiply_adds=rows * units[number] * bank.sizes[0],
     )

@@ -261,6 +261,9 @@ class ParallelConfig(Section):
     number of ranks, and the others are replicas for different samples (the data axis)."""
     check_replicas_every_steps: int = Field(default=50, ge=0)
     """Steps between two comparisons, bit by bit, of what ranks must hold alike; 0: never."""
+    measure_every_steps: int = Field(default=100, ge=0)
+    """Steps between two of which every rank measures computing, communication, waiting for data
+    and the fraction of the device's speed; the second step is measured too. 0: none."""
     num_workers: int = Field(default=2, ge=1)
     """Ray actors for features, k-means, assignment and distillation."""
     cpus_per_worker: float = Field(default=1.0, gt=0)

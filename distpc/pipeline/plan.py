@@ -61,7 +61,6 @@ class Job:
         state_copies: tensors of a parameter's size that the training rule keeps.
         needs_whole_rows: whether the rule cannot work on shards of ZeRO.
         needs_whole_circuit: whether it cannot work on shares of the node axis either.
-        message_bytes: of one entry of a message inside sums: 4, or 2 in bfloat16.
     """
 
     costs: Footprint
@@ -69,7 +68,6 @@ class Job:
     state_copies: int = 0
     needs_whole_rows: bool = False
     needs_whole_circuit: bool = False
-    message_bytes: int = 4
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,6 @@ def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
             micro_batch=micro_batch,
             num_micro_batches=pieces,
             state_copies=job.state_copies,
-            message_bytes=job.message_bytes,
         )
         fits = sum(memory.values()) <= cluster.memory_bytes
         if fits or micro_batch == 1:
@@ -240,7 +237,6 @@ def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
         layout,
         local_batch=local,
         num_micro_batches=pieces,
-        message_bytes=job.message_bytes,
     )
     # A multiply-add is two operations; backward takes two products for forward's one.
     operations = 6 * costs.multiply_adds * local

@@ -32,7 +32,6 @@ def plan_command(
     config: RunConfig,
     cluster: Cluster,
     *,
-    bfloat16: bool = False,
     as_json: bool = False,
 ) -> str:
     """What `distpc plan` prints.
@@ -40,14 +39,13 @@ def plan_command(
     Args:
         config: of the run; its data need not exist where the source is `sizes`.
         cluster: to plan for.
-        bfloat16: messages between ranks, and those kept for backward, in two bytes an entry.
         as_json: print JSON instead of a table.
 
     Raises:
         ResourceError: no layout fits.
         ConfigError, DataError: of the config.
     """
-    job = job_of(config, 2 if bfloat16 else 4)
+    job = job_of(config)
     found = options(job, cluster)
     chosen = choose(found, cluster)
     if as_json:
@@ -55,7 +53,7 @@ def plan_command(
     return "\n".join(_lines(config, job, cluster, found, chosen))
 
 
-def job_of(config: RunConfig, message_bytes: int = 4) -> Job:
+def job_of(config: RunConfig) -> Job:
     """What a config trains, from its structure's sizes alone.
 
     Raises:
@@ -70,7 +68,6 @@ def job_of(config: RunConfig, message_bytes: int = 4) -> Job:
         state_copies=state_copies(config.finetune),
         needs_whole_rows=config.finetune.rule != "online_em",
         needs_whole_circuit=config.finetune.rule == "anemone",
-        message_bytes=message_bytes,
     )
 
 

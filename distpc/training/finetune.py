@@ -9,6 +9,7 @@ from typing import Any
 from distpc.artifacts.files import fingerprint, read_json, write_json
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
+from distpc.circuits.footprint import footprint
 from distpc.circuits.io import DESCRIPTION, load_model, save_model
 from distpc.circuits.share_out import share_units_, splits_of
 from distpc.data.index import ShardIndex
@@ -20,6 +21,7 @@ from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.memory import fitting_bucket
 from distpc.parallel.mesh import Mesh
+from distpc.parallel.meter import Meter
 from distpc.parallel.places import Split
 from distpc.structures.region_graph import RegionGraph
 from distpc.training.checkpoint import (
@@ -41,6 +43,7 @@ from distpc.training.validation import Validation
 RESULTS = "training.json"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
 
 
 def run(ctx: StageContext) -> None:
@@ -61,7 +64,7 @@ def run(ctx: StageContext) -> None:
             ctx.to_json(),
             num_ranks=parallel.num_ranks,
             threads_per_rank=parallel.threads_per_rank,
-            log_folder=ctx.out / "logs",
+            log_folder=ctx.out / LOGS,
             join_seconds=parallel.join_seconds,
         )
     results = read_json(ctx.out / RESULTS)
@@ -184,6 +187,9 @@ def _assemble(
         )
         whole.load_state_dict(circuit.state_dict())
         whole.set_smoothing(*circuit.smoothing)
+    # A multiply-add is two operations; backward takes two products for forward's one.
+    adds = footprint(circuit.graph, circuit.schedule, mesh.node_parallel).multiply_adds
+    flops = 6.0 * adds
     splits: dict[str, Split] = {}
     if mesh.node_parallel > 1:
         splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))
@@ -234,6 +240,7 @@ def _assemble(
         monitor=Monitor(
             ctx.tensorboard / "finetune", spec, enabled=mesh.is_main, first_step=facts.step + 1
         ),
+        meter=Meter(mesh, flops, parallel.measure_every_steps, ctx.out / LOGS),
         mesh=mesh,
         last_good=ctx.out.parent / LAST_GOOD,
     )

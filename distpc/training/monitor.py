@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,8 +63,12 @@ class Monitor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is None:
+            return
+        if error is not None:
+            # A lost rank, for one: the error names it.
+            self._writer.add_text("stopped", str(error))
+        self._writer.close()
 
     @property
     def enabled(self) -> bool:
@@ -174,14 +177,6 @@ def latent_usage(circuit: Circuit) -> torch.Tensor | None:
     width = max(set(widths), key=widths.count)
     usage = torch.stack([row for row in rows if len(row) == width])
     return usage / usage.sum(-1, keepdim=True).clamp_min(1e-30)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that this process held so far: of the accelerator if it uses one, else RAM."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    # Linux gives kibibytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _as_array(values: Any) -> np.ndarray:

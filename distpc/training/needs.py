@@ -41,7 +41,6 @@ def peak_bytes(
     micro_batch: int,
     num_micro_batches: int = 1,
     state_copies: int = 0,
-    message_bytes: int = FLOAT_BYTES,
 ) -> dict[str, int]:
     """Most bytes that a rank holds at once in a step, by what they are for.
 
@@ -51,9 +50,8 @@ def peak_bytes(
         micro_batch: samples that the rank puts through the circuit at once.
         num_micro_batches: passes in a step.
         state_copies: tensors of a parameter's size that the rule keeps.
-        message_bytes: of one entry of a message: 4, or 2 in bfloat16.
     """
-    own = shared(costs, layout.node_axis, message_bytes)
+    own = shared(costs, layout.node_axis)
     sizes = bytes_per_rank(own.num_parameters, layout, state_copies=state_copies)
     flows_stay = layout.zero_stage < 2
     passing = backward_peak(

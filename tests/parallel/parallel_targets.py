@@ -16,6 +16,7 @@ from torch import nn
 from distpc.errors import DataError
 from distpc.parallel import collectives
 from distpc.parallel.mesh import Mesh
+from distpc.parallel.meter import Meter
 
 GLOBAL_BATCH = 11
 STEPS = 4
@@ -215,3 +216,14 @@ class Adder:
         except FileExistsError:
             return
         time.sleep(600)
+
+
+def measure_steps(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Rank target: a step in which rank 0 takes longer to come to a collective of both."""
+    meter = Meter(mesh, 2e6, 1)
+    collectives.barrier(mesh)
+    with meter.step(3, 0.25):
+        if mesh.rank == 0:
+            time.sleep(0.3)
+        collectives.sum_across(torch.ones(10), mesh)
+    Path(payload["out"]).with_suffix(f".{mesh.rank}").write_text(json.dumps(meter.figures))
