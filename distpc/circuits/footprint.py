@@ -21,6 +21,7 @@ from distpc.circuits.schedule import (
     SumPlan,
 )
 from distpc.circuits.sharding import NodeTable, Reading, node_table
+from distpc.circuits.stretches import between, stretches
 from distpc.structures.region_graph import RegionGraph
 
 FLOAT_BYTES = 4
@@ -40,6 +41,7 @@ class StepCost:
     Attributes:
         bank: its parameters, None for steps without any.
         kept: bytes a sample that its forward pass leaves for the backward pass.
+        message: bytes a sample of what it yields, with its scale.
         flow: bytes a sample of the flow that arrives at it.
         passed: bytes a sample of the flows that it passes on.
         viewed: bytes of those that are the memory of its own flow.
@@ -47,17 +49,21 @@ class StepCost:
         exchanged: entries a sample that ranks of the node axis gather or scatter, in a forward and
             backward pass; one that is all-reduced counts twice.
         exchanges: collectives that they do it in.
+        forward_exchanged, forward_exchanges: those of the forward pass.
         multiply_adds: a sample, of one pass.
     """
 
     bank: int | None
     kept: int = 0
+    message: int = 0
     flow: int = 0
     passed: int = 0
     viewed: int = 0
     scratch: int = 0
     exchanged: int = 0
     exchanges: int = 0
+    forward_exchanged: int = 0
+    forward_exchanges: int = 0
     multiply_adds: int = 0
 
 
@@ -70,6 +76,7 @@ class Footprint:
         banks: entries of each parameter.
         state_units: units of the smallest wide region: shares of states are cut from these.
         steps: in order of evaluation.
+        stretches: of steps whose messages the backward pass computes again; empty: all are kept.
     """
 
     graph: RegionGraph
@@ -77,6 +84,7 @@ class Footprint:
     banks: tuple[int, ...]
     state_units: int
     steps: tuple[StepCost, ...]
+    stretches: tuple[range, ...] = ()
     _shares: dict[int, Footprint] = field(default_factory=dict, repr=False)
 
     @property
@@ -93,6 +101,8 @@ class Footprint:
     def num_exchanges(self) -> int:
         """Collectives of the node axis in a forward and backward pass."""
         own = sum(step.exchanges for step in self.steps)
+        if self.stretches:
+            own += sum(step.forward_exchanges for step in self.steps)
         return own + _AGREEMENTS if own else 0
 
     @property
@@ -109,7 +119,21 @@ class Footprint:
     def exchanged(self) -> int:
         """Entries a sample that these move."""
         own = sum(step.exchanged for step in self.steps)
+        if self.stretches:
+            own += sum(step.forward_exchanged for step in self.steps)
         return own + 2 * _AGREEMENTS if own else 0
+
+    @property
+    def num_passes(self) -> int:
+        """Products of matrices a sum and step: forward, backward two; and forward once more."""
+        return 4 if self.stretches else 3
+
+    @property
+    def between(self) -> int:
+        """Bytes a sample that pass from a stretch to another, which are kept."""
+        return between(
+            [step.message for step in self.steps], _readers(self.schedule), self.stretches
+        )
 
     @property
     def kept(self) -> int:
@@ -117,13 +141,17 @@ class Footprint:
         return sum(step.kept for step in self.steps)
 
 
-def footprint(graph: RegionGraph, schedule: Schedule, num_ranks: int = 1) -> Footprint:
+def footprint(
+    graph: RegionGraph, schedule: Schedule, num_ranks: int = 1, *, recompute: bool = False
+) -> Footprint:
     """The sizes of a compiled region graph.
 
     Args:
         graph: the structure.
         schedule: of `compile_graph`.
         num_ranks: R of the node axis; sizes are those of one of them.
+        recompute: whether messages are computed again in the backward pass, in the stretches that
+            are best for one rank that holds all.
     """
     table = node_table(schedule, num_ranks)
     whole = [graph.regions[plan.regions[0]].num_units for plan in schedule.steps]
@@ -144,12 +172,15 @@ def footprint(graph: RegionGraph, schedule: Schedule, num_ranks: int = 1) -> Foo
         steps.append(
             replace(
                 cost,
+                message=FLOAT_BYTES * len(plan.regions) * (units[number] + _SCALE_ENTRIES),
                 scratch=cost.scratch + FLOAT_BYTES * sum(read.scratch for read in reads),
                 flow=arrived[number],
                 passed=FLOAT_BYTES * sum(flow.entries for flow in passed[number]),
                 viewed=FLOAT_BYTES * sum(flow.entries for flow in passed[number] if flow.is_view),
                 exchanged=sum(read.exchanged for read in reads),
                 exchanges=sum(read.exchanges for read in reads),
+                forward_exchanged=sum(read.forward for read in reads),
+                forward_exchanges=sum(read.forward > 0 for read in reads),
             )
         )
     wide = [count for count in whole if count > 1]
@@ -157,7 +188,12 @@ def footprint(graph: RegionGraph, schedule: Schedule, num_ranks: int = 1) -> Foo
         _entries(plan) // (line.split.parts if line.split else 1)
         for plan, line in zip(schedule.banks, table.banks, strict=True)
     )
-    return Footprint(graph, schedule, banks, min(wide, default=1), tuple(steps))
+    costs = Footprint(graph, schedule, banks, min(wide, default=1), tuple(steps))
+    if not recompute:
+        return costs
+    whole_costs = costs if num_ranks == 1 else footprint(graph, schedule)
+    kept, messages = zip(*((step.kept, step.message) for step in whole_costs.steps), strict=True)
+    return replace(costs, stretches=stretches(kept, messages, _readers(schedule)))
 
 
 def shared(costs: Footprint, ranks: int) -> Footprint:
@@ -170,7 +206,8 @@ def shared(costs: Footprint, ranks: int) -> Footprint:
         ranks: on the node axis.
     """
     if ranks not in costs._shares:
-        costs._shares[ranks] = footprint(costs.graph, costs.schedule, ranks)
+        again = bool(costs.stretches)
+        costs._shares[ranks] = footprint(costs.graph, costs.schedule, ranks, recompute=again)
     return costs._shares[ranks]
 
 
@@ -190,12 +227,15 @@ def backward_peak(
             once, in buckets that are not counted here.
         has_flows: whether those of an earlier micro-batch are there already.
     """
-    messages = costs.kept * batch
+    messages = (costs.between if costs.stretches else costs.kept) * batch
+    begun_at = {numbers[-1]: numbers for numbers in costs.stretches}
     flows = FLOAT_BYTES * costs.num_parameters if has_flows and keeps_flows else 0
     arrived = FLOAT_BYTES * batch
     seen: set[int] = set()
     peak = messages + flows
-    for step in reversed(costs.steps):
+    for number, step in reversed(list(enumerate(costs.steps))):
+        again = begun_at.get(number, range(0))
+        messages += sum(costs.steps[inner].kept for inner in again) * batch
         bank = 0 if step.bank is None else FLOAT_BYTES * costs.banks[step.bank]
         moment = messages + flows + arrived + (step.scratch + step.passed - step.viewed) * batch
         peak = max(peak, moment + bank_copies * bank)
@@ -205,6 +245,11 @@ def backward_peak(
             flows += bank
             seen.add(step.bank)
     return peak
+
+
+def _readers(schedule: Schedule) -> list[list[int]]:
+    """For each step the steps that read its message."""
+    return [[number for number, _, _ in fanout.consumers] for fanout in schedule.fanouts]
 
 
 def _outputs_that_sums_keep(schedule: Schedule, table: NodeTable) -> set[int]:
@@ -226,6 +271,7 @@ class _Read(NamedTuple):
         is_copy: whether it is another tensor than the one that its source made.
         exchanged, exchanges: see `StepCost`.
         scratch: that its backward pass needs for a moment.
+        forward: of `exchanged`, those of the forward pass.
     """
 
     entries: int
@@ -233,6 +279,7 @@ class _Read(NamedTuple):
     exchanged: int = 0
     exchanges: int = 0
     scratch: int = 0
+    forward: int = 0
 
 
 def _reads(
@@ -245,10 +292,10 @@ def _reads(
             with_scales = every + _SCALE_ENTRIES * rows * ranks
             reading = table.readings[number, request, place]
             if reading is Reading.GATHER:
-                yield _Read(every, True, with_scales, 1, every)
+                yield _Read(every, True, with_scales, 1, every, with_scales)
             elif reading is Reading.GATHER_SHARED:
                 # The flow, its parts side by side, and those of other ranks.
-                yield _Read(every, True, with_scales + every, 2, 3 * every)
+                yield _Read(every, True, with_scales + every, 2, 3 * every, with_scales)
             elif reading is Reading.CUT:
                 yield _Read(every // ranks, True, every, 1, 2 * every)
             elif reading is Reading.SHARE:

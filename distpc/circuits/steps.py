@@ -22,6 +22,7 @@ from distpc.circuits.layers import (
     RootFunction,
 )
 from distpc.circuits.lost import MAX_NATS, Scale, is_untrustworthy, mix
+from distpc.circuits.recompute import again_in_backward
 from distpc.circuits.schedule import (
     BankPlan,
     Fanout,
@@ -184,6 +185,24 @@ class Pass(NamedTuple):
     outputs: list[Tensor]
 
 
+class Stretch(NamedTuple):
+    """What consecutive steps made.
+
+    Attributes:
+        sent: messages for later steps, by (step, request, piece).
+        is_weak: as in `Pass`.
+        outputs: as in `Pass`.
+        added: log-scales that enter the likelihood without being routed.
+        root: the root's message, if it is among them.
+    """
+
+    sent: dict[tuple[int, int, int], Message]
+    is_weak: Tensor
+    outputs: list[Tensor]
+    added: list[Tensor]
+    root: Message | None
+
+
 def run_steps(
     schedule: Schedule,
     steps: Sequence[Step],
@@ -194,6 +213,7 @@ def run_steps(
     in_logs: bool,
     keep: bool,
     exchange: Exchange | None = None,
+    stretches: Sequence[range] | None = None,
 ) -> Pass:
     """Evaluate every step, children first.
 
@@ -205,20 +225,69 @@ def run_steps(
         in_logs: the domain.
         keep: keep the message of every step.
         exchange: with processes that share the units; None where all of them are here.
+        stretches: of steps, whose inner messages backward computes again, see `recompute`.
     """
-    inbox: dict[int, dict[tuple[int, int], Message]] = defaultdict(dict)
+
+    def run(numbers: range, arrived: dict[tuple[int, int, int], Message]) -> Stretch:
+        return _run_stretch(
+            schedule, steps, banks, units, evidence, numbers, arrived, in_logs, keep, exchange
+        )
+
+    waiting: dict[tuple[int, int, int], Message] = {}
     is_weak = torch.zeros(evidence.codes.shape[1], dtype=torch.bool, device=evidence.codes.device)
     outputs: list[Tensor] = []
     added: list[Tensor] = []
     root: Message | None = None
-    for number, step in enumerate(steps):
-        arrived = inbox.pop(number, {})
+    for numbers in stretches or [range(len(steps))]:
+        arrived = {place: waiting.pop(place) for place in list(waiting) if place[0] in numbers}
+        made = again_in_backward(run, numbers, arrived) if stretches else run(numbers, arrived)
+        waiting |= made.sent
+        is_weak |= made.is_weak
+        outputs += made.outputs
+        added += made.added
+        root = made.root or root
+    assert root is not None
+    row = schedule.root[1]
+    values = root.values[row, :, 0]
+    if root.scale is None:
+        return Pass(RootFunction.apply(values, None), is_weak, outputs)
+    is_weak |= ~(values.detach() >= WEAK)
+    if root.scale.lost is not None:
+        is_weak |= is_untrustworthy(root.scale.lost[row], values.detach())
+    if exchange is not None:
+        is_weak = exchange.agree(is_weak)
+    log_scale = root.scale.log[row] if root.scale.log is not None else torch.cat(added).sum(0)
+    return Pass(RootFunction.apply(values, log_scale), is_weak, outputs)
+
+
+def _run_stretch(
+    schedule: Schedule,
+    steps: Sequence[Step],
+    banks: Sequence[nn.Module],
+    units: Sequence[range],
+    evidence: Evidence,
+    numbers: range,
+    arrived: dict[tuple[int, int, int], Message],
+    in_logs: bool,
+    keep: bool,
+    exchange: Exchange | None,
+) -> Stretch:
+    """Evaluate some consecutive steps; see `run_steps`."""
+    inbox: dict[int, dict[tuple[int, int], Message]] = defaultdict(dict)
+    for (number, request, piece), message in arrived.items():
+        inbox[number][request, piece] = message
+    is_weak = torch.zeros(evidence.codes.shape[1], dtype=torch.bool, device=evidence.codes.device)
+    outputs: list[Tensor] = []
+    added: list[Tensor] = []
+    root: Message | None = None
+    for number in numbers:
+        step, read = steps[number], inbox.pop(number, {})
         if exchange is not None:
-            arrived = {place: exchange.bring(m, number, *place) for place, m in arrived.items()}
-            for message in arrived.values():
+            read = {place: exchange.bring(m, number, *place) for place, m in read.items()}
+            for message in read.values():
                 is_weak |= False if message.is_weak is None else message.is_weak
         requests = [
-            [arrived[request, piece] for piece in range(count)]
+            [read[request, piece] for piece in range(count)]
             for request, count in enumerate(step.num_pieces)
         ]
         plan = schedule.steps[number]
@@ -239,15 +308,5 @@ def run_steps(
             inbox[consumer[0]][consumer[1:]] = part
         if number == schedule.root[0]:
             root = message
-    assert root is not None
-    row = schedule.root[1]
-    values = root.values[row, :, 0]
-    if root.scale is None:
-        return Pass(RootFunction.apply(values, None), is_weak, outputs)
-    is_weak |= ~(values.detach() >= WEAK)
-    if root.scale.lost is not None:
-        is_weak |= is_untrustworthy(root.scale.lost[row], values.detach())
-    if exchange is not None:
-        is_weak = exchange.agree(is_weak)
-    log_scale = root.scale.log[row] if root.scale.log is not None else torch.cat(added).sum(0)
-    return Pass(RootFunction.apply(values, log_scale), is_weak, outputs)
+    sent = {(number, *place): m for number, box in inbox.items() for place, m in box.items()}
+    return Stretch(sent, is_weak, outputs, added, root)

@@ -259,6 +259,9 @@ class ParallelConfig(Section):
     node_parallel: int = Field(default=1, ge=1)
     """Ranks that share the rows of every sum, for the same samples (the node axis); must divide the
     number of ranks, and the others are replicas for different samples (the data axis)."""
+    recompute_messages: bool = False
+    """Compute most messages again in the backward pass instead of keeping them for it: less memory
+    for long chains and deep trees, and a third more products."""
     check_replicas_every_steps: int = Field(default=50, ge=0)
     """Steps between two comparisons, bit by bit, of what ranks must hold alike; 0: never."""
     measure_every_steps: int = Field(default=100, ge=0)

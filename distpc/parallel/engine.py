@@ -311,7 +311,9 @@ def deepspeed_config(zero_stage: int, reduce_bucket: int) -> dict[str, Any]:
             "reduce_bucket_size": reduce_bucket,
             "allgather_bucket_size": reduce_bucket,
             "overlap_comm": False,
-            # The defaults of the following keep a whole circuit of 1e9 parameters on every rank.
+            # The defaults of the following keep a whole circuit of 1e9 parameters on every rank,
+            # and copy all flows of a rank before the optimizer steps.
+            "sub_group_size": reduce_bucket,
             "stage3_prefetch_bucket_size": reduce_bucket,
             "stage3_max_live_parameters": reduce_bucket,
             "stage3_max_reuse_distance": reduce_bucket,

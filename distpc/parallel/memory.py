@@ -115,4 +115,6 @@ def engine_bytes(
     # with what is scattered of them.
     gathered = min(max(2 * setting, bank), own)
     scattered = bucket + (bucket // layout.data_axis if layout.data_axis > 1 else 0)
-    return gathered + max(scattered, 2 * bank), part
+    # The optimizer steps group by group, each with a copy of its flows.
+    group = min(part, setting + share(bank, layout.data_axis))
+    return gathered + max(scattered, 2 * bank), group

@@ -30,20 +30,16 @@ def describe(pipeline: Pipeline, stage: str | None = None) -> str:
 
 
 def _circuit(pipeline: Pipeline) -> list[str]:
-    from distpc.circuits.compiled import compile_graph
-    from distpc.circuits.footprint import footprint
     from distpc.data.shards import source_spec
     from distpc.parallel.memory import share
     from distpc.parallel.mesh import check_node_axis
-    from distpc.training.needs import layout_of, peak_bytes, state_copies
+    from distpc.training.needs import layout_of, peak_bytes, planned_costs, state_copies
     from distpc.training.structure import sketch
 
     config = pipeline.config
     spec = source_spec(config.data)
     graph = sketch(config, spec)
-    costs = footprint(
-        graph, compile_graph(graph, spec.num_categories, config.structure.max_fold_bytes)
-    )
+    costs = planned_costs(config, graph, spec.num_categories)
     parallel, finetune = config.parallel, config.finetune
     check_node_axis(parallel.num_ranks, parallel.node_parallel)
     replicas = parallel.num_ranks // parallel.node_parallel

@@ -238,8 +238,8 @@ def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
         local_batch=local,
         num_micro_batches=pieces,
     )
-    # A multiply-add is two operations; backward takes two products for forward's one.
-    operations = 6 * costs.multiply_adds * local
+    # A multiply-add is two operations.
+    operations = 2 * costs.num_passes * costs.multiply_adds * local
     return Option(
         layout,
         micro_batch,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from distpc.circuits.compiled import compile_graph
-from distpc.circuits.footprint import footprint
 from distpc.config import RunConfig
 from distpc.config.sources import SizesSource
 from distpc.data.shards import colored, source_spec
@@ -21,7 +19,7 @@ from distpc.pipeline.plan import (
     options,
     reason,
 )
-from distpc.training.needs import host_bytes, state_copies
+from distpc.training.needs import host_bytes, planned_costs, state_copies
 from distpc.training.structure import sketch
 
 _SHOWN = 12
@@ -61,9 +59,8 @@ def job_of(config: RunConfig) -> Job:
     """
     spec = planned_spec(config)
     graph = sketch(config, spec)
-    schedule = compile_graph(graph, spec.num_categories, config.structure.max_fold_bytes)
     return Job(
-        costs=footprint(graph, schedule),
+        costs=planned_costs(config, graph, spec.num_categories),
         batch=config.finetune.batch_size,
         state_copies=state_copies(config.finetune),
         needs_whole_rows=config.finetune.rule != "online_em",
@@ -97,7 +94,7 @@ def _lines(
     lines = [
         f"circuit    {config.structure.kind}, {job.costs.num_parameters:,} parameters "
         f"({in_bytes(4 * job.costs.num_parameters)}), "
-        f"{_tera(6 * job.costs.multiply_adds * job.batch)} TFLOP a step "
+        f"{_tera(2 * job.costs.num_passes * job.costs.multiply_adds * job.batch)} TFLOP a step "
         f"of {job.batch:,} samples",
         f"cluster    {cluster.hosts} x {cluster.gpus_per_host} devices, "
         f"{in_bytes(cluster.memory_bytes)} usable each, {cluster.device_tflops:g} TFLOP/s, "

@@ -187,9 +187,11 @@ def _assemble(
         )
         whole.load_state_dict(circuit.state_dict())
         whole.set_smoothing(*circuit.smoothing)
+    if parallel.recompute_messages:
+        circuit.recompute_messages_()
+    costs = footprint(circuit.graph, circuit.schedule, mesh.node_parallel)
     # A multiply-add is two operations; backward takes two products for forward's one.
-    adds = footprint(circuit.graph, circuit.schedule, mesh.node_parallel).multiply_adds
-    flops = 6.0 * adds
+    flops = 6.0 * costs.multiply_adds
     splits: dict[str, Split] = {}
     if mesh.node_parallel > 1:
         splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))

@@ -6,8 +6,11 @@ meet in the phases of a step: the backward pass, and the reduction that follows 
 
 from __future__ import annotations
 
-from distpc.circuits.footprint import Footprint, backward_peak, shared
-from distpc.config.schema import FinetuneConfig
+from collections.abc import Sequence
+
+from distpc.circuits.compiled import compile_graph
+from distpc.circuits.footprint import Footprint, backward_peak, footprint, shared
+from distpc.config.schema import FinetuneConfig, RunConfig
 from distpc.parallel.memory import (
     FLOAT_BYTES,
     Layout,
@@ -15,6 +18,7 @@ from distpc.parallel.memory import (
     engine_bytes,
     fitting_bucket,
 )
+from distpc.structures.region_graph import RegionGraph
 
 _BUILDING_COPIES = 3
 """Copies of the largest parameter while random statistics are made and brought to scale."""
@@ -25,6 +29,16 @@ def state_copies(settings: FinetuneConfig) -> int:
     if settings.rule == "anemone":
         return int(settings.momentum > 0)
     return 2 if settings.rule == "adam" else 0
+
+
+def planned_costs(
+    config: RunConfig, graph: RegionGraph, num_categories: Sequence[int | None]
+) -> Footprint:
+    """The sizes of a config's circuit, as training will evaluate it."""
+    again = config.parallel.recompute_messages
+    bound = config.structure.max_fold_bytes
+    schedule = compile_graph(graph, num_categories, bound, late_inputs=again)
+    return footprint(graph, schedule, recompute=again)
 
 
 def layout_of(costs: Footprint, node_axis: int, data_axis: int, zero_stage: int) -> Layout:

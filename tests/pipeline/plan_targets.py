@@ -57,6 +57,8 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     categories = [case["num_categories"]] * case["num_variables"]
     circuit = Circuit(graph, categories, max_fold_bytes=case["max_fold_bytes"])
     circuit.set_smoothing(1.0, 1.0, 1000)
+    if case.get("recompute"):
+        circuit.recompute_messages_()
     mesh = mesh.with_node_axis(case.get("node_axis", 1))
     splits = {}
     if mesh.node_parallel > 1:

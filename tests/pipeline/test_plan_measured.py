@@ -53,7 +53,9 @@ def measure(
 def sizes(case: dict[str, Any]) -> Footprint:
     graph = hclt_graph(Tree.balanced(case["num_variables"]), case["num_states"])
     categories = [case["num_categories"]] * case["num_variables"]
-    return footprint(graph, compile_graph(graph, categories, case["max_fold_bytes"]))
+    again = case.get("recompute", False)
+    schedule = compile_graph(graph, categories, case["max_fold_bytes"], late_inputs=again)
+    return footprint(graph, schedule, recompute=again)
 
 
 def compare(
@@ -111,6 +113,18 @@ def test_replicas(num_ranks: int, tmp_path: Path) -> None:
         for stage in range(4)
         for b, m in ((512, 512), (256, 64))
     ]
+    compare(cases, num_ranks, tmp_path / "ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_messages_computed_again(num_ranks: int, tmp_path: Path) -> None:
+    """Where messages outweigh statistics, by which layout soever."""
+    shape = {"num_variables": 144, "num_states": 256, "num_categories": 16, "recompute": True}
+    shape |= {"max_fold_bytes": 2**22, "reduce_bucket": 2_000_000, "batch": 512, "zero_stage": 0}
+    cases = [{**shape, "micro_batch": 512}, {**shape, "micro_batch": 256, "zero_stage": 3}]
+    if num_ranks > 1:
+        cases.append({**shape, "micro_batch": 512, "node_axis": 2})
     compare(cases, num_ranks, tmp_path / "ranks")
 
 

@@ -51,6 +51,7 @@ class Case(NamedTuple):
         node_parallel: ranks of the node axis.
         zero_stage: 0 .. 3.
         accumulation: micro-batches of the largest share.
+        recompute: whether backward computes messages again.
     """
 
     structure: str
@@ -58,6 +59,7 @@ class Case(NamedTuple):
     node_parallel: int = 1
     zero_stage: int = 0
     accumulation: int = 1
+    recompute: bool = False
 
     @property
     def name(self) -> str:
@@ -123,6 +125,8 @@ class Shared:
         self.circuit = circuit_of(case)
         if saved is not None:
             load_parameters(self.circuit, saved)
+        if case.recompute:
+            self.circuit.recompute_messages_()
         table = share_units_(self.circuit, axes(mesh).node)
         self.engine = Engine(
             self.circuit,
