@@ -259,6 +259,9 @@ class ParallelConfig(Section):
     node_parallel: int = Field(default=1, ge=1)
     """Ranks that share the rows of every sum, for the same samples (the node axis); must divide the
     number of ranks, and the others are replicas for different samples (the data axis)."""
+    offload: bool = False
+    """Keep in the host's memory what zero_stage 1 to 3 shard: a second copy of the statistics that
+    the optimizer steps, and under 3 the statistics themselves; for circuits that no device holds."""
     recompute_messages: bool = False
     """Compute most messages again in the backward pass instead of keeping them for it: less memory
     for long chains and deep trees, and a third more products."""

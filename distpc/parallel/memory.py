@@ -22,12 +22,14 @@ class Layout:
         zero_stage: 0 replicates everything; 1 shards optimizer state, 2 also flows, 3 also
             statistics.
         reduce_bucket: elements that are reduced, gathered or kept alive at once.
+        offload: what ZeRO shards lies in the host's memory.
     """
 
     node_axis: int = 1
     data_axis: int = 1
     zero_stage: int = 0
     reduce_bucket: int = MOST_BUCKET
+    offload: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -75,12 +77,14 @@ def bytes_per_rank(num_parameters: int, layout: Layout, *, state_copies: int = 0
     own = FLOAT_BYTES * num_parameters
     part = share(own, layout.data_axis)
     stage = layout.zero_stage
+    # Of the shards, those on the device.
+    here = 0 if layout.offload and stage > 0 else part
     return {
-        "statistics": part if stage == 3 else own,
-        "master_copy": part if stage > 0 else 0,
-        "kept_flows": part if stage == 3 else 0,
+        "statistics": here if stage == 3 else own,
+        "master_copy": here if stage > 0 else 0,
+        "kept_flows": here if stage == 3 else 0,
         "bucket": min(FLOAT_BYTES * layout.reduce_bucket, own) if stage == 3 else 0,
-        "optimizer_state": state_copies * (own if stage == 0 else part),
+        "optimizer_state": state_copies * (own if stage == 0 else here),
     }
 
 

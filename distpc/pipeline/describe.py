@@ -43,7 +43,13 @@ def _circuit(pipeline: Pipeline) -> list[str]:
     parallel, finetune = config.parallel, config.finetune
     check_node_axis(parallel.num_ranks, parallel.node_parallel)
     replicas = parallel.num_ranks // parallel.node_parallel
-    layout = layout_of(costs, parallel.node_parallel, replicas, parallel.zero_stage)
+    layout = layout_of(
+        costs,
+        parallel.node_parallel,
+        replicas,
+        parallel.zero_stage,
+        offload=parallel.offload,
+    )
     local = share(finetune.batch_size, layout.data_axis)
     pieces = share(local, finetune.micro_batch_size)
     sizes = peak_bytes(

@@ -61,6 +61,7 @@ class Job:
         state_copies: tensors of a parameter's size that the training rule keeps.
         needs_whole_rows: whether the rule cannot work on shards of ZeRO.
         needs_whole_circuit: whether it cannot work on shares of the node axis either.
+        offload: whether what ZeRO shards lies in the host's memory.
     """
 
     costs: Footprint
@@ -68,6 +69,7 @@ class Job:
     state_copies: int = 0
     needs_whole_rows: bool = False
     needs_whole_circuit: bool = False
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _layouts(job: Job, num_ranks: int) -> Iterator[Layout]:
             continue
         stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(4)
         for stage in stages:
-            yield layout_of(job.costs, node_axis, data_axis, stage)
+            yield layout_of(job.costs, node_axis, data_axis, stage, offload=job.offload)
 
 
 def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:

@@ -65,6 +65,7 @@ def job_of(config: RunConfig) -> Job:
         state_copies=state_copies(config.finetune),
         needs_whole_rows=config.finetune.rule != "online_em",
         needs_whole_circuit=config.finetune.rule == "anemone",
+        offload=config.parallel.offload,
     )
 
 

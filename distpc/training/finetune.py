@@ -226,6 +226,7 @@ def _assemble(
             mesh=mesh,
             zero_stage=parallel.zero_stage,
             reduce_bucket=bucket,
+            offload=parallel.offload,
             splits=splits,
         ),
         loader=loader,

@@ -41,11 +41,13 @@ def planned_costs(
     return footprint(graph, schedule, recompute=again)
 
 
-def layout_of(costs: Footprint, node_axis: int, data_axis: int, zero_stage: int) -> Layout:
+def layout_of(
+    costs: Footprint, node_axis: int, data_axis: int, zero_stage: int, *, offload: bool = False
+) -> Layout:
     """A layout with the buckets that training takes on it."""
     own = shared(costs, node_axis)
     bucket = fitting_bucket(own.num_parameters, own.largest_bank)
-    return Layout(node_axis, data_axis, zero_stage, bucket)
+    return Layout(node_axis, data_axis, zero_stage, bucket, offload)
 
 
 def peak_bytes(

@@ -83,4 +83,3 @@ def test_cuts_weigh_what_passes_against_what_is_inside() -> None:
     assert between([5, 1, 1], [[1, 2], [2], []], [range(0, 1), range(1, 2), range(2, 3)]) == 6
     # Messages that cost more to pass on than to keep are kept.
     assert len(stretches([10] * 9, [1000] * 9, chain)) == 1
-

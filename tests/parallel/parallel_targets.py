@@ -70,10 +70,12 @@ def train_engine(payload: dict[str, Any], mesh: Mesh) -> None:
     from distpc.parallel.engine import Engine
 
     results = {}
-    for stage, kind, micro_batch in payload["cases"]:
+    for stage, kind, micro_batch, offload in payload["cases"]:
         model = Net()
         optimizer = make_optimizer(kind, model)
-        engine = Engine(model, optimizer, mesh=mesh, zero_stage=stage, reduce_bucket=20)
+        engine = Engine(
+            model, optimizer, mesh=mesh, zero_stage=stage, reduce_bucket=20, offload=offload
+        )
 
         def take_steps(engine: Engine, first: int, micro_batch: int = micro_batch) -> None:
             for step in range(first, first + STEPS):
@@ -95,7 +97,7 @@ def train_engine(payload: dict[str, Any], mesh: Mesh) -> None:
         take_steps(engine, STEPS)
         resumed = engine.full_state()
         assert mesh.is_main or (trained, loaded, resumed) == ({}, {}, {})
-        results[f"{stage} {kind} {micro_batch}"] = {
+        results[f"{stage} {kind} {micro_batch} {offload}"] = {
             "trained": _lists(trained),
             "loaded": _lists(loaded),
             "resumed": _lists(resumed),

@@ -68,6 +68,12 @@ def test_bytes_between_steps() -> None:
     }
     # Statistics; a share of them more; and three shares with a bucket.
     assert resident == {0: 1000, 1: 1250, 2: 1250, 3: 750 + 4}
+    # What is sharded can lie with the host.
+    on_device = {
+        stage: sum(bytes_per_rank(parameters, Layout(1, 4, stage, MIB, True)).values()) // MIB
+        for stage in range(4)
+    }
+    assert on_device == {0: 1000, 1: 1000, 2: 1000, 3: 4}
     learns = bytes_per_rank(parameters, Layout(1, 2, 0), state_copies=2)
     assert learns["statistics"] == 1000 * MIB and learns["optimizer_state"] == 2000 * MIB
 
