@@ -4,25 +4,104 @@ The steps of a schedule are cut into stretches. What passes from one stretch to 
 what only its own steps read is dropped after the forward pass, and computed again when the backward
 pass comes to the stretch. On a node axis that repeats its exchanges, and under ZeRO 3 its gathering
 of parameters.
+
+A stretch is computed again as a whole, and hands out flows of the parameters that it reads, so that
+autograd adds up those of several stretches before anyone sees them: ZeRO takes what arrives at a
+parameter for all of it. torch's recomputation with re-entry lets it arrive stretch by stretch (and
+learns nothing from integers alone, which are all that the first stretch is given); the one without
+re-entry computes in the middle of a sum's backward pass, where ZeRO 3 then lets go of parameters
+that the sum still needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-Made = TypeVar("Made")
+from distpc.circuits.step import Message, Place, Stretch
+
+Run = Callable[[dict[Place, Message]], Stretch]
 
 
-def again_in_backward(run: Callable[..., Made], *arguments: object) -> Made:
-    """What `run` makes of the arguments; of its inner tensors none is kept for the backward pass.
+def again_in_backward(
+    run: Run, arrived: dict[Place, Message], parameters: Sequence[Tensor]
+) -> Stretch:
+    """What a stretch makes of the messages that arrive at it, which are all that is kept.
 
-    Not the reentrant kind of recomputation: given integers only, as the first stretch is, that
-    kind warns once and its parameters learn nothing.
+    Args:
+        run: evaluates the stretch, alike whenever it is called.
+        arrived: messages from earlier stretches.
+        parameters: that it reads.
     """
-    # Stopping half-way through a module would leave out its hooks, by which ZeRO 3 lets go of
-    # parameters.
-    with set_checkpoint_early_stop(False):
-        return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+    made: list[Stretch] = []
+    values = [message.values for message in arrived.values()]
+    out = StretchFunction.apply(run, arrived, made, len(values), *values, *parameters)
+    return _with_values(made.pop(), out)
+
+
+class StretchFunction(torch.autograd.Function):
+    """Values of the messages that arrive -> values of the messages that are sent, then the root's.
+
+    The rest of what a stretch makes, which no gradient goes through, is put into a list.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Run,
+        arrived: dict[Place, Message],
+        made: list[Stretch],
+        num_values: int,
+        *read: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.others = {place: (m.scale, m.is_weak) for place, m in arrived.items()}
+        # Not saved: under ZeRO 3 they come and go.
+        ctx.parameters = read[num_values:]
+        ctx.save_for_backward(*read[:num_values])
+        ctx.set_materialize_grads(False)
+        made.append(run(arrived))
+        return tuple(tensor.detach() for tensor in _values(made[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *flows: Tensor | None) -> tuple[Tensor | None, ...]:
+        values = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            arrived = {
+                place: Message(tensor, *others)
+                for (place, others), tensor in zip(ctx.others.items(), values, strict=True)
+            }
+            out = _values(ctx.run(arrived))
+        reached = [
+            (tensor, flow)
+            for tensor, flow in zip(out, flows, strict=True)
+            if flow is not None and tensor.requires_grad
+        ]
+        passed = torch.autograd.grad(
+            [tensor for tensor, _ in reached],
+            [*values, *ctx.parameters],
+            [flow for _, flow in reached],
+            allow_unused=True,
+        )
+        return None, None, None, None, *passed
+
+
+def _values(made: Stretch) -> list[Tensor]:
+    """Of the messages that are sent, then of the root's."""
+    messages = [*made.sent.values(), *([] if made.root is None else [made.root])]
+    return [message.values for message in messages]
+
+
+def _with_values(made: Stretch, values: tuple[Tensor, ...]) -> Stretch:
+    """The same with other values."""
+    sent = {
+        place: message._replace(values=tensor)
+        for (place, message), tensor in zip(made.sent.items(), values, strict=False)
+    }
+    root = None if made.root is None else made.root._replace(values=values[-1])
+    return made._replace(sent=sent, root=root)

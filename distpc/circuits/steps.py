@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from distpc.circuits.schedule import (
     StepPlan,
     SumPlan,
 )
-from distpc.circuits.step import Exchange, Message, Step, seal
+from distpc.circuits.step import Exchange, Message, Place, Step, Stretch, seal
 from distpc.circuits.sums import SumBank
 
 
@@ -185,24 +186,6 @@ class Pass(NamedTuple):
     outputs: list[Tensor]
 
 
-class Stretch(NamedTuple):
-    """What consecutive steps made.
-
-    Attributes:
-        sent: messages for later steps, by (step, request, piece).
-        is_weak: as in `Pass`.
-        outputs: as in `Pass`.
-        added: log-scales that enter the likelihood without being routed.
-        root: the root's message, if it is among them.
-    """
-
-    sent: dict[tuple[int, int, int], Message]
-    is_weak: Tensor
-    outputs: list[Tensor]
-    added: list[Tensor]
-    root: Message | None
-
-
 def run_steps(
     schedule: Schedule,
     steps: Sequence[Step],
@@ -228,19 +211,24 @@ def run_steps(
         stretches: of steps, whose inner messages backward computes again, see `recompute`.
     """
 
-    def run(numbers: range, arrived: dict[tuple[int, int, int], Message]) -> Stretch:
+    def run(numbers: range, arrived: dict[Place, Message]) -> Stretch:
         return _run_stretch(
             schedule, steps, banks, units, evidence, numbers, arrived, in_logs, keep, exchange
         )
 
-    waiting: dict[tuple[int, int, int], Message] = {}
+    waiting: dict[Place, Message] = {}
     is_weak = torch.zeros(evidence.codes.shape[1], dtype=torch.bool, device=evidence.codes.device)
     outputs: list[Tensor] = []
     added: list[Tensor] = []
     root: Message | None = None
     for numbers in stretches or [range(len(steps))]:
         arrived = {place: waiting.pop(place) for place in list(waiting) if place[0] in numbers}
-        made = again_in_backward(run, numbers, arrived) if stretches else run(numbers, arrived)
+        of_stretch = partial(run, numbers)
+        if stretches:
+            read = _parameters(schedule, banks, numbers)
+            made = again_in_backward(of_stretch, arrived, read)
+        else:
+            made = of_stretch(arrived)
         waiting |= made.sent
         is_weak |= made.is_weak
         outputs += made.outputs
@@ -260,6 +248,15 @@ def run_steps(
     return Pass(RootFunction.apply(values, log_scale), is_weak, outputs)
 
 
+def _parameters(
+    schedule: Schedule, banks: Sequence[nn.Module], numbers: range
+) -> list[nn.Parameter]:
+    """Those that steps read."""
+    plans = [schedule.steps[number] for number in numbers]
+    used = {plan.bank for plan in plans if isinstance(plan, InputPlan | SumPlan)}
+    return [parameter for number in sorted(used) for parameter in banks[number].parameters()]
+
+
 def _run_stretch(
     schedule: Schedule,
     steps: Sequence[Step],
@@ -267,7 +264,7 @@ def _run_stretch(
     units: Sequence[range],
     evidence: Evidence,
     numbers: range,
-    arrived: dict[tuple[int, int, int], Message],
+    arrived: dict[Place, Message],
     in_logs: bool,
     keep: bool,
     exchange: Exchange | None,

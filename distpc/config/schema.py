@@ -261,7 +261,7 @@ class ParallelConfig(Section):
     number of ranks, and the others are replicas for different samples (the data axis)."""
     offload: bool = False
     """Keep in the host's memory what zero_stage 1 to 3 shard: a second copy of the statistics that
-    the optimizer steps, and under 3 the statistics themselves; for circuits that no device holds."""
+    the optimizer steps, and under 3 the statistics themselves."""
     recompute_messages: bool = False
     """Compute most messages again in the backward pass instead of keeping them for it: less memory
     for long chains and deep trees, and a third more products."""
