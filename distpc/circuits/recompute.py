@@ -2,15 +2,13 @@
 
 The steps of a schedule are cut into stretches. What passes from one stretch to another is kept;
 what only its own steps read is dropped after the forward pass, and computed again when the backward
-pass comes to the stretch. On a node axis that repeats its exchanges, and under ZeRO 3 its gathering
-of parameters.
+pass comes to the stretch. On a node axis that repeats its exchanges.
 
 A stretch is computed again as a whole, and hands out flows of the parameters that it reads, so that
-autograd adds up those of several stretches before anyone sees them: ZeRO takes what arrives at a
-parameter for all of it. torch's recomputation with re-entry lets it arrive stretch by stretch (and
-learns nothing from integers alone, which are all that the first stretch is given); the one without
-re-entry computes in the middle of a sum's backward pass, where ZeRO 3 then lets go of parameters
-that the sum still needs.
+autograd adds up those of several stretches before anyone sees them: ZeRO 1 and 2 take what arrives
+at a parameter for all of it. torch's recomputation with re-entry lets it arrive stretch by stretch,
+and learns nothing from integers alone, which are all that the first stretch is given. Under ZeRO 3
+parameters are empty by the time that those flows arrive: it is refused.
 """
 
 from __future__ import annotations
@@ -60,9 +58,8 @@ class StretchFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.run = run
         ctx.others = {place: (m.scale, m.is_weak) for place, m in arrived.items()}
-        # Not saved: under ZeRO 3 they come and go.
-        ctx.parameters = read[num_values:]
-        ctx.save_for_backward(*read[:num_values])
+        ctx.num_values = num_values
+        ctx.save_for_backward(*read)
         ctx.set_materialize_grads(False)
         made.append(run(arrived))
         return tuple(tensor.detach() for tensor in _values(made[0]))
@@ -70,7 +67,8 @@ class StretchFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *flows: Tensor | None) -> tuple[Tensor | None, ...]:
-        values = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        read = ctx.saved_tensors
+        values = [tensor.detach().requires_grad_() for tensor in read[: ctx.num_values]]
         with torch.enable_grad():
             arrived = {
                 place: Message(tensor, *others)
@@ -84,7 +82,7 @@ class StretchFunction(torch.autograd.Function):
         ]
         passed = torch.autograd.grad(
             [tensor for tensor, _ in reached],
-            [*values, *ctx.parameters],
+            [*values, *read[ctx.num_values :]],
             [flow for _, flow in reached],
             allow_unused=True,
         )

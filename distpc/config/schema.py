@@ -264,7 +264,7 @@ class ParallelConfig(Section):
     the optimizer steps, and under 3 the statistics themselves."""
     recompute_messages: bool = False
     """Compute most messages again in the backward pass instead of keeping them for it: less memory
-    for long chains and deep trees, and a third more products."""
+    for long chains and deep trees, and a third more products. Not with zero_stage 3."""
     check_replicas_every_steps: int = Field(default=50, ge=0)
     """Steps between two comparisons, bit by bit, of what ranks must hold alike; 0: never."""
     measure_every_steps: int = Field(default=100, ge=0)
@@ -285,6 +285,15 @@ class ParallelConfig(Section):
     ranks end."""
     wait_seconds: float = Field(default=86400.0, gt=0)
     """Time that the other ranks wait for rank 0 to finish one stage that it runs alone."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParallelConfig:
+        if self.recompute_messages and self.zero_stage == 3:
+            raise ValueError(
+                "recompute_messages does not go with zero_stage 3, which lets go of the parameters "
+                "that are read again: take zero_stage 0 to 2, or smaller micro-batches"
+            )
+        return self
 
 
 class RunConfig(Section):

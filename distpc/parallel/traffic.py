@@ -28,10 +28,6 @@ class Sizes(Protocol):
         """Collectives of the node axis in a forward and backward pass."""
 
     @property
-    def num_passes(self) -> int:
-        """Passes through each parameter: forward, and backward two; 4 with forward once more."""
-
-    @property
     def exchanged(self) -> int:
         """Entries a sample that they gather or scatter."""
 
@@ -116,14 +112,14 @@ def traffic(
         0: 2 * own,
         1: 3 * own,
         2: (2 * pieces + 1) * own,
-        3: pieces * ((costs.num_passes if scatters else costs.num_passes + 1) * own - still_there),
+        3: pieces * ((3 if scatters else 4) * own - still_there),
     }[stage]
     buckets = share(own, FLOAT_BYTES * layout.reduce_bucket)
     operations = {
         0: 1,
         1: buckets + 1,
         2: pieces * buckets + 1,
-        3: pieces * ((costs.num_passes - 1) * costs.num_banks + buckets),
+        3: pieces * (2 * costs.num_banks + buckets),
     }[stage]
     # Forward gathers the product below each sum, backward scatters the flow that comes back.
     messages = FLOAT_BYTES * costs.exchanged * local_batch * (m - 1) // m

@@ -211,7 +211,9 @@ def _layouts(job: Job, num_ranks: int) -> Iterator[Layout]:
         data_axis = num_ranks // node_axis
         if data_axis > job.batch or (job.needs_whole_circuit and node_axis > 1):
             continue
-        stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(4)
+        # Messages are not computed again under ZeRO 3, see `recompute`.
+        last = 2 if job.costs.stretches else 3
+        stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(last + 1)
         for stage in stages:
             yield layout_of(job.costs, node_axis, data_axis, stage, offload=job.offload)
 

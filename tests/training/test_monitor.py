@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from runs import hidden_tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -58,6 +59,13 @@ def test_resuming_drops_the_steps_that_are_done_again(tmp_path: Path) -> None:
     events = read(tmp_path).Scalars("train_bpd")
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6, 7]
     assert [event.value for event in events] == [9.0] * 3 + [1.0] * 4
+
+
+def test_says_why_training_stopped(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), Monitor(tmp_path, SPEC, enabled=True):
+        raise ValueError("rank 3 is lost")
+    (text,) = read(tmp_path).Tensors("stopped/text_summary")
+    assert text.tensor_proto.string_val == [b"rank 3 is lost"]
 
 
 def test_other_ranks_are_silent(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def compare(cases: list[Case], found: dict[str, Tensor]) -> None:
 def test_meshes_of_four_ranks(tmp_path: Path) -> None:
     """Units and samples shared, checkpoints moved to another mesh, replicas that differ."""
     cases = [Case("hclt", "online_em", 2, 3, 3), Case("quad_graph", "online_em", 4, 0, 1)]
-    cases += [Case("hclt", "online_em", 2, 3, 3, True), Case("hmm", "online_em", 4, 0, 3, True)]
+    cases += [Case("hclt", "online_em", 2, 2, 3, True), Case("hmm", "online_em", 4, 0, 3, True)]
     moves = [
         (Case("patches", "adam", 2, 0), Case("patches", "adam", 4, 0, 3)),
         (Case("hmm", "online_em", 4, 0), Case("hmm", "online_em", 2, 2, 3)),
@@ -106,6 +106,6 @@ def test_every_layout(num_ranks: int, tmp_path: Path) -> None:
     ]
     cases += [
         Case(structure, "online_em", node, stage, 3, True)
-        for structure, node, stage in product(STRUCTURES, axes, (0, 2, 3))
+        for structure, node, stage in product(STRUCTURES, axes, (0, 1, 2))
     ]
     compare(cases, launch(num_ranks, tmp_path, cases=cases))
