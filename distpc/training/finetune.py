@@ -180,24 +180,13 @@ def _assemble(
     facts: TrainingFacts,
 ) -> Parts:
     config, parallel = ctx.config.finetune, ctx.config.parallel
-    whole = circuit
-    if mesh.is_main and (parallel.zero_stage == 3 or mesh.node_parallel > 1):
-        whole = Circuit(
-            circuit.graph, circuit.num_categories, max_fold_bytes=circuit.max_fold_bytes
-        )
-        whole.load_state_dict(circuit.state_dict())
-        whole.set_smoothing(*circuit.smoothing)
     if parallel.recompute_messages:
         circuit.recompute_messages_()
     costs = footprint(circuit.graph, circuit.schedule, mesh.node_parallel)
     # A multiply-add is two operations; backward takes two products for forward's one.
     flops = 6.0 * costs.multiply_adds
-    splits: dict[str, Split] = {}
-    if mesh.node_parallel > 1:
-        splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))
+    whole, splits = _shared(ctx, mesh, circuit)
     rule = rule_of(ctx, circuit, index)
-    largest = max((parameter.numel() for parameter in circuit.parameters()), default=0)
-    bucket = fitting_bucket(circuit.num_parameters, largest)
     optimizer = CircuitOptimizer(
         circuit.parameter_groups(),
         step_size=config.step_size,
@@ -225,7 +214,7 @@ def _assemble(
             optimizer,
             mesh=mesh,
             zero_stage=parallel.zero_stage,
-            reduce_bucket=bucket,
+            reduce_bucket=fitting_bucket(costs.num_parameters, costs.largest_bank),
             offload=parallel.offload,
             splits=splits,
         ),
@@ -247,6 +236,20 @@ def _assemble(
         mesh=mesh,
         last_good=ctx.out.parent / LAST_GOOD,
     )
+
+
+def _shared(ctx: StageContext, mesh: Mesh, circuit: Circuit) -> tuple[Circuit, dict[str, Split]]:
+    """Keep this rank's units of the circuit; a circuit for whole parameters, and what is split."""
+    whole = circuit
+    if mesh.is_main and (ctx.config.parallel.zero_stage == 3 or mesh.node_parallel > 1):
+        whole = Circuit(
+            circuit.graph, circuit.num_categories, max_fold_bytes=circuit.max_fold_bytes
+        )
+        whole.load_state_dict(circuit.state_dict())
+        whole.set_smoothing(*circuit.smoothing)
+    if mesh.node_parallel == 1:
+        return whole, {}
+    return whole, splits_of(circuit, share_units_(circuit, axes(mesh).node))
 
 
 def _has_model(ctx: StageContext) -> bool:
