@@ -186,8 +186,13 @@ def main() -> None:
         planned = options(of_name, cluster)
         chosen = choose(planned, cluster)
         seconds = dict(zip(map(tuple, layouts[name]), found["shapes"][name], strict=True))
-        taken = seconds[chosen.layout.node_axis, chosen.layout.zero_stage]
-        print(f"\n{name}: takes {chosen.layout.name}, {taken / min(seconds.values()):.2f} x")
+        axis = chosen.layout.node_axis
+        taken = seconds[axis, chosen.layout.zero_stage]
+        other = min(took for (node_axis, _), took in seconds.items() if node_axis != axis)
+        print(
+            f"\n{name}: takes {chosen.layout.name}, {taken / other:.2f} of the other axis, "
+            f"{taken / min(seconds.values()):.2f} of the fastest"
+        )
         for option in planned:
             key = option.layout.node_axis, option.layout.zero_stage
             print(

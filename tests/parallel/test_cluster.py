@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 import torch
 from parallel_processes import (
     DRIVERS,
@@ -241,6 +240,8 @@ def test_an_existing_cluster_is_joined_and_left_alone(
 @pytest.mark.slow
 def test_figures_of_ranks_reach_ray(cluster: Cluster, tmp_path: Path) -> None:
     """As the metrics that a node of the cluster exports for Prometheus, half a minute later."""
+    import ray  # Not before the cluster has chosen how it asks who speaks to it.
+
     (node,) = ray.nodes()
     page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     path = tmp_path / "figures.json"
