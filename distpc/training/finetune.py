@@ -16,11 +16,12 @@ from distpc.data.index import ShardIndex
 from distpc.data.loader import Loader
 from distpc.data.plan import LoaderState
 from distpc.data.spec import DatasetSpec
+from distpc.errors import DistpcError
 from distpc.parallel.collectives import axes, barrier
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.memory import fitting_bucket
-from distpc.parallel.mesh import Mesh
+from distpc.parallel.mesh import Mesh, is_main_process
 from distpc.parallel.meter import Meter
 from distpc.parallel.places import Split
 from distpc.structures.region_graph import RegionGraph
@@ -32,7 +33,7 @@ from distpc.training.checkpoint import (
     load_parameters,
 )
 from distpc.training.last_good import LAST_GOOD
-from distpc.training.monitor import Monitor
+from distpc.training.monitor import Monitor, note_stop
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.rules import Rule, Smoothing, make_rule, refuse_shards
 from distpc.training.samples import take_rows
@@ -59,14 +60,19 @@ def run(ctx: StageContext) -> None:
     """
     parallel = ctx.config.parallel
     if not _has_model(ctx):
-        run_ranks(
-            "distpc.training.finetune:train_rank",
-            ctx.to_json(),
-            num_ranks=parallel.num_ranks,
-            threads_per_rank=parallel.threads_per_rank,
-            log_folder=ctx.out / LOGS,
-            join_seconds=parallel.join_seconds,
-        )
+        try:
+            run_ranks(
+                "distpc.training.finetune:train_rank",
+                ctx.to_json(),
+                num_ranks=parallel.num_ranks,
+                threads_per_rank=parallel.threads_per_rank,
+                log_folder=ctx.out / LOGS,
+                join_seconds=parallel.join_seconds,
+            )
+        except DistpcError as error:
+            if is_main_process():
+                note_stop(ctx.tensorboard / "finetune", error)
+            raise
     results = read_json(ctx.out / RESULTS)
     ctx.metadata.update(results)
     if Mesh.from_environment().is_main:

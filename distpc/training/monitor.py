@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -63,12 +64,8 @@ class Monitor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._writer is None:
-            return
-        if error is not None:
-            # A lost rank, for one: the error names it.
-            self._writer.add_text("stopped", str(error))
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     @property
     def enabled(self) -> bool:
@@ -125,6 +122,12 @@ class Monitor:
     def _image(self, name: str, grid: np.ndarray, step: int) -> None:
         if self._writer is not None:
             self._writer.add_image(name, grid, step, dataformats="HWC")
+
+
+def note_stop(folder: Path, error: BaseException) -> None:
+    """Say in a training's event files what stopped it: a rank that was lost, for one."""
+    with contextlib.closing(open_writer(folder)) as writer:
+        writer.add_text("stopped", str(error))
 
 
 def completion_grid(circuit: Circuit, examples: np.ndarray, spec: DatasetSpec) -> np.ndarray | None:
