@@ -37,6 +37,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> StageContext:
     )
 
 
+def events_of(ctx: StageContext) -> EventAccumulator:
+    events = EventAccumulator(str(ctx.tensorboard / "finetune"))
+    events.Reload()
+    return events
+
+
 def newest(ctx: StageContext) -> Checkpoint:
     found = Checkpoints(ctx.out / "checkpoints", finetune.identity_of(ctx)).newest()
     assert found is not None
@@ -94,9 +100,7 @@ def test_learns_and_says_so(stages: dict[str, Any]) -> None:
         first,
         second,
     ]
-    events = EventAccumulator(str(stages["zero0"].tensorboard / "finetune"))
-    events.Reload()
-    (measured,) = events.Scalars("ranks/tflops/1")
+    (measured,) = events_of(stages["zero0"]).Scalars("ranks/tflops/1")
     assert measured.step == 2 and measured.value == pytest.approx(second["tflops"])
 
 
@@ -169,6 +173,8 @@ def test_killed_runs_resume_bit_equal(
     os.kill(children(driver.pid)[1], signal.SIGKILL)
     assert driver.wait(timeout=200) == 1
     assert "was ended by signal 9" in (tmp_path / "driver.log").read_text()
+    (stopped,) = events_of(ctx).Tensors("stopped/text_summary")
+    assert b"training rank 1 of 2 was ended by signal 9" in stopped.tensor_proto.string_val[0]
 
     driver = start(ctx, tmp_path)
     wait_for_step(ctx, driver, 12)
