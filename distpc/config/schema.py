@@ -295,6 +295,8 @@ class ParallelConfig(Section):
                 "recompute_messages does not go with zero_stage 3, which lets go of the parameters "
                 "that are read again: take zero_stage 0 to 2, or smaller micro-batches"
             )
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload is of what ZeRO shards: take zero_stage 1 to 3 with it")
         return self
 
 

@@ -134,6 +134,23 @@ def test_what_is_offered_and_taken() -> None:
     assert layouts(whole_rows) == {(1, 4, 0), (2, 2, 0), (4, 1, 0)}
 
 
+def test_messages_computed_again_take_time_instead_of_memory() -> None:
+    graph = hmm(64, 128)
+    plain, late = (
+        footprint(graph, compile_graph(graph, [16] * 64, late_inputs=again), recompute=again)
+        for again in (False, True)
+    )
+    cluster = Cluster(1, 4, 10 * GIB)
+    kept, again = ({o.layout.name: o for o in options(Job(c, 512), cluster)} for c in (plain, late))
+    # ZeRO 3 cannot do it.
+    assert set(kept) - set(again) == {"1 x 4, ZeRO 3", "2 x 2, ZeRO 3"}
+    for name, option in again.items():
+        assert option.peak < kept[name].peak / 2
+        assert option.compute_seconds == pytest.approx(kept[name].compute_seconds * 4 / 3)
+    assert again["4 x 1, ZeRO 0"].sent > 1.3 * kept["4 x 1, ZeRO 0"].sent
+    assert again["1 x 4, ZeRO 0"].sent == kept["1 x 4, ZeRO 0"].sent
+
+
 def test_less_memory_means_smaller_pieces_then_more_shards_then_refusal() -> None:
     job = Job(sizes(length=32, num_states=2048), batch=8192)
     taken = []
