@@ -19,6 +19,7 @@ import torch
 from distpc.config.schema import ParallelConfig
 from distpc.errors import ResourceError
 from distpc.parallel import reaper
+from distpc.parallel.gauges import Gauges
 from distpc.parallel.mesh import RANK_VARIABLES
 from distpc.parallel.placement import RankHosts
 from distpc.parallel.pool import Pool
@@ -116,6 +117,12 @@ class Cluster:
     def rank_hosts(self, num_ranks: int, num_cpus: int, seconds: float) -> RankHosts:
         """Places for `num_ranks` training ranks of `num_cpus` CPUs each; see `RankHosts`."""
         return RankHosts(_ray(), num_ranks, num_cpus, seconds)
+
+    def gauges(self, path: Path, stage: str) -> Gauges:
+        """What shows the figures that ranks leave in a file in Ray's dashboard; see `Gauges`."""
+        from ray.util.metrics import Gauge
+
+        return Gauges(Gauge, path, stage)
 
     def address(self) -> str:
         """The address of this machine by which others of the cluster reach it."""

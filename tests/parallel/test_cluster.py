@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from parallel_processes import (
     wait_until,
 )
 
+from distpc.artifacts.files import write_json
 from distpc.config.schema import ParallelConfig
 from distpc.errors import DataError, DistpcError, ResourceError
 from distpc.parallel import reaper
@@ -244,3 +246,32 @@ def test_an_existing_cluster_is_joined_and_left_alone(
     assert "2 CPUs" in refused.stdout
     assert "64 CPUs" in refused.stdout
     assert port in listening()
+
+
+@pytest.mark.slow
+def test_figures_of_ranks_reach_ray(cluster: Cluster, tmp_path: Path) -> None:
+    """As the metrics that a node of the cluster exports for Prometheus, half a minute later."""
+    import ray  # Not before the cluster has chosen how it asks who speaks to it.
+
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    path = tmp_path / "figures.json"
+    gauges = cluster.gauges(path, "finetune")
+    gauges.pass_on()
+    write_json(path, {"ranks": [{"tflops": 1.5}, {"tflops": 2.5}]})
+    gauges.pass_on()
+    gauges.lost([1])
+
+    def exported() -> list[str]:
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return [line for line in lines if line.startswith("ray_distpc_")]
+
+    wait_until(lambda: len(exported()) >= 3, 60, "the figures to be exported")
+    for name, rank, value in (("tflops", 0, 1.5), ("tflops", 1, 2.5), ("rank_lost", 1, 1.0)):
+        (line,) = [
+            line
+            for line in exported()
+            if line.startswith(f"ray_distpc_{name}") and f'rank="{rank}"' in line
+        ]
+        assert 'stage="finetune"' in line and float(line.split()[-1]) == value
