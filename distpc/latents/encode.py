@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distpc.artifacts.cache import Cache, use
 from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.reader import read_shard
 from distpc.errors import ResourceError
@@ -77,6 +78,7 @@ class EncoderSettings:
         device: where the teacher runs, `cpu` or `cuda`.
         mixed: multiply matrices in bfloat16 on GPUs.
         max_bad: samples that may be left out.
+        cache_folder, cache_bytes: where copies of shards from an object store are kept.
     """
 
     index: str
@@ -89,6 +91,8 @@ class EncoderSettings:
     device: str
     mixed: bool = True
     max_bad: int = 0
+    cache_folder: str | None = None
+    cache_bytes: int = 10 * 2**30
 
 
 class Encoder(ABC):
@@ -96,6 +100,7 @@ class Encoder(ABC):
 
     def __init__(self, settings: EncoderSettings) -> None:
         self._settings = settings
+        use(Cache(settings.cache_folder, settings.cache_bytes))
         self._spec = ShardIndex.load(Path(settings.index)).spec
         self._teacher = load_teacher(Path(settings.teacher), device=settings.device)
         self._teacher.check_data(self._spec, settings.patch_size)

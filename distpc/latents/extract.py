@@ -1,7 +1,8 @@
 """Stage `features`: one data shard in, one shard of teacher features out, on Ray workers.
 
-With `latents.keep_features: false` only the shards that k-means is fitted to are kept: the first
-ones, which are a uniform sample, because samples are put into shards by a random permutation. The
+With `latents.keep_features: false` only the shards that k-means is fitted to are kept: some, spread
+evenly over all. Images are put into shards by a random permutation, so that these are a uniform
+sample; text stays in its documents, which are permuted, so that these are of many documents. The
 stage `assign` then encodes all shards and keeps latents only.
 """
 
@@ -49,7 +50,7 @@ def run(ctx: StageContext) -> None:
     entries = ShardIndex.load(ctx.input("index").path).shards(SPLIT)
     latents = ctx.config.latents
     wanted = first_shards(entries, latents.max_samples)
-    used = wanted if latents.keep_features else first_shards(wanted, samples_to_fit(ctx))
+    used = wanted if latents.keep_features else spread_shards(wanted, samples_to_fit(ctx))
     _remove_others(ctx.out, {entry.name for entry in used})
     missing = [e for e in used if not is_finished(ctx, e, "features")]
     kept = [entry for entry in used if entry not in missing]
@@ -72,6 +73,8 @@ def settings(ctx: StageContext) -> EncoderSettings:
         device="cuda" if config.parallel.gpus_per_worker > 0 else "cpu",
         mixed=config.teacher.extraction_mixed_precision,
         max_bad=config.latents.max_bad_samples,
+        cache_folder=config.artifacts.cache_folder,
+        cache_bytes=config.artifacts.cache_bytes,
     )
 
 
@@ -100,6 +103,13 @@ def first_shards(entries: Sequence[ShardEntry], max_samples: int | None) -> list
             break
         used.append(entry)
     return used
+
+
+def spread_shards(entries: Sequence[ShardEntry], max_samples: int) -> list[ShardEntry]:
+    """Shards at even distances with about `max_samples` samples together, but at least one."""
+    samples = sum(entry.num_samples for entry in entries)
+    number = min(len(entries), max(1, max_samples * len(entries) // samples))
+    return [entries[position * len(entries) // number] for position in range(number)]
 
 
 def is_finished(ctx: StageContext, entry: ShardEntry, holds: str) -> bool:

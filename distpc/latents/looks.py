@@ -31,6 +31,10 @@ CLUSTERS = 8
 MEMBERS = 12
 POINTS = 8192
 """Features that are drawn into the plane."""
+SHARDS = 64
+"""Shards that they are taken from, at most."""
+PER_SHARD = 2
+"""Members of a cluster that one shard gives, while there are other shards."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Looks:
     ) -> dict[int, list[Member]]:
         """Some members of some clusters; see `members`."""
         clusters = spread_clusters(self.usage, num_clusters)
-        return draw_members(self._latents(), clusters, per_cluster, seed)
+        per_shard = max(PER_SHARD, -(-per_cluster // len(self.names)))
+        return draw_members(self._latents(), clusters, per_cluster, per_shard, seed)
 
     def samples(self, members: dict[int, list[Member]]) -> dict[int, np.ndarray]:
         """(M, V) samples that the members of each cluster belong to."""
@@ -86,25 +91,28 @@ class Looks:
 
     def snippets(self, members: dict[int, list[Member]]) -> dict[int, list[str]]:
         """Tokens of each cluster, in their text."""
+        is_bytes = set(self.index.spec.num_categories) == {256}
         return {
-            cluster: [snippet(row, m.unit) for row, m in zip(rows, members[cluster], strict=True)]
+            cluster: [
+                snippet(row, member.unit, is_bytes)
+                for row, member in zip(rows, members[cluster], strict=True)
+            ]
             for cluster, rows in self.samples(members).items()
         }
 
     def features(self, num_points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-        """(P, D) float32 features and (P,) clusters, of whole samples from the first shards."""
+        """(P, D) float32 features and (P,) clusters, of whole samples from shards far apart."""
         artifact = self.inputs["features"]
+        names = _spread(feature_shards(artifact), SHARDS)
         points: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        for name in feature_shards(artifact):
+        for name in names:
             shard = read_shard(shard_path(artifact.path, name), "features")
             _, latents = load_latents(self.folder, name)
-            wanted = -(-(num_points - sum(map(len, points))) // latents.shape[1])
+            wanted = -(-num_points // (len(names) * latents.shape[1]))
             points.append(shard.rows[:wanted].flatten(0, 1).float().numpy())
             labels.append(latents[:wanted].ravel())
-            if sum(map(len, points)) >= num_points:
-                break
-        return np.concatenate(points), np.concatenate(labels)
+        return np.concatenate(points)[:num_points], np.concatenate(labels)[:num_points]
 
     def projection(self) -> Projection:
         """Features and centroids in the plane of the features' principal components."""
@@ -117,7 +125,8 @@ class Looks:
         return project(features, labels, centroids)
 
     def _latents(self) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        for name in self.names:
+        # In an order in which neighbours are far apart: shards of text hold few documents each.
+        for name in np.random.default_rng(0).permutation(self.names).tolist():
             yield name, *load_latents(self.folder, name)
 
 
@@ -134,6 +143,11 @@ def log_looks(ctx: StageContext, names: list[str], usage: list[int], folder: Pat
             writer.add_text("latents/members", snippet_table(looks.snippets(members)), 0)
         picture = scatter_picture(looks.projection())
         writer.add_image("latents/projection", picture, 0, dataformats="HWC")
+
+
+def _spread(names: list[str], most: int) -> list[str]:
+    number = min(len(names), most)
+    return [names[position * len(names) // number] for position in range(number)]
 
 
 def snippet_table(snippets: dict[int, list[str]]) -> str:

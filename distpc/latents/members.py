@@ -1,7 +1,7 @@
 """Members of clusters drawn to be looked at: clusters by their use, members at random.
 
 Nothing is picked for its looks: clusters lie evenly spread between the most and the least used one,
-and members come from the first samples, which a random permutation put there.
+and members are the first that come, from shards in random order.
 Legend: N samples of a shard, Z latents of a sample, K clusters.
 """
 
@@ -46,6 +46,7 @@ def draw_members(
     shards: Iterable[tuple[str, list[str], np.ndarray]],
     clusters: list[int],
     per_cluster: int,
+    per_shard: int,
     seed: int = 0,
 ) -> dict[int, list[Member]]:
     """Up to `per_cluster` members of each cluster, each from another sample.
@@ -53,6 +54,7 @@ def draw_members(
     Args:
         shards: name, keys and (N, Z) latents of shards; read until there are enough.
         clusters: that are wanted.
+        per_shard: members of one cluster that one shard gives, at most.
         seed: of the choice among several latents of one sample.
     """
     rng = np.random.default_rng(seed)
@@ -60,7 +62,8 @@ def draw_members(
     for name, keys, latents in shards:
         for cluster, members in found.items():
             rows = np.flatnonzero((latents == cluster).any(axis=1))
-            for row in rows[: per_cluster - len(members)].tolist():
+            rows = rng.permutation(rows)[: min(per_shard, per_cluster - len(members))]
+            for row in rows.tolist():
                 unit = int(rng.choice(np.flatnonzero(latents[row] == cluster)))
                 members.append(Member(name, row, keys[row], unit))
         if all(len(members) == per_cluster for members in found.values()):

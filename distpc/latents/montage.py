@@ -8,9 +8,11 @@ from distpc.data.patches import PatchGrid
 from distpc.data.pictures import three_channels, to_display
 from distpc.data.spec import MISSING, DatasetSpec
 
-_DIMMED = 0.45
+_AROUND = 2
+_DIMMED = 0.6
 _GROUND = 60
-_MIN_SIDE = 48
+_FRAME = (255, 220, 0)
+_MIN_SIDE = 80
 _GAP = 2
 _SNIPPET_UNITS = 24
 
@@ -18,7 +20,7 @@ _SNIPPET_UNITS = 24
 def patch_montage(
     x: dict[int, np.ndarray], units: dict[int, list[int]], spec: DatasetSpec, size: int
 ) -> np.ndarray:
-    """One row a cluster: patches, bright, in the middle of the 3 x 3 patches around, dimmed.
+    """One row a cluster: patches, framed, in the middle of the 5 x 5 patches around, dimmed.
 
     Args:
         x: (M, V) samples of the members of each cluster.
@@ -31,8 +33,9 @@ def patch_montage(
     """
     grid = PatchGrid.of(spec, size)
     columns = max(len(members) for members in units.values())
-    factor = max(1, _MIN_SIDE // (3 * size))
-    side = 3 * size * factor
+    wide = (2 * _AROUND + 1) * size
+    factor = max(1, _MIN_SIDE // wide)
+    side = wide * factor
     sheet = np.full(
         (_GAP + len(units) * (side + _GAP), _GAP + columns * (side + _GAP), 3), 255, dtype=np.uint8
     )
@@ -41,38 +44,42 @@ def patch_montage(
         pictures = three_channels(to_display(x[cluster], spec))
         for column, (picture, unit) in enumerate(zip(pictures, members, strict=True)):
             left = _GAP + column * (side + _GAP)
-            tile = _tile(picture, unit, grid).repeat(factor, axis=0).repeat(factor, axis=1)
-            sheet[top : top + side, left : left + side] = tile
+            sheet[top : top + side, left : left + side] = _tile(picture, unit, grid, factor)
     return sheet
 
 
-def _tile(picture: np.ndarray, unit: int, grid: PatchGrid) -> np.ndarray:
-    """(3 * size, 3 * size, 3): the patch and what is around it."""
-    size = grid.size
-    wide = np.pad(
-        picture * _DIMMED, ((size, size), (size, size), (0, 0)), constant_values=_GROUND
-    ).astype(np.uint8)
+def _tile(picture: np.ndarray, unit: int, grid: PatchGrid, factor: int) -> np.ndarray:
+    """(side, side, 3): the patch and what is around it, enlarged."""
+    size, margin = grid.size, _AROUND * grid.size
+    dimmed = (picture * _DIMMED).astype(np.uint8)
+    wide = np.pad(dimmed, ((margin, margin), (margin, margin), (0, 0)), constant_values=_GROUND)
     row, column = divmod(unit, grid.columns)
     top, left = row * size, column * size
-    tile = wide[top : top + 3 * size, left : left + 3 * size].copy()
-    tile[size : 2 * size, size : 2 * size] = picture[top : top + size, left : left + size]
-    return tile
+    tile = wide[top : top + 2 * margin + size, left : left + 2 * margin + size].copy()
+    inner = slice(margin, margin + size)
+    tile[inner, inner] = picture[top : top + size, left : left + size]
+    large = tile.repeat(factor, axis=0).repeat(factor, axis=1)
+    first, last = margin * factor - 1, (margin + size) * factor
+    large[[first, last], first : last + 1] = _FRAME
+    large[first : last + 1, [first, last]] = _FRAME
+    return large
 
 
-def snippet(x: np.ndarray, unit: int, units: int = _SNIPPET_UNITS) -> str:
+def snippet(x: np.ndarray, unit: int, is_bytes: bool, units: int = _SNIPPET_UNITS) -> str:
     """A token in its text: up to `units` tokens before and behind it, itself in [brackets].
 
     Args:
-        x: (V,) tokens; bytes of UTF-8 where all are below 256, else shown as numbers.
+        x: (V,) tokens.
         unit: which of them.
+        is_bytes: whether they are bytes of UTF-8; else they are shown as numbers.
     """
     parts = [x[max(0, unit - units) : unit], x[unit : unit + 1], x[unit + 1 : unit + 1 + units]]
-    before, token, behind = (_text(part[part != MISSING]) for part in parts)
+    before, token, behind = (_text(part[part != MISSING], is_bytes) for part in parts)
     return f"{before}[{token}]{behind}"
 
 
-def _text(tokens: np.ndarray) -> str:
-    if (tokens > 255).any():
-        return " ".join(str(token) for token in tokens.tolist())
+def _text(tokens: np.ndarray, is_bytes: bool) -> str:
+    if not is_bytes:
+        return "".join(f" {token} " for token in tokens.tolist())
     text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
     return text.replace("\n", "\u23ce").replace("\r", "").replace("\t", "\u21e5")

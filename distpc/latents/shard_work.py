@@ -68,8 +68,7 @@ class Spent:
 
     Attributes:
         seconds: over all workers: `read`, `wait` (for the teacher), `encode`, `write`.
-        start: from the request to the first worker that runs (`distpc` imported, not yet the
-            teacher loaded).
+        start: from the request to the first worker that has loaded the teacher.
         wall: from there to the last shard.
         samples: encoded.
         workers: that ran side by side, at most.

@@ -19,6 +19,7 @@ import torch
 from distpc.config.schema import ParallelConfig
 from distpc.errors import ResourceError
 from distpc.parallel import reaper
+from distpc.parallel.gauges import Gauges
 from distpc.parallel.mesh import RANK_VARIABLES
 from distpc.parallel.placement import RankHosts
 from distpc.parallel.pool import Pool
@@ -88,7 +89,7 @@ class Cluster:
             ahead: items that a worker is given beside the one that it works on; then its methods
                 are called from several threads at a time.
         """
-        return Pool(_ray(), _Host, worker, kwargs, self.parallel, ahead)
+        return Pool(_ray(), _Host, worker, kwargs, self.parallel, ahead, _ask_autoscaler)
 
     def map(
         self,
@@ -116,6 +117,12 @@ class Cluster:
     def rank_hosts(self, num_ranks: int, num_cpus: int, seconds: float) -> RankHosts:
         """Places for `num_ranks` training ranks of `num_cpus` CPUs each; see `RankHosts`."""
         return RankHosts(_ray(), num_ranks, num_cpus, seconds)
+
+    def gauges(self, path: Path, stage: str) -> Gauges:
+        """What shows the figures that ranks leave in a file in Ray's dashboard; see `Gauges`."""
+        from ray.util.metrics import Gauge
+
+        return Gauges(Gauge, path, stage)
 
     def address(self) -> str:
         """The address of this machine by which others of the cluster reach it."""
@@ -171,6 +178,13 @@ class Cluster:
 class _Host(WorkerHost):
     def gpu_ids(self) -> list[Any]:
         return _ray().get_gpu_ids()
+
+
+def _ask_autoscaler(places: list[dict[str, float]]) -> None:
+    """Say what room is wanted in all; without an autoscaler nobody listens."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=places)
 
 
 def _start(parallel: ParallelConfig) -> Cluster:

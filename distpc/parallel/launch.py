@@ -23,6 +23,7 @@ from distpc.config.schema import ParallelConfig
 from distpc.errors import DistpcError
 from distpc.parallel.failures import Failure, first_own, first_rank, rank_failed, read_failure
 from distpc.parallel.mesh import check_devices, is_rank, launcher_name
+from distpc.parallel.meter import FIGURES
 from distpc.parallel.placement import LOST
 from distpc.parallel.processes import python_path
 from distpc.parallel.rank import error_file, import_target, joined_mesh, log_file
@@ -179,12 +180,14 @@ def _run_on_cluster(job: _Job, join_seconds: float) -> dict[int, int]:
             output = log_file(job.log_folder, rank) if rank > 0 else spoken
             ranks.append(hosts.start(job.arguments(rank), environment, output.absolute()))
             stack.callback(ranks[-1].end)
+        gauges = cluster.gauges(job.log_folder / FIGURES, job.log_folder.parent.name)
         with _Relay(spoken) as relay:
 
             def is_clear(failed: dict[int, int]) -> bool:
                 return LOST in failed.values() or first_own(_failures(job)) is not None
 
-            failed = _wait(ranks, relay.pass_on, is_clear)
+            failed = _wait(ranks, relay.pass_on, gauges.pass_on, is_clear=is_clear)
+        gauges.lost(list(failed))
         del store
     return failed
 
@@ -252,7 +255,7 @@ class _Relay:
 
 def _wait(
     ranks: Sequence[_Rank],
-    meanwhile: Callable[[], None] = lambda: None,
+    *meanwhile: Callable[[], None],
     is_clear: Callable[[dict[int, int]], bool] = lambda failed: True,
 ) -> dict[int, int]:
     """Wait until all ranks succeeded or one failed; exit codes of the failed, by rank.
@@ -271,7 +274,8 @@ def _wait(
             waited = time.monotonic() - since
             if waited > _LOST_SECONDS or (waited > _GRACE_SECONDS and is_clear(failed)):
                 return failed
-        meanwhile()
+        for action in meanwhile:
+            action()
         time.sleep(_POLL_SECONDS)
 
 

@@ -39,7 +39,7 @@ def no_room(parallel: ParallelConfig, machines: list[dict[str, float]]) -> Resou
     gpus = sum(machine.get("GPU", 0) for machine in machines)
     return ResourceError(
         "the cluster shrank until no machine has room for a worker",
-        where="parallel.cpus_per_worker, parallel.gpus_per_worker",
+        where=f"after waiting parallel.join_seconds={parallel.join_seconds:g} for one to join",
         found=f"{cpus:g} CPUs and {gpus:g} GPUs on {len(machines)} machine(s)",
         expected=f"{parallel.cpus_per_worker:g} CPUs and {parallel.gpus_per_worker:g} GPUs "
         "on one machine",

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,6 +86,7 @@ class Pool:
         kwargs: of its constructor; may hold handles.
         parallel: how many workers, of what size.
         ahead: items that a worker may hold beside the one that it works on.
+        ask: tells the cluster's autoscaler the places that are wanted in all.
     """
 
     def __init__(
@@ -95,13 +96,16 @@ class Pool:
         worker: str,
         kwargs: dict[str, Any],
         parallel: ParallelConfig,
-        ahead: int = 0,
+        ahead: int,
+        ask: Callable[[list[dict[str, float]]], None],
     ) -> None:
         self._ray = ray
         self._worker = worker
         self._kwargs = kwargs
         self._parallel = parallel
         self._ahead = ahead
+        self._ask = ask
+        self._asked_places = 0
         self._actor_class = ray.remote(host).options(
             num_cpus=parallel.cpus_per_worker,
             num_gpus=parallel.gpus_per_worker,
@@ -115,6 +119,7 @@ class Pool:
         self._cause = ""
         self._stillborn = 0
         self._looked = 0.0
+        self._homeless: float | None = None
         self.most_workers = 0
         """Workers that ran side by side, at most."""
         self.ready_seconds: float | None = None
@@ -157,7 +162,7 @@ class Pool:
             DistpcError: the worker's code raised it, or raised something else, which it names;
                 not tried again.
             ResourceError: one item's workers died `retries` + 1 times, workers die before they
-                are given any, or the cluster has no machine left that has room for one.
+                are given any, or the cluster has had no room for one for parallel.join_seconds.
         """
         job = _Job(
             items,
@@ -172,23 +177,14 @@ class Pool:
         self._asked = self._asked or time.monotonic()
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(Progress(label, len(items))) if label else None
-            while job.unfinished:
-                self._fit_to_cluster(job)
-                self._hand_out(job)
-                for task, outcome in self._ended(job):
-                    if outcome is None:
-                        if not self._try_again(job, task, lost):
-                            found = Lost(job.deaths[task.index], self._cause)
-                            yield task.index, found
-                        continue
-                    if outcome.error is not None:
-                        raise outcome.error
-                    self._homes[task.index] = task.worker
-                    # Before the caller computes with the result: no worker should wait for that.
-                    self._hand_out(job)
-                    if progress is not None:
-                        progress.advance()
-                    yield task.index, (outcome.value, task.held) if hold else outcome.value
+            for task, outcome in self._results(job):
+                if outcome is None:
+                    if not self._try_again(job, task, lost):
+                        yield task.index, Lost(job.deaths[task.index], self._cause)
+                    continue
+                if progress is not None:
+                    progress.advance()
+                yield task.index, (outcome.value, task.held) if hold else outcome.value
 
     @property
     def num_workers(self) -> int:
@@ -197,6 +193,7 @@ class Pool:
 
     def close(self) -> None:
         """End the workers. Idempotent."""
+        self._ask_for(0)
         for number in list(self._workers):
             self._dismiss(number)
         self._homes.clear()
@@ -207,12 +204,32 @@ class Pool:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _results(self, job: _Job) -> Iterator[tuple[_Task, Any]]:
+        """Tasks with their outcomes, until no item is left; None as outcome when a worker died.
+
+        Raises:
+            DistpcError: a worker's.
+        """
+        while job.unfinished:
+            self._fit_to_cluster(job)
+            self._hand_out(job)
+            for task, outcome in self._ended(job):
+                if outcome is not None:
+                    if outcome.error is not None:
+                        raise outcome.error
+                    self._homes[task.index] = task.worker
+                    # Before the caller computes with the result: no worker should wait for that.
+                    self._hand_out(job)
+                yield task, outcome
+
     def _fit_to_cluster(self, job: _Job) -> None:
         """Start workers where some are missing, and more where the cluster has free places."""
         useful = self._useful(job)
         least = min(self._parallel.num_workers, useful)
         most = min(self._parallel.max_workers or least, useful)
-        if len(self._workers) >= max(least, most):
+        self._ask_for(most if most > self._parallel.num_workers else 0)
+        runs = any(worker.starting is None for worker in self._workers.values())
+        if runs and len(self._workers) >= max(least, most):
             return
         now = time.monotonic()
         if now - self._looked < _LOOK_SECONDS:
@@ -226,8 +243,24 @@ class Pool:
             free = count_places(self._parallel, [self._ray.available_resources()])
             for _ in range(min(most - len(self._workers), self._room() - len(self._workers), free)):
                 self._start_worker()
-        if not self._workers and room == 0:
+        self._refuse_to_wait_for_ever(runs or room > 0, now)
+
+    def _refuse_to_wait_for_ever(self, is_hopeful: bool, now: float) -> None:
+        if is_hopeful:
+            self._homeless = None
+            return
+        if self._homeless is None:
+            self._homeless = now
+            _tell("no machine of the cluster has room for a worker: waiting for one to join")
+        if now - self._homeless > self._parallel.join_seconds:
             raise losses.no_room(self._parallel, self._machines())
+
+    def _ask_for(self, num_workers: int) -> None:
+        """Let an autoscaler know for how many workers there should be room; 0 takes it back."""
+        if num_workers != self._asked_places:
+            place = {"CPU": self._parallel.cpus_per_worker, "GPU": self._parallel.gpus_per_worker}
+            self._ask([{k: v for k, v in place.items() if v}] * num_workers)
+            self._asked_places = num_workers
 
     def _room(self) -> int:
         """Workers that fit on the cluster as it is now, were it empty."""
@@ -303,7 +336,8 @@ class Pool:
     def _may_change(self, job: _Job) -> bool:
         """Whether there may be more workers soon than there are."""
         wanted = max(self._parallel.num_workers, self._parallel.max_workers or 0)
-        return len(self._workers) < min(wanted, self._useful(job))
+        nobody_runs = all(worker.starting is not None for worker in self._workers.values())
+        return nobody_runs or len(self._workers) < min(wanted, self._useful(job))
 
     def _useful(self, job: _Job) -> int:
         """Workers that would have something to do."""
@@ -372,7 +406,7 @@ class Pool:
 
     def _tell_who_waits(self, waiting: int) -> None:
         """Say once that a shared cluster has not given all workers their place."""
-        if waiting and not self._told:
+        if waiting and not self._told and time.monotonic() - self._asked > _PATIENCE_SECONDS:
             self._told = True
             free = self._ray.available_resources().get("CPU", 0)
             _tell(

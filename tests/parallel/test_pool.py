@@ -39,46 +39,50 @@ def nodes() -> Iterator[Any]:
 
 def test_workers_join_and_leave_with_machines(nodes: Any, tmp_path: Path) -> None:
     parallel = ParallelConfig(num_workers=1, max_workers=3)
-    added: list[Any] = []
+    items = [{"value": value, "seconds": 0.05, "log": str(tmp_path)} for value in range(500)]
     pids: dict[int, int] = {}
-    items = [{"value": value, "seconds": 0.4, "log": str(tmp_path)} for value in range(60)]
+    added: Any = None
     with Cluster.connect(parallel) as cluster, cluster.pool(ADDER, KWARGS, ahead=1) as pool:
-        counts = []
         for index, (value, pid) in pool.map(items, method="slow", release=True):
             assert value == 10.0 + index
             pids[index] = pid
-            counts.append(pool.num_workers)
-            if len(pids) == 3:
-                added.append(nodes.add_node(num_cpus=1, wait=True))
-            if len(pids) == 30:
+            if added is None:
+                assert pool.num_workers == 1
+                added = nodes.add_node(num_cpus=1, wait=True)
+            elif len(set(pids.values())) == 1:
+                # Starting a worker takes as long as it takes: items are not to run out meanwhile.
+                time.sleep(0.3)
+            elif added and list(pids.values()).count(pid) == 3:
                 assert pool.most_workers == 2
-                nodes.remove_node(added.pop(), allow_graceful=False)
+                nodes.remove_node(added, allow_graceful=False)
+                added = False
         assert pool.num_workers == 0
-        assert pool.ready_seconds is not None and pool.ready_seconds < 60
-    assert sorted(pids) == list(range(60))
-    assert len(set(pids.values())) == 2
-    # One worker at first, two while the second machine was there, then one again.
-    assert counts[0] == 1 and max(counts) == 2 and counts[-2] == 1
+        assert pool.most_workers == 2
+        assert pool.ready_seconds is not None and pool.ready_seconds > 0
+    assert added is False
+    assert sorted(pids) == list(range(500))
+    # The worker of the machine that left had a few items, the one that stayed the rest.
+    last = list(pids.values())[-100:]
+    assert len(set(last)) == 1 and len(set(pids.values())) == 2
     # Nothing that was finished was computed again: only what the lost machine held.
     runs = [int(path.name.split("-")[0]) for path in tmp_path.iterdir()]
-    assert 60 <= len(runs) <= 62
+    assert 500 <= len(runs) <= 502
 
 
-def test_a_worker_has_the_next_item_while_it_works(nodes: Any, tmp_path: Path) -> None:
-    items = [{"value": v, "seconds": 0.3, "log": str(tmp_path)} for v in range(4)]
+def test_a_worker_has_the_next_item_while_it_works(nodes: Any) -> None:
+    items = [{"value": v, "seconds": 0.2} for v in range(6)]
+
+    def most_at_a_time(found: dict[int, Any]) -> int:
+        spans = [times for _, times in found.values()]
+        return max(sum(a <= start < b for a, b in spans) for start, _ in spans)
+
     with (
         Cluster.connect(ParallelConfig(num_workers=1)) as cluster,
         cluster.pool(ADDER, KWARGS, ahead=1) as pool,
     ):
-        began = time.monotonic()
-        assert len(dict(pool.map(items, method="slow"))) == 4
-        elapsed = time.monotonic() - began - (pool.ready_seconds or 0)
-        # Two at a time, but never more: 4 items of .3 s take two rounds.
-        assert 0.55 < elapsed < 1.15
+        assert most_at_a_time(dict(pool.map(items, method="timed"))) == 2
         # The same pool, one at a time where that is asked for.
-        began = time.monotonic()
-        assert len(dict(pool.map(items, method="slow", ahead=0))) == 4
-        assert time.monotonic() - began > 1.15
+        assert most_at_a_time(dict(pool.map(items, method="timed", ahead=0))) == 1
 
 
 def test_the_item_that_kills_is_told_from_the_one_beside_it(nodes: Any) -> None:
@@ -94,7 +98,7 @@ def test_the_item_that_kills_is_told_from_the_one_beside_it(nodes: Any) -> None:
 
 
 def test_a_cluster_that_lost_all_its_room_is_an_error_with_both_numbers(nodes: Any) -> None:
-    parallel = ParallelConfig(num_workers=1, cpus_per_worker=2)
+    parallel = ParallelConfig(num_workers=1, cpus_per_worker=2, join_seconds=3)
     with pytest.raises(ResourceError, match="no room for 1 workers"):
         Cluster.connect(parallel)
     large = nodes.add_node(num_cpus=2, wait=True)
