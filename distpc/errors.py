@@ -104,3 +104,7 @@ class TrainingError(DistpcError):
 
 class ResourceError(DistpcError):
     """The cluster, the machine or the disk has less than the run asks for."""
+
+
+class HeldLostError(ResourceError):
+    """A machine of the cluster was lost, and with it results that later work was to build on."""

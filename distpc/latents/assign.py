@@ -7,19 +7,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from distpc.artifacts.files import write_json
 from distpc.artifacts.stage import StageContext
 from distpc.errors import LatentError
+from distpc.latents.codebook import read_codebook
 from distpc.latents.fit import CENTROIDS, read_fit
-from distpc.latents.kmeans import assign_points
 from distpc.latents.report import LatentReport, log_report, make_report, refuse_collapse
 from distpc.latents.store import (
     FORMAT_VERSION,
     feature_shards,
     load_latents,
-    read_centroids,
     read_shard,
     read_tensors,
     shard_path,
@@ -37,7 +35,7 @@ class Assigner:
         features: folder of the features stage.
         features_fingerprint: that its shards must carry.
         centroids: file of the fit stage.
-        width: D of the features.
+        shape: (Z, D) of the features.
         out: folder for latent shards.
         fingerprint: that they get.
         device: where distances are computed, `cpu` or `cuda`.
@@ -48,15 +46,16 @@ class Assigner:
         features: str,
         features_fingerprint: str,
         centroids: str,
-        width: int,
+        shape: tuple[int, int],
         out: str,
         fingerprint: str,
         device: str,
     ) -> None:
         self._features = Path(features)
         self._features_fingerprint = features_fingerprint
-        self._centroids = read_centroids(
-            Path(centroids), features=features_fingerprint, width=width
+        self._shape = shape
+        self._codebook = read_codebook(
+            Path(centroids), features=features_fingerprint, shape=shape
         ).to(device)
         self._out = Path(out)
         self._fingerprint = fingerprint
@@ -66,28 +65,27 @@ class Assigner:
         began = time.monotonic()
         path = shard_path(self._features, name)
         shard = read_shard(path, "features", fingerprint=self._features_fingerprint)
-        width = self._centroids.shape[1]
-        if shard.rows.ndim != 3 or shard.rows.shape[2] != width:
+        if tuple(shard.rows.shape[1:]) != self._shape:
             raise LatentError(
                 "the features have another width than the centroids",
                 where=path,
                 found=f"features of shape {tuple(shard.rows.shape)}",
-                expected=f"(samples, latents, {width})",
+                expected=f"(samples, {self._shape[0]}, {self._shape[1]})",
                 fix="run the features and fit stages again for this teacher",
             )
-        labels, distances = assign_points(shard.rows.flatten(0, 1), self._centroids)
+        latents, distances = self._codebook.assign(shard.rows)
         inertia = float(distances.double().sum())
         if not np.isfinite(inertia):
             raise LatentError("features are not finite", where=path, found=f"inertia {inertia}")
         write_shard(
             shard_path(self._out, name),
             "latents",
-            labels.to(torch.int32).reshape(shard.rows.shape[:2]),
+            latents,
             shard.keys,
             {
                 "fingerprint": self._fingerprint,
                 "features": self._features_fingerprint,
-                "num_clusters": len(self._centroids),
+                "num_clusters": self._codebook.num_clusters,
                 "inertia": inertia,
             },
         )
@@ -103,14 +101,14 @@ def run(ctx: StageContext) -> None:
     """
     features, fit = ctx.input("features"), ctx.input("fit")
     names = feature_shards(features)
-    width = _feature_width(shard_path(features.path, names[0]), features.fingerprint)
-    read_centroids(fit.path / CENTROIDS, features=features.fingerprint, width=width)
+    shape = _feature_shape(shard_path(features.path, names[0]), features.fingerprint)
+    read_codebook(fit.path / CENTROIDS, features=features.fingerprint, shape=shape)
     missing = [name for name in names if not _is_finished(shard_path(ctx.out, name), ctx)]
     kwargs = {
         "features": str(features.path),
         "features_fingerprint": features.fingerprint,
         "centroids": str(fit.path / CENTROIDS),
-        "width": width,
+        "shape": shape,
         "out": str(ctx.out),
         "fingerprint": ctx.fingerprint,
         "device": "cuda" if ctx.config.parallel.gpus_per_worker > 0 else "cpu",
@@ -152,8 +150,9 @@ def _report(ctx: StageContext, names: list[str]) -> LatentReport:
     )
 
 
-def _feature_width(path: Path, fingerprint: str) -> int:
-    return int(read_shard(path, "features", fingerprint=fingerprint).rows.shape[-1])
+def _feature_shape(path: Path, fingerprint: str) -> tuple[int, int]:
+    rows = read_shard(path, "features", fingerprint=fingerprint).rows
+    return int(rows.shape[1]), int(rows.shape[2])
 
 
 def _is_finished(path: Path, ctx: StageContext) -> bool:

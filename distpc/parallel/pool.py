@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from distpc.config.schema import ParallelConfig
-from distpc.errors import DistpcError, ResourceError
+from distpc.errors import DistpcError, HeldLostError, ResourceError
 from distpc.parallel.progress import Progress
 from distpc.parallel.worker import WorkerHost, shown, split
 
 _PATIENCE_SECONDS = 30.0
+_SHOWN_CHARACTERS = 300
 
 
 class ItemQueue:
@@ -114,6 +115,7 @@ class Pool:
         Raises:
             DistpcError: the worker's code raised it, or raised something else, which it names;
                 not tried again.
+            HeldLostError: an item's handle leads to what a lost machine held.
             ResourceError: one item's workers died `retries` + 1 times.
         """
         if retries is None:
@@ -203,12 +205,16 @@ class Pool:
         try:
             return task, self._ray.get(done[0])
         except errors.RayTaskError as error:
+            if isinstance(error.cause, _lost_objects(errors)):
+                raise _held_lost(task, error.cause) from error
             raise DistpcError(
                 "a worker's result or item cannot travel between processes",
                 where=f"worker {self._worker}",
                 found=error,
                 expected="values that pickle",
             ) from error
+        except _lost_objects(errors) as error:
+            raise _held_lost(task, error) from error
         except errors.RayError as error:
             self._cause = " ".join(str(error).split())
             # It may be cut off rather than dead.
@@ -227,6 +233,20 @@ class Pool:
                 f"{len(waiting)} of {len(ready) + len(waiting)} workers wait for a place in the "
                 f"cluster; free now: {free:g} CPUs"
             )
+
+
+def _lost_objects(errors: Any) -> tuple[type[Exception], ...]:
+    """What Ray raises where the value of a handle is gone, not the worker."""
+    return errors.ObjectLostError, errors.ObjectFetchTimedOutError
+
+
+def _held_lost(task: _Task, cause: Any) -> HeldLostError:
+    return HeldLostError(
+        "a machine was lost with results that it held for later work",
+        where=f"item {task.index}",
+        found=" ".join(str(cause).split())[:_SHOWN_CHARACTERS],
+        fix="run the same command again: finished work is kept",
+    )
 
 
 def _tell(line: str) -> None:

@@ -29,8 +29,11 @@ def _teacher(config: RunConfig) -> Any:
 
 
 def _fit(config: RunConfig) -> Any:
-    report_fields = ("max_samples", "min_usage_entropy_fraction", "max_dead_fraction")
-    return _values(config.latents, without=report_fields), config.seed
+    latents = config.latents
+    without = ["max_samples", "min_usage_entropy_fraction", "max_dead_fraction", "feature_memory"]
+    if latents.algorithm != "mini_batch":
+        without.append("batch_points")
+    return _values(latents, without=tuple(without)), config.seed
 
 
 def _structure(config: RunConfig) -> Any:

@@ -22,8 +22,9 @@ from distpc.data.patches import PatchGrid
 from distpc.data.reader import read_shard as read_data_shard
 from distpc.errors import LatentError
 from distpc.latents import assign, extract, fit, load_latents
-from distpc.latents.lloyd import FitState
-from distpc.latents.store import read_centroids, read_shard, shard_path, write_centroids
+from distpc.latents.codebook import Codebook, read_codebook, write_codebook
+from distpc.latents.state import FitState
+from distpc.latents.store import read_shard, shard_path
 from distpc.teachers import train as teacher_train
 
 from . import stages
@@ -117,9 +118,9 @@ def test_latents_are_the_nearest_centroids(finished, upstream):
     _, entries = train_shards(upstream)
     folder = finished.folder
     features = finished.artifacts["features"]
-    centroids = read_centroids(
-        folder / "fit" / fit.CENTROIDS, features=features.fingerprint, width=4
-    ).numpy()
+    centroids = read_codebook(
+        folder / "fit" / fit.CENTROIDS, features=features.fingerprint, shape=(16, 4)
+    ).centroids.numpy()
     usage = np.zeros(16, dtype=int)
     squares = 0.0
     for entry in entries:
@@ -241,7 +242,8 @@ def test_centroids_do_not_depend_on_workers_or_deaths(finished, upstream):
     job, _ = local_job(features.path, names, finished.config.latents, 0, features.fingerprint)
     alone = job.run(FitState())
     path = finished.folder / "fit" / fit.CENTROIDS
-    assert torch.equal(read_centroids(path, features=features.fingerprint, width=4), alone.best)
+    codebook = read_codebook(path, features=features.fingerprint, shape=(16, 4))
+    assert torch.equal(codebook.centroids, alone.best)
     facts = json.loads((finished.folder / "fit/fit.json").read_text())
     assert [restart["inertia"] for restart in facts["restarts"]] == alone.inertia
 
@@ -272,7 +274,8 @@ def test_a_killed_driver_goes_on_with_other_workers(tmp_path):
     job, _ = local_job(features.out, names, run.config.latents, 0, features.fingerprint)
     whole = job.run(FitState())
     path = ctx.out / fit.CENTROIDS
-    assert torch.equal(read_centroids(path, features=features.fingerprint, width=8), whole.best)
+    codebook = read_codebook(path, features=features.fingerprint, shape=(2, 8))
+    assert torch.equal(codebook.centroids, whole.best)
     facts = json.loads((ctx.out / "fit.json").read_text())
     assert [restart["inertia"] for restart in facts["restarts"]] == whole.inertia
     assert not checkpoint.exists()
@@ -303,7 +306,8 @@ def test_what_does_not_belong_together_is_refused(finished, tmp_path):
     assert "of another teacher" in caught.value.expected
 
     ctx = run.context("fit")
-    write_centroids(ctx.out / fit.CENTROIDS, torch.zeros(16, 3), {"features": "of another teacher"})
+    marks = {"features": "of another teacher"}
+    write_codebook(ctx.out / fit.CENTROIDS, Codebook(torch.zeros(16, 3)), marks)
     run.seal(ctx, "fit")
     with pytest.raises(LatentError, match="another width") as caught:
         assign.run(run.context("assign"))

@@ -1,0 +1,104 @@
+"""The nearest centroid of every point: the one loop over points that k-means spends its time in.
+
+Legend: P points, D width, K clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_ROWS = 256
+"""Points whose scores are in memory at once on a CPU. Measured for K = 1024, D = 128: the search
+for the nearest costs 3 % of the product while scores stay in the cache, and much more outside."""
+
+TILE_COLUMNS = 1024
+"""Centroids that a block is scored against at once on a CPU, for the same reason."""
+
+_GPU_ROWS = 16_384
+_GPU_COLUMNS = 8_192
+
+
+def assign_points(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centroid of every point.
+
+    Args:
+        points: (P, D) of any float type, on the CPU.
+        centroids: (K, D) float32, on the device that is to do the work.
+
+    Returns:
+        (P,) int64 indices and (P,) float32 squared distances, both on the CPU. Of equal
+        centroids of one tile the first is taken.
+    """
+    labels = torch.empty(len(points), dtype=torch.int64)
+    distances = torch.empty(len(points), dtype=torch.float32)
+    for rows, _, block_labels, block_distances in blocks(points, centroids):
+        labels[rows] = block_labels.cpu()
+        distances[rows] = block_distances.cpu()
+    return labels, distances
+
+
+def blocks(points: Tensor, centroids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield rows, float32 points, labels and squared distances of one block after the other.
+
+    Points are read once; the scores of a block live in one buffer that is used again.
+    """
+    # |x - c|^2 = |x|^2 - 2xc + |c|^2 loses digits when all points lie far from the origin.
+    centre = centroids.mean(0)
+    centred = centroids - centre
+    search = _Search(centred, centred.square().sum(1))
+    for start in range(0, len(points), search.num_rows):
+        rows = slice(start, start + search.num_rows)
+        block = points[rows].to(centroids.device).float()
+        labels = search(block - centre)
+        # Taken anew from the difference: exact for points that lie on their centroid.
+        distances = (block - centroids.index_select(0, labels)).square_().sum(1)
+        yield rows, block, labels, distances
+
+
+class _Search:
+    """Finds the centroid of the least score `offset - 2 x c` of every row of a block."""
+
+    def __init__(self, centroids: Tensor, offsets: Tensor) -> None:
+        self._on_cpu = centroids.device.type == "cpu"
+        self.num_rows = BLOCK_ROWS if self._on_cpu else _GPU_ROWS
+        most = TILE_COLUMNS if self._on_cpu else _GPU_COLUMNS
+        # Tiles of about one width: a last one of a few columns would be slow.
+        columns = math.ceil(len(centroids) / math.ceil(len(centroids) / most))
+        self._tiles = [
+            (start, part.T, offset)
+            for start, part, offset in zip(
+                range(0, len(centroids), columns),
+                centroids.split(columns),
+                offsets.split(columns),
+                strict=True,
+            )
+        ]
+        size = self.num_rows * columns
+        # Allocating it anew for every block costs an eighth of the product.
+        self._buffer = torch.empty(size, device=centroids.device)
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """(P, D) float32 -> (P,) int64."""
+        best: Tensor | None = None
+        for start, part, offset in self._tiles:
+            scores = self._buffer[: len(block) * len(offset)].view(len(block), len(offset))
+            torch.addmm(offset, block, part, alpha=-2, out=scores)
+            found = self._argmin(scores)
+            if len(self._tiles) == 1:
+                return found
+            least = scores.gather(1, found[:, None])[:, 0]
+            if best is None:
+                best, labels = least, found
+                continue
+            better = least < best
+            labels = torch.where(better, found + start, labels)
+            best = torch.where(better, least, best)
+        return labels
+
+    def _argmin(self, scores: Tensor) -> Tensor:
+        # On the CPU numpy's is ten times as fast as torch's.
+        return torch.from_numpy(scores.numpy().argmin(1)) if self._on_cpu else scores.argmin(1)
