@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,29 +146,33 @@ def _cluster(
     ctx: StageContext, holders: Holders, views: Sequence[View], facts: Sequence[ShardFacts]
 ) -> FitState:
     """One codebook, from where a killed attempt left it."""
+    path = ctx.out / _checkpoint(views[0].position)
+    state = FitState.load(path, ctx.fingerprint)
+    with RoundLog(ctx, state, views[0].position) as log:
+        job = make_job(ctx, holders, views, facts)
+        job = replace(job, keep=lambda state: state.save(path, ctx.fingerprint), log=log)
+        return job.run(state)
+
+
+def make_job(
+    ctx: StageContext, holders: Holders, views: Sequence[View], facts: Sequence[ShardFacts]
+) -> Lloyd:
+    """The clustering of `views`, all of one position or of all; `facts` are of their shards."""
     config = ctx.config.latents
     position = views[0].position
-    whole = position is None
-    sizes = [fact.points if whole else fact.samples for fact in facts]
-    path = ctx.out / _checkpoint(position)
-    state = FitState.load(path, ctx.fingerprint)
-    width = len(facts[0].sums)
+    sizes = [fact.points if position is None else fact.samples for fact in facts]
     groups = ctx.config.parallel.num_workers
-    if 8 * config.num_clusters * width < _FEW_BYTES:
+    if 8 * config.num_clusters * len(facts[0].sums) < _FEW_BYTES:
         groups *= _GROUPS_PER_WORKER
-    with RoundLog(ctx, state, position) as log:
-        job = Lloyd(
-            holders,
-            views,
-            sizes,
-            grid_bits(sum(sizes), max(fact.largest for fact in facts)),
-            min(len(views), groups),
-            config,
-            ctx.config.seed if whole else ctx.config.seed + position,
-            keep=lambda state: state.save(path, ctx.fingerprint),
-            log=log,
-        )
-        return job.run(state)
+    return Lloyd(
+        holders,
+        views,
+        sizes,
+        grid_bits(sum(sizes), max(fact.largest for fact in facts)),
+        min(len(views), groups),
+        config,
+        ctx.config.seed + (position or 0),
+    )
 
 
 def _checkpoint(position: int | None) -> str:

@@ -24,7 +24,7 @@ from distpc.errors import LatentError
 from distpc.latents import assign, extract, fit, load_latents
 from distpc.latents.codebook import Codebook, read_codebook, write_codebook
 from distpc.latents.state import FitState
-from distpc.latents.store import read_shard, shard_path
+from distpc.latents.store import feature_shards, read_shard, shard_path, write_shard
 from distpc.teachers import train as teacher_train
 
 from . import stages
@@ -286,6 +286,54 @@ def test_a_killed_driver_goes_on_with_other_workers(tmp_path):
     scalars = events.Scalars("latents/inertia")
     assert [event.step for event in scalars] == list(range(41))
     assert [event.value for event in scalars] == pytest.approx(whole.inertia[0])
+
+
+def test_a_codebook_a_position_of_whitened_features(finished, tmp_path):
+    """Mini-batches too, from features held in memory: what each point gets is its nearest."""
+    latents = {
+        **LATENTS,
+        "num_clusters": 6,
+        "codebook": "per_position",
+        "projection": "whiten",
+        "projection_width": 3,
+        "algorithm": "mini_batch",
+        "batch_points": 300,
+        "feature_memory": "held",
+        "max_dead_fraction": 1.0,
+    }
+    run = Run(tmp_path, finished.artifacts, latents=latents, parallel=parallel(2))
+    features = run.artifacts["features"]
+    # Corner patches of digits are always empty: two positions of other features take their place.
+    ctx = run.context("features")
+    for name in feature_shards(features):
+        rows = read_shard(shard_path(features.path, name), "features")
+        marks = {"fingerprint": ctx.fingerprint}
+        write_shard(shard_path(ctx.out, name), "features", rows.rows[:, 5:7], rows.keys, marks)
+    features = run.seal(ctx, "features")
+    run.stage("fit", fit.run)
+    run.stage("assign", assign.run)
+    path = tmp_path / "fit" / fit.CENTROIDS
+    codebook = read_codebook(path, features=features.fingerprint, shape=(2, 4))
+    assert codebook.centroids.shape == (2, 6, 3)
+    squares = 0.0
+    for name in feature_shards(features):
+        rows = read_shard(shard_path(features.path, name), "features").rows.flatten(0, 1)
+        points = codebook.projection(rows).double().view(-1, 2, 3)
+        distances = (points[:, :, None] - codebook.centroids).square().sum(-1)
+        found = load_latents(tmp_path / "assign", name)[1]
+        np.testing.assert_array_equal(found, distances.argmin(-1))
+        squares += float(distances.min(-1).values.sum())
+    facts = json.loads((tmp_path / "fit/fit.json").read_text())
+    assert facts["inertia"] == pytest.approx(squares, rel=1e-5)
+    assert facts["num_codebooks"] == 2
+    assert [len(position["restarts"]) for position in facts["positions"]] == [2, 2]
+    report = json.loads((tmp_path / "assign/report.json").read_text())
+    assert 0 < report["explained_variance"] < 1
+    assert sorted(path.name for path in (tmp_path / "fit").iterdir()) == [
+        fit.CENTROIDS,
+        "fit.json",
+        "manifest.json",
+    ]
 
 
 def test_a_collapsed_codebook_is_refused(finished):
