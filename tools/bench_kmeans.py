@@ -11,7 +11,7 @@ from the same centroids and take turns, two threads each (two workers of one thr
 medians over rounds, ours with Ray and the driver included, faiss's by its own clock. `inertia` and
 `faiss_inertia` are those after 20 rounds from each side's own seeding, measured alike.
 `peak_bytes_over_features` is the sum over workers of peak resident memory less that after imports,
-over the bytes of the float16 features. --large reports an iteration against the rate of this
+over the bytes of the float32 features (what lies on disk is half of that). --large reports an iteration against the rate of this
 machine's matrix products.
 """
 
@@ -110,7 +110,7 @@ def compare(cluster: Cluster, features: Artifact, folder: Path, size: Size) -> d
         "sklearn_seconds_per_iteration": median(times["sklearn"]),
         "inertia": own.inertia[-1],
         "faiss_inertia": theirs_inertia,
-        "peak_bytes_over_features": sum(own.growth) / (2 * size.n * size.d),
+        "peak_bytes_over_features": sum(own.growth) / x.nbytes,
         "identical_for_workers": all(
             torch.equal(result.centroids, found[1].centroids) for result in found.values()
         ),

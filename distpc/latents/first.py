@@ -82,8 +82,8 @@ class FirstCentroids:
             candidates = np.concatenate([candidates, chosen])
             ends.append(len(candidates))
         handle = self.holders.put(candidates)
-        items = [(draw, handle, tuple(ends)) for _, draw in draws]
-        return candidates, self.holders.sum("weigh", items)[1]
+        questions = [(draw, handle, tuple(ends)) for _, draw in draws]
+        return candidates, self.holders.sum("weigh", questions)[1]
 
     def _draws(self, stream: int, restart: int, total: int) -> list[tuple[int, Draw]]:
         """About `total` points shared out over shards; the shard's number beside each draw."""

@@ -43,7 +43,7 @@ class Draw(NamedTuple):
     """A seeded draw of a view's points."""
 
     view: View
-    count: int
+    size: int
     seed: Seed
 
 
@@ -145,7 +145,7 @@ class FeatureHolder:
         return self._taken(source)[torch.from_numpy(np.array(rows))].float().numpy()
 
     def draw(self, item: Draw) -> np.ndarray:
-        """(count, D) float32 points."""
+        """(size, D) float32 points."""
         return self._taken(item).float().numpy()
 
     def race(
@@ -201,7 +201,7 @@ class FeatureHolder:
         return total.counts, total.means(centroids)
 
     def labels(self, item: tuple[Draw, np.ndarray]) -> np.ndarray:
-        """(count,) int32, the nearest of (K, D) centroids to each drawn point."""
+        """(size,) int32, the nearest of (K, D) centroids to each drawn point."""
         draw, centroids = item
         labels, _ = assign_points(self._taken(draw), self._to_device(centroids))
         return labels.int().numpy()
@@ -244,7 +244,7 @@ class FeatureHolder:
 
     def _taken(self, source: Draw | View) -> Tensor:
         if isinstance(source, Draw):
-            return draw_points(self._points(source.view), source.count, generator(*source.seed))
+            return draw_points(self._points(source.view), source.size, generator(*source.seed))
         return self._points(source)
 
     def _points(self, view: View) -> Tensor:

@@ -238,7 +238,7 @@ def _averaged(total: Measured, state: FitState) -> Measured:
 
 
 def _size(source: Draw | View, size: int) -> int:
-    return min(source.count, size) if isinstance(source, Draw) else size
+    return min(source.size, size) if isinstance(source, Draw) else size
 
 
 def _name(source: Draw | View) -> str:
