@@ -18,15 +18,13 @@ from torch import Tensor
 
 from distpc.errors import LatentError
 from distpc.latents.entries import Entries
-from distpc.latents.kmeans import Totals, distinct_hashes, farthest, totals_of
+from distpc.latents.kmeans import Totals, distinct_hashes, farthest, squares_of, totals_of
 from distpc.latents.nearest import assign_points
 from distpc.latents.projection import Moments, Projection, moments_of
 from distpc.latents.seeding import draw_points, generator, race
 from distpc.latents.store import StoredShard, read_shard, shard_path
 
 Seed = tuple[int, ...]
-Round = tuple[int, int]
-"""Restart and number of a round."""
 
 _READ_ROWS = 8192
 _MOST_KEYS_NAMED = 5
@@ -107,8 +105,7 @@ class FeatureHolder:
             mean, basis = projection
             self._projection = Projection(self._to_device(mean), self._to_device(basis))
         self._shards: dict[str, Tensor] = {}
-        # Squared distances of the last round, for who asks for far points next.
-        self._distances: dict[View, tuple[Round, Tensor]] = {}
+        self._squares: dict[View, float] = {}
         self._nearest: dict[View, _Nearest] = {}
 
     def describe(self, name: str) -> ShardFacts:
@@ -170,21 +167,18 @@ class FeatureHolder:
         return None, np.bincount(labels.numpy(), minlength=len(candidates))
 
     def totals(
-        self, item: tuple[Sequence[Draw | View], Round, np.ndarray, int]
+        self, item: tuple[Sequence[Draw | View], np.ndarray, int]
     ) -> tuple[list[float], Totals]:
-        """What points contribute to a Lloyd round: the inertia of each shard, for the driver; and
-        the sums of all of them, which are held."""
-        sources, number, centroids, bits = item
+        """What points contribute to a Lloyd round: the squared lengths of each shard's, for the
+        driver; and the sums of all of them, which are held."""
+        sources, centroids, bits = item
         on_device = self._to_device(centroids)
         total: Totals | None = None
-        inertia = []
         for source in sources:
-            part, distances = totals_of(self._taken(source), on_device, bits)
-            self._distances[_view(source)] = number, distances
-            inertia.append(float(distances.double().sum()))
+            part = totals_of(self._taken(source), on_device, bits)
             total = part if total is None else total + part
         assert total is not None
-        return inertia, total
+        return [self._squares_of(source) for source in sources], total
 
     def add(self, item: tuple[Any, Any]) -> tuple[None, Any]:
         """Two things that were held, put together."""
@@ -195,10 +189,11 @@ class FeatureHolder:
         """Something that was held, for the driver."""
         return item
 
-    def means(self, item: tuple[Totals, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(K,) counts and (K, D) float32 means of all shards' contribution."""
+    def means(self, item: tuple[Totals, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
+        """Of all shards' contribution: (K,) counts, (K, D) float32 means, and the inertia less the
+        points' squared lengths."""
         total, centroids = item
-        return total.counts, total.means(centroids)
+        return total.counts, total.means(centroids), total.reduction(centroids)
 
     def labels(self, item: tuple[Draw, np.ndarray]) -> np.ndarray:
         """(size,) int32, the nearest of (K, D) centroids to each drawn point."""
@@ -206,14 +201,10 @@ class FeatureHolder:
         labels, _ = assign_points(self._taken(draw), self._to_device(centroids))
         return labels.int().numpy()
 
-    def farthest(
-        self, item: tuple[Draw | View, int, Round, np.ndarray, int]
-    ) -> tuple[None, Entries]:
-        """Up to `count` rows farthest from these centroids, those of the round, held."""
-        source, shard, number, centroids, count = item
-        known, distances = self._distances.get(_view(source), (None, None))
-        if distances is None or known != number:
-            _, distances = assign_points(self._taken(source), self._to_device(centroids))
+    def farthest(self, item: tuple[Draw, int, np.ndarray, int]) -> tuple[None, Entries]:
+        """Up to `count` drawn rows farthest from these centroids, held."""
+        draw, shard, centroids, count = item
+        _, distances = assign_points(self._taken(draw), self._to_device(centroids))
         rows = farthest(distances, count)
         return None, Entries.of(shard, -distances.numpy()[rows], rows, count)
 
@@ -247,6 +238,13 @@ class FeatureHolder:
             return draw_points(self._points(source.view), source.size, generator(*source.seed))
         return self._points(source)
 
+    def _squares_of(self, source: Draw | View) -> float:
+        if isinstance(source, Draw):
+            return squares_of(self._taken(source))
+        if source not in self._squares:
+            self._squares[source] = squares_of(self._points(source))
+        return self._squares[source]
+
     def _points(self, view: View) -> Tensor:
         rows = self._rows(view.shard)
         return rows.flatten(0, 1) if view.position is None else rows[:, view.position]
@@ -278,10 +276,6 @@ class FeatureHolder:
     def _to_device(self, array: np.ndarray) -> Tensor:
         # Arrays from the object store are read-only; torch wants to own what it may write to.
         return torch.from_numpy(np.array(array, dtype=np.float32)).to(self._device)
-
-
-def _view(source: Draw | View) -> View:
-    return source.view if isinstance(source, Draw) else source
 
 
 def _not_finite(shard: StoredShard, rows: Tensor) -> LatentError:

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distpc.latents.nearest import blocks
+from distpc.latents.nearest import chunks
 
 _HALF_BITS = 24
 _EXACT_BITS = 53
 _HASHED_ROWS = 4096
+_SQUARED_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class Totals:
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(self.sums + other.sums, self.counts + other.counts)
+
+    def reduction(self, centroids: np.ndarray) -> float:
+        """Sum of squared distances to the nearest of (K, D) `centroids`, less that to the origin:
+        no distance has to be computed for it."""
+        exact = centroids.astype(np.float64)
+        mixed = float(np.sum(exact * self.sums))
+        own = float(np.sum(np.square(exact).sum(1) * self.counts))
+        return own - 2 * mixed
 
     def means(self, centroids: np.ndarray) -> np.ndarray:
         """(K, D) float32 mean of each cluster; an empty one keeps its (K, D) `centroids` row."""
@@ -61,29 +70,29 @@ def grid_bits(num_points: int, largest: float) -> int:
     return min(_HALF_BITS, _EXACT_BITS - bound)
 
 
-def totals_of(points: Tensor, centroids: Tensor, bits: int) -> tuple[Totals, Tensor]:
+def totals_of(points: Tensor, centroids: Tensor, bits: int) -> Totals:
     """A shard's contribution to a Lloyd round.
 
     Args:
         points: (P, D) of any float type, on the CPU.
         centroids: (K, D) float32, on the device that is to do the work.
         bits: of the grid that points are rounded to, see `grid_bits`.
-
-    Returns:
-        The contribution, and the (P,) float32 squared distances to the nearest centroids.
     """
     num_clusters, width = centroids.shape
     sums = torch.zeros(num_clusters, width, dtype=torch.float64, device=centroids.device)
     counts = torch.zeros(num_clusters, dtype=torch.int64, device=centroids.device)
-    distances = torch.empty(len(points), dtype=torch.float32)
-    for rows, block, labels, block_distances in blocks(points, centroids):
-        exact = block.double()
+    for _, chunk, labels in chunks(points, centroids):
+        exact = chunk.double()
         if bits < _HALF_BITS:
             exact = torch.round(exact * 2.0**bits) * 2.0**-bits
         sums.index_add_(0, labels, exact)
         counts += torch.bincount(labels, minlength=num_clusters)
-        distances[rows] = block_distances.cpu()
-    return Totals(sums.cpu().numpy(), counts.cpu().numpy()), distances
+    return Totals(sums.cpu().numpy(), counts.cpu().numpy())
+
+
+def squares_of(points: Tensor) -> float:
+    """Sum of the squared lengths of (P, D) points."""
+    return sum(float(block.double().square().sum()) for block in points.split(_SQUARED_ROWS))
 
 
 def farthest(distances: Tensor, count: int) -> np.ndarray:

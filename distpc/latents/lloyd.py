@@ -30,10 +30,15 @@ from distpc.latents.questions import Holders
 from distpc.latents.state import FitState
 
 # Beside the streams of `first`: (seed, stream, restart, round, shard).
-_BATCH, _SPLIT = 4, 5
+_BATCH, _SPLIT, _FAR = 4, 5, 6
 
 _FAR_POINTS = 4
-"""Far points that are looked at for each empty cluster."""
+"""Far points that are chosen from for each empty cluster."""
+_FAR_DRAWN = 1024
+"""Points that are looked at for each of those."""
+
+_ROUNDING = 1e-12
+"""Inertia over the points' squared lengths below which it is the rounding of zero."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,12 @@ class Measured:
     """One round's centroids against the points.
 
     Attributes:
-        sources: the points: all, or a mini-batch.
         inertia: sum of squared distances.
         counts: (K,) points of each cluster.
         means: (K, D) float32, their means.
         handle: of the centroids.
     """
 
-    sources: Sequence[Draw | View]
     inertia: float
     counts: np.ndarray
     means: np.ndarray
@@ -111,7 +114,7 @@ class Lloyd:
         number = state.restart, len(inertia)
         is_last = len(inertia) >= self.config.num_rounds
         sources = self._sources(number, whole=is_last)
-        total = self.measure(state.centroids, number, sources)
+        total = self.measure(state.centroids, sources)
         share = sum(map(_size, sources, self.sizes)) / sum(self.sizes)
         inertia.append(total.inertia / share)
         self.log(state.restart, len(inertia) - 1, inertia[-1])
@@ -149,37 +152,41 @@ class Lloyd:
         """The points of a round: all of them, or its mini-batch."""
         if whole or self.config.algorithm == "lloyd":
             return list(self.views)
-        quotas = seeding.quotas(self.sizes, self.config.batch_points)
+        return list(self._draws(_BATCH, number, self.config.batch_points))
+
+    def _draws(self, stream: int, number: tuple[int, int], total: int) -> list[Draw]:
+        """About `total` points of a round, a draw for every view."""
+        quotas = seeding.quotas(self.sizes, total)
         return [
-            Draw(view, quota, (self.seed, _BATCH, *number, shard))
+            Draw(view, quota, (self.seed, stream, *number, shard))
             for shard, (view, quota) in enumerate(zip(self.views, quotas, strict=True))
         ]
 
     def measure(
         self,
         centroids: Tensor,
-        number: tuple[int, int],
         sources: Sequence[Draw | View],
     ) -> Measured:
         """Inertia, counts and means of (K, D) centroids.
 
         Raises:
-            LatentError: a shard's features are not finite.
+            LatentError: the inertia is not finite.
         """
         handle = self.holders.put(centroids.numpy())
         groups = self._groups(sources)
-        items = [(group, number, handle, self.bits) for group in groups]
-        noted, (counts, means) = self.holders.sum("totals", items, "means", handle)
-        inertia = [value for values in noted for value in values]
-        for source, value in zip((s for group in groups for s in group), inertia, strict=True):
-            if not np.isfinite(value):
-                raise LatentError(
-                    "features are not finite, or too large to square",
-                    where=f"feature shard {_name(source)}",
-                    found=f"inertia {value}",
-                    fix="run the features stage again",
-                )
-        return Measured(sources, sum(inertia), counts, means, handle)
+        items = [(group, handle, self.bits) for group in groups]
+        noted, (counts, means, reduction) = self.holders.sum("totals", items, "means", handle)
+        squares = sum(value for values in noted for value in values)
+        inertia = squares + reduction
+        if not np.isfinite(inertia):
+            raise LatentError(
+                "centroids are not finite, or features are too large to square",
+                where="latents.num_clusters",
+                found=f"inertia {inertia}",
+                fix="run the features stage again; see its teacher's loss",
+            )
+        inertia = inertia if inertia > _ROUNDING * squares else 0.0
+        return Measured(inertia, counts, means, handle)
 
     def _groups(self, sources: Sequence[Draw | View]) -> list[list[Draw | View]]:
         """Neighbouring shards, in groups of about equally many points."""
@@ -198,16 +205,12 @@ class Lloyd:
         small = small_clusters(total.counts)
         if not len(small):
             return total
-        quotas = seeding.quotas(self.sizes, POINTS_PER_SPLIT * (len(small) + 1))
-        draws = [
-            Draw(view, quota, (self.seed, _SPLIT, *number, shard))
-            for shard, (view, quota) in enumerate(zip(self.views, quotas, strict=True))
-        ]
+        draws = self._draws(_SPLIT, number, POINTS_PER_SPLIT * (len(small) + 1))
         labels = self.holders.ask("labels", [(draw, total.handle) for draw in draws])
         splits = plan_splits(total.counts, small, np.concatenate(labels))
-        points = self.holders.take(draws, Entries.at(splits.drawn, quotas))
+        points = self.holders.take(draws, Entries.at(splits.drawn, [draw.size for draw in draws]))
         counts, means = apply_splits(splits, points, total.counts, total.means)
-        return Measured(total.sources, total.inertia, counts, means, total.handle)
+        return Measured(total.inertia, counts, means, total.handle)
 
     def _moved(self, total: Measured, number: tuple[int, int]) -> tuple[Tensor, int]:
         """The next round's centroids, and how many empty clusters moved to far points."""
@@ -216,12 +219,10 @@ class Lloyd:
             return torch.from_numpy(np.array(total.means)), 0
         # More than needed: copies of one outlier are no use.
         wanted = min(self.config.num_clusters, _FAR_POINTS * len(empty) + _FAR_POINTS)
-        items = [
-            (source, shard, number, total.handle, wanted)
-            for shard, source in enumerate(total.sources)
-        ]
+        draws = self._draws(_FAR, number, _FAR_DRAWN * wanted)
+        items = [(draw, shard, total.handle, wanted) for shard, draw in enumerate(draws)]
         far = self.holders.sum("farthest", items)[1]
-        candidates = self.holders.take(total.sources, far)
+        candidates = self.holders.take(draws, far)
         means, moved = refill(total.means, empty, -far.keys, candidates)
         return torch.from_numpy(means), moved
 
@@ -234,12 +235,8 @@ def _averaged(total: Measured, state: FitState) -> Measured:
     weight = total.counts / np.maximum(seen, 1)
     before = state.centroids.numpy().astype(np.float64)
     means = before + weight[:, None] * (total.means - before)
-    return Measured(total.sources, total.inertia, seen, means.astype(np.float32), total.handle)
+    return Measured(total.inertia, seen, means.astype(np.float32), total.handle)
 
 
 def _size(source: Draw | View, size: int) -> int:
     return min(source.size, size) if isinstance(source, Draw) else size
-
-
-def _name(source: Draw | View) -> str:
-    return source.view.shard if isinstance(source, Draw) else source.shard

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+CHUNK_ROWS = 2048
+"""Points that simple operations are done on at once on a CPU: enough to make calls cheap."""
+
 BLOCK_ROWS = 256
 """Points whose scores are in memory at once on a CPU. Measured for K = 1024, D = 128: the search
 for the nearest costs 3 % of the product while scores stay in the cache, and much more outside."""
@@ -35,58 +38,62 @@ def assign_points(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """
     labels = torch.empty(len(points), dtype=torch.int64)
     distances = torch.empty(len(points), dtype=torch.float32)
-    for rows, _, block_labels, block_distances in blocks(points, centroids):
-        labels[rows] = block_labels.cpu()
-        distances[rows] = block_distances.cpu()
+    for rows, chunk, chunk_labels in chunks(points, centroids):
+        labels[rows] = chunk_labels.cpu()
+        # Taken anew from the difference: exact for points that lie on their centroid.
+        difference = centroids.index_select(0, chunk_labels).sub_(chunk)
+        distances[rows] = difference.square_().sum(1).cpu()
     return labels, distances
 
 
-def blocks(points: Tensor, centroids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield rows, float32 points, labels and squared distances of one block after the other.
+def chunks(points: Tensor, centroids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield rows, float32 points and labels of one chunk after the other.
 
-    Points are read once; the scores of a block live in one buffer that is used again.
+    Points are read once; scores live in one buffer that is used again.
     """
     # |x - c|^2 = |x|^2 - 2xc + |c|^2 loses digits when all points lie far from the origin.
     centre = centroids.mean(0)
     centred = centroids - centre
-    search = _Search(centred, centred.square().sum(1))
-    for start in range(0, len(points), search.num_rows):
-        rows = slice(start, start + search.num_rows)
-        block = points[rows].to(centroids.device).float()
-        labels = search(block - centre)
-        # Taken anew from the difference: exact for points that lie on their centroid.
-        distances = (block - centroids.index_select(0, labels)).square_().sum(1)
-        yield rows, block, labels, distances
+    is_far = bool(centre.square().sum() > centred.square().sum(1).mean())
+    search = _Search(centred if is_far else centroids)
+    for start in range(0, len(points), search.chunk_rows):
+        rows = slice(start, start + search.chunk_rows)
+        chunk = points[rows].to(centroids.device).float()
+        yield rows, chunk, search(chunk - centre if is_far else chunk)
 
 
 class _Search:
-    """Finds the centroid of the least score `offset - 2 x c` of every row of a block."""
+    """Finds the centroid of the least score |c|^2 - 2 x c of every point."""
 
-    def __init__(self, centroids: Tensor, offsets: Tensor) -> None:
+    def __init__(self, centroids: Tensor) -> None:
         self._on_cpu = centroids.device.type == "cpu"
-        self.num_rows = BLOCK_ROWS if self._on_cpu else _GPU_ROWS
+        self._rows = BLOCK_ROWS if self._on_cpu else _GPU_ROWS
+        self.chunk_rows = CHUNK_ROWS if self._on_cpu else _GPU_ROWS
         most = TILE_COLUMNS if self._on_cpu else _GPU_COLUMNS
         # Tiles of about one width: a last one of a few columns would be slow.
         columns = math.ceil(len(centroids) / math.ceil(len(centroids) / most))
+        norms = centroids.square().sum(1)
         self._tiles = [
-            (start, part.T, offset)
-            for start, part, offset in zip(
+            (start, part.T, norm)
+            for start, part, norm in zip(
                 range(0, len(centroids), columns),
                 centroids.split(columns),
-                offsets.split(columns),
+                norms.split(columns),
                 strict=True,
             )
         ]
-        size = self.num_rows * columns
         # Allocating it anew for every block costs an eighth of the product.
-        self._buffer = torch.empty(size, device=centroids.device)
+        self._buffer = torch.empty(self._rows * columns, device=centroids.device)
 
-    def __call__(self, block: Tensor) -> Tensor:
+    def __call__(self, points: Tensor) -> Tensor:
         """(P, D) float32 -> (P,) int64."""
+        return torch.cat([self._of_block(block) for block in points.split(self._rows)])
+
+    def _of_block(self, block: Tensor) -> Tensor:
         best: Tensor | None = None
-        for start, part, offset in self._tiles:
-            scores = self._buffer[: len(block) * len(offset)].view(len(block), len(offset))
-            torch.addmm(offset, block, part, alpha=-2, out=scores)
+        for start, part, norm in self._tiles:
+            scores = self._buffer[: len(block) * len(norm)].view(len(block), len(norm))
+            torch.addmm(norm, block, part, alpha=-2, out=scores)
             found = self._argmin(scores)
             if len(self._tiles) == 1:
                 return found

@@ -12,6 +12,7 @@ from distpc.latents.kmeans import (
     farthest,
     grid_bits,
     refill,
+    squares_of,
     totals_of,
 )
 from distpc.latents.nearest import assign_points
@@ -36,6 +37,7 @@ def exact_round(points: np.ndarray, centroids: np.ndarray):
 
 @pytest.mark.parametrize("offset", [0.0, 500.0])
 def test_statistics_agree_with_float64(monkeypatch, offset):
+    monkeypatch.setattr(nearest, "CHUNK_ROWS", 100)
     monkeypatch.setattr(nearest, "BLOCK_ROWS", 64)
     monkeypatch.setattr(nearest, "TILE_COLUMNS", 4)
     rng = np.random.default_rng(0)
@@ -43,9 +45,10 @@ def test_statistics_agree_with_float64(monkeypatch, offset):
     centroids = points[rng.choice(1000, size=9, replace=False)].float()
     labels, squares, sums, counts = exact_round(points.double().numpy(), centroids.double().numpy())
 
-    found, found_squares = totals_of(points, centroids, grid_bits(1000, 510.0))
-    found_labels, again = assign_points(points, centroids)
-    assert torch.equal(again, found_squares)
+    found = totals_of(points, centroids, grid_bits(1000, 510.0))
+    found_labels, found_squares = assign_points(points, centroids)
+    inertia = squares_of(points) + found.reduction(centroids.numpy())
+    assert inertia == pytest.approx(found_squares.double().sum().item(), rel=1e-5)
 
     agree = found_labels.numpy() == labels
     # Rounded float16 points may lie between two centroids to within float32's precision.
@@ -67,7 +70,7 @@ def test_whole_runs_agree_with_float64():
         if not counts.all():
             pytest.fail("this case is meant to have no empty cluster")
         exact = sums / counts[:, None]
-        total, _ = totals_of(points, centroids, 24)
+        total = totals_of(points, centroids, 24)
         centroids = torch.from_numpy(total.means(centroids.numpy()))
     np.testing.assert_allclose(centroids.numpy(), exact, atol=1e-5)
 
@@ -82,13 +85,13 @@ def test_sums_have_no_order(largest):
     # As if there were 25 million of them: where values are large, they are rounded.
     bits = grid_bits(25_000_000, float(points.abs().max()))
     assert (bits < 24) == (largest > 100)
-    parts = [totals_of(part, centroids, bits)[0] for part in points.split(250)]
+    parts = [totals_of(part, centroids, bits) for part in points.split(250)]
     forwards, backwards = parts[0], parts[-1]
     for part in parts[1:]:
         forwards = forwards + part
     for part in parts[-2::-1]:
         backwards = part + backwards
-    whole, _ = totals_of(points, centroids, bits)
+    whole = totals_of(points, centroids, bits)
     for other in (backwards, whole):
         np.testing.assert_array_equal(other.sums, forwards.sums)
         np.testing.assert_array_equal(other.counts, forwards.counts)
@@ -98,7 +101,8 @@ def test_sums_have_no_order(largest):
 
 def round_of(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The next centroids, empty clusters refilled."""
-    total, distances = totals_of(points, centroids, 24)
+    total = totals_of(points, centroids, 24)
+    _, distances = assign_points(points, centroids)
     means = total.means(centroids.numpy())
     empty = np.flatnonzero(total.counts == 0)
     rows = torch.from_numpy(farthest(distances, len(centroids)))

@@ -48,7 +48,7 @@ def test_inertia_falls_and_the_best_restart_is_kept(tmp_path):
     assert len(set(finals)) == 3
     assert state.best_restart == int(np.argmin(finals))
     assert rounds == [(r, i, v) for r in range(3) for i, v in enumerate(state.inertia[r])]
-    total = job.measure(state.best, (9, 0), job.views)
+    total = job.measure(state.best, job.views)
     assert total.inertia == min(finals)
 
 

@@ -91,7 +91,7 @@ def test_balanced_clusters_are_about_equally_large(tmp_path):
         config = LatentsConfig(num_clusters=16, num_rounds=40, tolerance=0, balanced=balanced)
         job, _ = local_job(tmp_path, names, config)
         state = job.run(FitState())
-        counts = job.measure(state.best, (5, 0), job.views).counts
+        counts = job.measure(state.best, job.views).counts
         shares[balanced] = counts * 16 / counts.sum()
     assert shares[False].max() > 2.4
     assert shares[False].min() < 0.15
