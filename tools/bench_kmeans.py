@@ -11,8 +11,8 @@ from the same centroids and take turns, two threads each (two workers of one thr
 medians over rounds, ours with Ray and the driver included, faiss's by its own clock. `inertia` and
 `faiss_inertia` are those after 20 rounds from each side's own seeding, measured alike.
 `peak_bytes_over_features` is the sum over workers of peak resident memory less that after imports,
-over the bytes of the float32 features (what lies on disk is half of that). --large reports an iteration against the rate of this
-machine's matrix products.
+over the bytes of the float32 features (what lies on disk is half of that). --large reports an
+iteration against the rate of this machine's matrix products.
 """
 
 from __future__ import annotations

@@ -171,3 +171,18 @@ def test_an_empty_shard_changes_nothing(tmp_path, init):
         found.append(state)
     assert torch.equal(found[0].best, found[1].best)
     assert found[0].inertia == found[1].inertia
+
+
+@pytest.mark.slow
+def test_65536_clusters(tmp_path):
+    """One round of as many clusters as there may be; candidates reduced in batches."""
+    rng = np.random.default_rng(0)
+    shards = [rng.normal(size=(50_000, 4)) for _ in range(2)]
+    names = write_features(tmp_path, shards)
+    for init in ("random", "k-means++"):
+        config = LatentsConfig(num_clusters=65_536, num_rounds=1, init=init)
+        job, _ = local_job(tmp_path, names, config)
+        state = job.run(FitState())
+        assert state.best.shape == (65_536, 4)
+        assert state.inertia[0][1] < state.inertia[0][0]
+        assert len(torch.unique(state.best, dim=0)) > 0.99 * 65_536
