@@ -7,6 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,15 +89,14 @@ def test_sums_on_a_lost_machine_are_made_again(tmp_path, monkeypatch):
             sizes = [fact.points for fact in facts]
             bits = grid_bits(sum(sizes), max(fact.largest for fact in facts))
             asked = holders.hold
-            object.__setattr__(
-                holders,
-                "hold",
-                lambda method, items: (
-                    lose(asked(method, items)) if method == "totals" else asked(method, items)
-                ),
-            )
+
+            def hold(method, items):
+                held = asked(method, items)
+                return lose(held) if method == "totals" else held
+
+            losing = replace(holders, hold=hold)
             state = FitState()
-            Lloyd(holders, [View(name) for name in names], sizes, bits, 4, config, 0).run(state)
+            Lloyd(losing, [View(name) for name in names], sizes, bits, 4, config, 0).run(state)
         server.stdin.close()
     assert rounds_lost
     assert torch.equal(state.best, alone.best)
