@@ -51,6 +51,7 @@ def test_sums_on_a_lost_machine_are_made_again(tmp_path, monkeypatch):
     from distpc.parallel.cluster import Cluster
 
     rng = np.random.default_rng(0)
+    (tmp_path / "features").mkdir()
     names = write_features(tmp_path / "features", [rng.normal(size=(600, WIDTH))] * 4, "f")
     config = LatentsConfig(num_clusters=CLUSTERS, num_rounds=3, tolerance=0.0, init="random")
     alone = local_job(tmp_path / "features", names, config)[0].run(FitState())

@@ -91,14 +91,6 @@ def cluster_points(
     return Result(state.best, state.inertia[0], np.diff(moments).tolist(), growth)
 
 
-def measured_inertia(
-    cluster: Cluster, features: Artifact, folder: Path, centroids: torch.Tensor
-) -> float:
-    """Of anybody's centroids, by distpc's workers."""
-    result = cluster_points(cluster, features, folder, 2, len(centroids), 0, centroids)
-    return result.inertia[0]
-
-
 def _worker_bytes(field: str) -> dict[int, int]:
     """A field of the status of every worker process, by process."""
     found = {}
