@@ -35,8 +35,13 @@ def exact_round(points: np.ndarray, centroids: np.ndarray):
     return labels, squares.min(1), sums, np.bincount(labels, minlength=len(centroids))
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 500.0])
-def test_statistics_agree_with_float64(monkeypatch, offset):
+def test_statistics_agree_with_float64(monkeypatch, offset, fused):
+    if fused:
+        assert nearest._has_onednn()
+    else:
+        monkeypatch.setattr(nearest, "_has_onednn", lambda: False)
     monkeypatch.setattr(nearest, "CHUNK_ROWS", 100)
     monkeypatch.setattr(nearest, "BLOCK_ROWS", 64)
     monkeypatch.setattr(nearest, "TILE_COLUMNS", 4)
