@@ -97,4 +97,4 @@ class FirstCentroids:
     def _draw(self, stream: int, restart: int, total: int) -> np.ndarray:
         """The points of such draws, (n, D) float32."""
         draws = [draw for _, draw in self._draws(stream, restart, total)]
-        return np.concatenate(self.holders.ask("draw", draws))
+        return np.concatenate(self.holders.each("draw", draws))

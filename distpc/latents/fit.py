@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from distpc.latents.kmeans import grid_bits
 from distpc.latents.lloyd import Lloyd
 from distpc.latents.projection import Projection, fit_projection
 from distpc.latents.questions import Holders
+from distpc.latents.round_log import RoundLog
 from distpc.latents.seeding import (
     PLUS_PLUS_POINTS_PER_CLUSTER,
     RANDOM_POINTS_PER_CLUSTER,
@@ -30,20 +30,16 @@ from distpc.latents.seeding import (
 from distpc.latents.state import FitState
 from distpc.latents.store import FORMAT_VERSION, feature_shards
 from distpc.parallel.cluster import Cluster
-from distpc.parallel.progress import Progress
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 WORKER = "distpc.latents.holder:FeatureHolder"
 CENTROIDS = "centroids.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 _GROUPS_PER_WORKER = 4
-"""Groups of shards whose sums a worker makes in a round: enough to share them out evenly."""
+"""Groups of shards that a worker is asked about in a round: enough to share them out evenly."""
+_MANY_CLUSTERS = 16_384
+"""From here on the sums of a group are so large that there is one a worker."""
 _VIEWS_AT_ONCE = 64
 """Shards whose different points are counted at once: most often the first few are enough."""
-_FEW_BYTES = 8 * 2**20
-"""Sums above this size are made once a worker instead."""
 
 
 def run(ctx: StageContext) -> None:
@@ -62,7 +58,7 @@ def run(ctx: StageContext) -> None:
             with holders_of(cluster, ctx) as holders:
                 projection = principal_directions(holders, names, config, features.path)
         with holders_of(cluster, ctx, projection) as holders:
-            facts = holders.ask("describe", names)
+            facts = holders.each("describe", names)
             positions: list[int | None] = [None]
             if config.codebook == "per_position":
                 positions = list(range(_num_positions(facts, features.path)))
@@ -101,7 +97,9 @@ def holders_of(
             answers = dict(pool.map(items, method=method, hold=True))
             return [answers[position] for position in range(len(items))]
 
-        yield Holders(ask, hold, cluster.put)
+        few = ctx.config.latents.num_clusters < _MANY_CLUSTERS
+        groups = ctx.config.parallel.num_workers * (_GROUPS_PER_WORKER if few else 1)
+        yield Holders(ask, hold, cluster.put, groups)
 
 
 def principal_directions(
@@ -113,8 +111,8 @@ def principal_directions(
         LatentError: features do not vary, or in fewer directions than asked for.
     """
     # Not finite features are named by their samples there.
-    holders.ask("describe", names)
-    _, moments = holders.sum("moments", names)
+    holders.each("describe", names)
+    _, moments = holders.sum_in_order("moments", names)
     whiten = config.projection == "whiten"
     return fit_projection(moments, config.projection_width, whiten, where)
 
@@ -128,7 +126,7 @@ def check_distinct(holders: Holders, views: Sequence[View], num_clusters: int, w
     found = np.zeros(0, dtype=np.uint64)
     for start in range(0, len(views), _VIEWS_AT_ONCE):
         items = [(view, num_clusters) for view in views[start : start + _VIEWS_AT_ONCE]]
-        found = np.unique(np.concatenate([found, *holders.ask("distinct", items)]))
+        found = np.unique(np.concatenate([found, *holders.each("distinct", items)]))
         if len(found) >= num_clusters:
             return
     place = "" if views[0].position is None else f" of position {views[0].position}"
@@ -161,15 +159,11 @@ def make_job(
     config = ctx.config.latents
     position = views[0].position
     sizes = [fact.points if position is None else fact.samples for fact in facts]
-    groups = ctx.config.parallel.num_workers
-    if 8 * config.num_clusters * len(facts[0].sums) < _FEW_BYTES:
-        groups *= _GROUPS_PER_WORKER
     return Lloyd(
         holders,
         views,
         sizes,
         grid_bits(sum(sizes), max(fact.largest for fact in facts)),
-        min(len(views), groups),
         config,
         ctx.config.seed + (position or 0),
     )
@@ -191,55 +185,6 @@ def _num_positions(facts: Sequence[ShardFacts], where: Path) -> int:
             expected="one number of latents a sample, where latents.codebook is per_position",
         )
     return found.pop()
-
-
-class RoundLog:
-    """Shows every round: a progress line, and a TensorBoard curve for each restart.
-
-    Args:
-        ctx: of the stage.
-        state: of the fit; rounds of a killed attempt are written again, so no curve has holes.
-        position: whose codebook it is, if there is one for each.
-    """
-
-    def __init__(self, ctx: StageContext, state: FitState, position: int | None = None) -> None:
-        self._folder = ctx.tensorboard / "fit"
-        if position is not None:
-            self._folder /= f"position-{position:04d}"
-        self._state = state
-        self._writers: dict[int, SummaryWriter] = {}
-        config = ctx.config.latents
-        total = config.num_restarts * (config.num_rounds + 1)
-        label = "k-means" if position is None else f"k-means {position}"
-        self._progress = Progress(label, total, "rounds")
-        if not state.inertia:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> RoundLog:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        for writer in self._writers.values():
-            writer.close()
-        self._progress.close()
-
-    def __call__(self, restart: int, number: int, inertia: float) -> None:
-        """Note the inertia of round `number` of a restart."""
-        writer = self._writers.get(restart)
-        if writer is None:
-            writer = self._writers[restart] = self._open(restart)
-        writer.add_scalar("latents/inertia", inertia, number)
-        self._progress.advance(1, restart=restart, inertia=inertia)
-
-    def _open(self, restart: int) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = self._folder / f"restart-{restart}"
-        shutil.rmtree(folder, ignore_errors=True)
-        writer = SummaryWriter(folder, flush_secs=10)
-        for number, inertia in enumerate(self._state.inertia[restart][:-1]):
-            writer.add_scalar("latents/inertia", inertia, number)
-        return writer
 
 
 def _write(

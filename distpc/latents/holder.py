@@ -136,9 +136,11 @@ class FeatureHolder:
         view, limit = item
         return distinct_hashes(self._points(view), limit)
 
-    def take(self, item: tuple[Draw | View, np.ndarray]) -> np.ndarray:
-        """(n, D) float32, the rows (n,) of a view or of a draw from it."""
+    def take(self, item: tuple[Draw | View, np.ndarray]) -> np.ndarray | None:
+        """(n, D) float32, the rows (n,) of a view or of a draw from it; None for no rows."""
         source, rows = item
+        if not len(rows):
+            return None
         return self._taken(source)[torch.from_numpy(np.array(rows))].float().numpy()
 
     def draw(self, item: Draw) -> np.ndarray:
@@ -166,19 +168,27 @@ class FeatureHolder:
         del self._nearest[draw.view]
         return None, np.bincount(labels.numpy(), minlength=len(candidates))
 
-    def totals(
-        self, item: tuple[Sequence[Draw | View], np.ndarray, int]
-    ) -> tuple[list[float], Totals]:
-        """What points contribute to a Lloyd round: the squared lengths of each shard's, for the
-        driver; and the sums of all of them, which are held."""
-        sources, centroids, bits = item
-        on_device = self._to_device(centroids)
-        total: Totals | None = None
-        for source in sources:
-            part = totals_of(self._taken(source), on_device, bits)
-            total = part if total is None else total + part
-        assert total is not None
-        return [self._squares_of(source) for source in sources], total
+    def totals(self, item: tuple[Draw | View, np.ndarray, int]) -> tuple[float, Totals]:
+        """What points contribute to a Lloyd round: the sum of their squared lengths, for the
+        driver; and their sums by cluster, which are held."""
+        source, centroids, bits = item
+        total = totals_of(self._taken(source), self._to_device(centroids), bits)
+        return self._squares_of(source), total
+
+    def each(self, item: tuple[str, Sequence[Any]]) -> list[Any]:
+        """The answers to one question about several shards."""
+        question, items = item
+        return [getattr(self, question)(part) for part in items]
+
+    def sum_each(self, item: tuple[str, Sequence[Any]]) -> tuple[list[Any], Any]:
+        """The first answers to one question about several shards, and the sum of the second."""
+        question, items = item
+        notes, total = [], None
+        for part in items:
+            note, held = getattr(self, question)(part)
+            notes.append(note)
+            total = held if total is None else total + held
+        return notes, total
 
     def add(self, item: tuple[Any, Any]) -> tuple[None, Any]:
         """Two things that were held, put together."""

@@ -67,7 +67,6 @@ class Lloyd:
         views: of the points, in order.
         sizes: points in each.
         bits: of the grid on which sums of points are exact.
-        num_groups: groups of views whose sums are made one by one.
         config: clusters, rounds, restarts, tolerance, seeding.
         seed: of everything random.
         keep: called with the state after every round.
@@ -78,7 +77,6 @@ class Lloyd:
     views: Sequence[View]
     sizes: Sequence[int]
     bits: int
-    num_groups: int
     config: LatentsConfig
     seed: int
     keep: Callable[[FitState], None] = lambda state: None
@@ -173,10 +171,9 @@ class Lloyd:
             LatentError: the inertia is not finite.
         """
         handle = self.holders.put(centroids.numpy())
-        groups = self._groups(sources)
-        items = [(group, handle, self.bits) for group in groups]
-        noted, (counts, means, reduction) = self.holders.sum("totals", items, "means", handle)
-        squares = sum(value for values in noted for value in values)
+        items = [(source, handle, self.bits) for source in sources]
+        parts, (counts, means, reduction) = self.holders.sum("totals", items, "means", handle)
+        squares = sum(parts)
         inertia = squares + reduction
         if not np.isfinite(inertia):
             raise LatentError(
@@ -188,25 +185,13 @@ class Lloyd:
         inertia = inertia if inertia > _ROUNDING * squares else 0.0
         return Measured(inertia, counts, means, handle)
 
-    def _groups(self, sources: Sequence[Draw | View]) -> list[list[Draw | View]]:
-        """Neighbouring shards, in groups of about equally many points."""
-        sizes = np.asarray(self.sizes, dtype=np.int64)
-        ends = np.cumsum(sizes)
-        middles = ends - sizes / 2
-        of_shard = np.minimum(middles * self.num_groups // ends[-1], self.num_groups - 1)
-        found = [
-            [sources[int(i)] for i in np.flatnonzero(of_shard == group)]
-            for group in range(self.num_groups)
-        ]
-        return [group for group in found if group]
-
     def _split(self, total: Measured, number: tuple[int, int]) -> Measured:
         """Means of which those of small clusters have moved into large ones."""
         small = small_clusters(total.counts)
         if not len(small):
             return total
         draws = self._draws(_SPLIT, number, POINTS_PER_SPLIT * (len(small) + 1))
-        labels = self.holders.ask("labels", [(draw, total.handle) for draw in draws])
+        labels = self.holders.each("labels", [(draw, total.handle) for draw in draws])
         splits = plan_splits(total.counts, small, np.concatenate(labels))
         points = self.holders.take(draws, Entries.at(splits.drawn, [draw.size for draw in draws]))
         counts, means = apply_splits(splits, points, total.counts, total.means)

@@ -36,7 +36,7 @@ def blob_shards(num_shards=3, rows=400):
     return shards, centres
 
 
-def local_holders(folder, fingerprint="f", **options):
+def local_holders(folder, fingerprint="f", num_groups=2, **options):
     """One holder in this process that answers all questions."""
     holder = FeatureHolder(str(folder), fingerprint, "cpu", **options)
 
@@ -44,14 +44,14 @@ def local_holders(folder, fingerprint="f", **options):
         return [getattr(holder, method)(item) for item in items]
 
     # In one process what is held and what is told are the same.
-    return Holders(ask, ask)
+    return Holders(ask, ask, num_groups=num_groups)
 
 
 def local_job(folder, names, config, seed=0, fingerprint="f", num_groups=2, position=None, **hooks):
     """A clustering whose questions one holder in this process answers."""
-    holders = local_holders(folder, fingerprint)
-    facts = holders.ask("describe", names)
+    holders = local_holders(folder, fingerprint, num_groups)
+    facts = holders.each("describe", names)
     sizes = [fact.points if position is None else fact.samples for fact in facts]
     bits = grid_bits(sum(sizes), max(fact.largest for fact in facts))
     views = [View(name, position) for name in names]
-    return Lloyd(holders, views, sizes, bits, num_groups, config, seed, **hooks), facts
+    return Lloyd(holders, views, sizes, bits, config, seed, **hooks), facts

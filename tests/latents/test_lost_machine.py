@@ -86,18 +86,18 @@ def test_sums_on_a_lost_machine_are_made_again(tmp_path, monkeypatch):
             return held
 
         with Cluster.connect(run.parallel) as cluster, holders_of(cluster, ctx) as holders:
-            facts = holders.ask("describe", names)
+            facts = holders.each("describe", names)
             sizes = [fact.points for fact in facts]
             bits = grid_bits(sum(sizes), max(fact.largest for fact in facts))
             asked = holders.hold
 
             def hold(method, items):
                 held = asked(method, items)
-                return lose(held) if method == "totals" else held
+                return lose(held) if method == "sum_each" else held
 
             losing = replace(holders, hold=hold)
             state = FitState()
-            Lloyd(losing, [View(name) for name in names], sizes, bits, 4, config, 0).run(state)
+            Lloyd(losing, [View(name) for name in names], sizes, bits, config, 0).run(state)
         server.stdin.close()
     assert rounds_lost
     assert torch.equal(state.best, alone.best)

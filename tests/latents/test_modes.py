@@ -153,7 +153,7 @@ def test_projected_features_are_clustered(tmp_path):
         np.testing.assert_array_equal(taken, projection(points[:20]).float())
         taken = held.ask("take", [(View(name), rows)])[0]
         np.testing.assert_array_equal(taken, points[:20].float())
-    facts = holders.ask("describe", names)
+    facts = holders.each("describe", names)
     covariance = sum(fact.squares for fact in facts) / sum(fact.points for fact in facts)
     assert covariance == pytest.approx(6, rel=0.01)
 

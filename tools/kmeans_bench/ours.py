@@ -80,7 +80,7 @@ def cluster_points(
         # Every worker opens a file and reads none of its rows.
         holders.ask("draw", [Draw(View(name), 0, (0,)) for name in names[:num_workers]])
         before = _worker_bytes("VmRSS")
-        facts = holders.ask("describe", names)
+        facts = holders.each("describe", names)
         views = [View(name) for name in names]
         job = make_job(ctx, holders, views, facts)
         job = replace(job, log=lambda *_: moments.append(time.perf_counter()))
