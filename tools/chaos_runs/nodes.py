@@ -106,7 +106,7 @@ class Nodes:
         if not actors:
             return None
         victim = random.choice(sorted(actors, key=lambda process: process.pid))
-        name = _title(victim)
+        name = _title(victim).split()[0]
         victim.kill()
         return f"{name} {victim.pid}"
 
