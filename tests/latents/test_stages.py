@@ -301,7 +301,7 @@ def test_a_codebook_a_position_of_whitened_features(finished, tmp_path):
         "feature_memory": "held",
         "max_dead_fraction": 1.0,
     }
-    run = Run(tmp_path, finished.artifacts, latents=latents, parallel=parallel(2))
+    run = Run(tmp_path, finished.artifacts, latents=latents, parallel=parallel(1))
     features = run.artifacts["features"]
     # Corner patches of digits are always empty: two positions of other features take their place.
     ctx = run.context("features")
