@@ -37,11 +37,13 @@ _FLIGHT_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Kill:
-    """Something to kill, so many seconds after a stage has begun."""
+    """Something to kill in a stage: so many seconds after it has begun, and not before so many
+    shards or rounds."""
 
     kind: str
     stage: str
     seconds: float
+    steps: int
 
 
 def main() -> int:
@@ -61,9 +63,9 @@ def main() -> int:
         base = prepare(folder)
         good = 0
         with Nodes(options.nodes) as nodes:
-            expected, seconds = reference(folder, base, nodes)
+            expected, size = reference(folder, base, nodes)
             for seed in range(options.seed, options.seed + options.runs):
-                facts = disturbed(folder, base, nodes, seed, expected, seconds)
+                facts = disturbed(folder, base, nodes, seed, expected, size)
                 line = json.dumps({"seed": seed, **facts})
                 print(line, flush=True)
                 if options.log is not None:
@@ -80,8 +82,8 @@ def python_path() -> str:
     return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def reference(folder: Path, base: Path, nodes: Nodes) -> tuple[dict[str, str], dict[str, float]]:
-    """Digests of an undisturbed run, and its stages' seconds; made once a folder."""
+def reference(folder: Path, base: Path, nodes: Nodes) -> tuple[dict[str, str], dict[str, Any]]:
+    """Digests of an undisturbed run, and seconds and steps of its stages; made once a folder."""
     kept = folder / "reference.json"
     if not kept.exists():
         run = folder / "reference"
@@ -93,18 +95,32 @@ def reference(folder: Path, base: Path, nodes: Nodes) -> tuple[dict[str, str], d
         watch.look()
         if driver.process.returncode != 0:
             raise SystemExit(f"the undisturbed run failed: {driver.last_words()}")
-        kept.write_text(json.dumps([digests(run), watch.seconds()]))
-    expected, seconds = json.loads(kept.read_text())
-    return expected, seconds
+        size = {stage: (watch.seconds()[stage], watch.steps(stage)) for stage in STAGES}
+        kept.write_text(json.dumps([digests(run), size]))
+    expected, size = json.loads(kept.read_text())
+    return expected, size
 
 
-def drawn_kills(random: Random, seconds: dict[str, float]) -> list[Kill]:
-    """One to three kills, in the order in which they fall due."""
+def drawn_kills(random: Random, size: dict[str, Any]) -> list[Kill]:
+    """One to three kills, in the order in which they fall due.
+
+    Most of a short stage is the start of workers: two of three kills wait for work to be done.
+    """
     kills = []
     for _ in range(random.randint(1, 3)):
         stage = random.choice(STAGES)
-        kills.append(Kill(random.choice(KINDS), stage, random.random() * seconds[stage]))
-    return sorted(kills, key=lambda kill: (STAGES.index(kill.stage), kill.seconds))
+        seconds, steps = size[stage]
+        by_steps = random.random() < 2 / 3
+        moment = random.random()
+        kills.append(
+            Kill(
+                random.choice(KINDS),
+                stage,
+                0.0 if by_steps else moment * seconds,
+                int(moment * steps) if by_steps else 0,
+            )
+        )
+    return sorted(kills, key=lambda kill: (STAGES.index(kill.stage), kill.steps, kill.seconds))
 
 
 def disturbed(
@@ -113,11 +129,11 @@ def disturbed(
     nodes: Nodes,
     seed: int,
     expected: dict[str, str],
-    seconds: dict[str, float],
+    size: dict[str, Any],
 ) -> dict[str, Any]:
     """One run with its kills, driven until the command ends well; the facts for the log."""
     random = Random(seed)
-    pending = drawn_kills(random, seconds)
+    pending = drawn_kills(random, size)
     run = folder / f"run-{seed}"
     fresh(base, run)
     watch = Watch(run)
@@ -156,7 +172,9 @@ def is_due(kill: Kill, watch: Watch) -> bool:
     begun = watch.started.get(kill.stage)
     if begun is None:
         return False
-    return kill.stage in watch.finished or time.monotonic() >= begun + kill.seconds
+    if kill.stage in watch.finished:
+        return True
+    return time.monotonic() >= begun + kill.seconds and watch.steps(kill.stage) >= kill.steps
 
 
 def strike(
@@ -190,6 +208,7 @@ def strike(
             "drawn_for": kill.stage,
             "during": running[-1] if running and running[-1] not in done else "between",
             "second": round(now - watch.started[kill.stage], 2),
+            "steps": watch.steps(kill.stage),
             "at": now,
         }
     )

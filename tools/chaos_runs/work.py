@@ -75,12 +75,14 @@ class Watch:
     Attributes:
         started, finished: seconds (monotonic) at which a stage's folder and manifest were seen.
         published: stage/shard -> {identity of a published file: when it was seen}.
+        rounds: identities of the k-means state that was kept after each round.
     """
 
     run: Path
     started: dict[str, float] = field(default_factory=dict)
     finished: dict[str, float] = field(default_factory=dict)
     published: dict[str, dict[tuple[int, int], float]] = field(default_factory=dict)
+    rounds: set[tuple[int, int]] = field(default_factory=set)
 
     def look(self) -> None:
         """Note what is new. Every published file is a new one: it was renamed into its place."""
@@ -99,6 +101,19 @@ class Watch:
                     continue
                 seen = self.published.setdefault(f"{stage}/{path.stem}", {})
                 seen.setdefault((status.st_ino, status.st_mtime_ns), now)
+
+        for path in (self.run / "fit").glob("checkpoint*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            self.rounds.add((status.st_ino, status.st_mtime_ns))
+
+    def steps(self, stage: str) -> int:
+        """How far a stage is: shards or rounds."""
+        if stage not in SHARDED:
+            return len(self.rounds)
+        return sum(name.startswith(f"{stage}/") for name in self.published)
 
     def seconds(self) -> dict[str, float]:
         """How long each stage took."""
