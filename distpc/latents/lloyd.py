@@ -160,11 +160,7 @@ class Lloyd:
             for shard, (view, quota) in enumerate(zip(self.views, quotas, strict=True))
         ]
 
-    def measure(
-        self,
-        centroids: Tensor,
-        sources: Sequence[Draw | View],
-    ) -> Measured:
+    def measure(self, centroids: Tensor, sources: Sequence[Draw | View]) -> Measured:
         """Inertia, counts and means of (K, D) centroids.
 
         Raises:
@@ -193,6 +189,8 @@ class Lloyd:
         draws = self._draws(_SPLIT, number, POINTS_PER_SPLIT * (len(small) + 1))
         labels = self.holders.each("labels", [(draw, total.handle) for draw in draws])
         splits = plan_splits(total.counts, small, np.concatenate(labels))
+        if not len(splits.small):
+            return total
         points = self.holders.take(draws, Entries.at(splits.drawn, [draw.size for draw in draws]))
         counts, means = apply_splits(splits, points, total.counts, total.means)
         return Measured(total.inertia, counts, means, total.handle)

@@ -88,7 +88,7 @@ class Holders:
         return [list(items[a:b]) for a, b in pairwise(ends)]
 
     def take(self, sources: Sequence[Draw | View], entries: Entries) -> np.ndarray:
-        """(n, D) float32 points of entries of `sources`, in the order of entries."""
+        """(n, D) float32 points of n > 0 entries of `sources`, in the order of entries."""
         places = [np.flatnonzero(entries.shards == shard) for shard in range(len(sources))]
         items = [
             (source, entries.rows[place]) for source, place in zip(sources, places, strict=True)
