@@ -116,7 +116,8 @@ class Pool:
             DistpcError: the worker's code raised it, or raised something else, which it names;
                 not tried again.
             HeldLostError: an item's handle leads to what a lost machine held.
-            ResourceError: one item's workers died `retries` + 1 times.
+            ResourceError: one item's workers died `retries` + 1 times, or the node that this
+                process is attached to.
         """
         if retries is None:
             retries = self._parallel.max_worker_restarts
@@ -131,6 +132,7 @@ class Pool:
             while running:
                 task, outcome = self._next(running)
                 if outcome is None:
+                    self._refuse_if_cut_off()
                     deaths[task.index] += 1
                     if deaths[task.index] > retries:
                         raise _lost(items[task.index], task, deaths[task.index], self._cause)
@@ -200,6 +202,7 @@ class Pool:
         while not done:
             done, _ = self._ray.wait(list(running), num_returns=1, timeout=_PATIENCE_SECONDS)
             if not done:
+                self._refuse_if_cut_off()
                 self._tell_who_waits()
         task = running.pop(done[0])
         try:
@@ -220,6 +223,20 @@ class Pool:
             # It may be cut off rather than dead.
             self._ray.kill(self._actors[task.worker], no_restart=True)
             return task, None
+
+    def _refuse_if_cut_off(self) -> None:
+        """Fail where the cluster's process on this machine is gone: it would start no worker for
+        this driver any more, and waiting would have no end."""
+        own = self._ray.get_runtime_context().get_node_id()
+        if any(node["Alive"] and node["NodeID"] == own for node in self._ray.nodes()):
+            return
+        raise ResourceError(
+            "the cluster lost the node that this process is attached to",
+            where=f"node {own}",
+            found="its Ray process (raylet) is dead",
+            expected="a node that lives as long as its drivers",
+            fix="start it again, then run the same command again: finished items are kept",
+        )
 
     def _tell_who_waits(self) -> None:
         """Say once that a shared cluster has not given all workers their place."""
