@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distpc.errors import LatentError
 from distpc.latents.nearest import assign_points
-from distpc.latents.projection import Projection
+from distpc.latents.principal import Projection
 from distpc.latents.store import REDO, read_tensors, write_tensors
 
 

@@ -19,7 +19,7 @@ from distpc.latents.codebook import Codebook, write_codebook
 from distpc.latents.holder import ShardFacts, View
 from distpc.latents.kmeans import grid_bits
 from distpc.latents.lloyd import Lloyd
-from distpc.latents.projection import Projection, fit_projection
+from distpc.latents.principal import Projection, fit_projection
 from distpc.latents.questions import Holders
 from distpc.latents.round_log import RoundLog
 from distpc.latents.seeding import (

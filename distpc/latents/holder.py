@@ -20,7 +20,7 @@ from distpc.errors import LatentError
 from distpc.latents.entries import Entries
 from distpc.latents.kmeans import Totals, distinct_hashes, farthest, squares_of, totals_of
 from distpc.latents.nearest import assign_points
-from distpc.latents.projection import Moments, Projection, moments_of
+from distpc.latents.principal import Moments, Projection, moments_of
 from distpc.latents.seeding import draw_points, generator, race
 from distpc.latents.store import StoredShard, read_shard, shard_path
 

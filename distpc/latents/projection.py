@@ -1,126 +1,89 @@
-"""Principal components of features, and whitening: a linear map before k-means.
+"""Features in two dimensions: their principal components, and where centroids lie in them.
 
-Legend: P points, D feature width, d width afterwards.
+Legend: P points, D feature width, K clusters.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from distpc.errors import LatentError
-
-_BLOCK_ROWS = 512
-_LEAST_VARIANCE = 1e-6
-"""Directions with less of the largest variance are the rounding of float16, not a signal."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """First and second moments of points, in float64; added up in a fixed order.
-
-    Attributes:
-        count: P.
-        sums: (D,).
-        products: (D, D) sum of x x^T.
-    """
-
-    count: int
-    sums: np.ndarray
-    products: np.ndarray
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count + other.count, self.sums + other.sums, self.products + other.products
-        )
-
-
-def moments_of(points: Tensor) -> Moments:
-    """Moments of (P, D) points."""
-    width = points.shape[1]
-    sums = torch.zeros(width, dtype=torch.float64)
-    products = torch.zeros(width, width, dtype=torch.float64)
-    # Short products: a library shares long ones out over threads, and the sum's order with them.
-    for block in points.split(_BLOCK_ROWS):
-        exact = block.double()
-        sums += exact.sum(0)
-        products += exact.T @ exact
-    return Moments(len(points), sums.numpy(), products.numpy())
+_SIDE = 512
+_MARGIN = 12
 
 
 @dataclass(frozen=True)
 class Projection:
-    """x -> (x - mean) basis, rounded to float16 like features, so that sums of it are exact too.
+    """Points of a plane.
 
     Attributes:
-        mean: (D,) float32.
-        basis: (D, d) float32.
+        points: (P, 2) float32 features.
+        labels: (P,) their clusters.
+        centroids: (K, 2) float32.
+        explained: shares of the features' variance that the two axes hold.
     """
 
-    mean: Tensor
-    basis: Tensor
+    points: np.ndarray
+    labels: np.ndarray
+    centroids: np.ndarray
+    explained: tuple[float, float]
 
-    def __call__(self, points: Tensor) -> Tensor:
-        """(P, D) of any float type -> (P, d) float16, on the CPU."""
-        parts = [
-            ((block.to(self.basis.device).float() - self.mean) @ self.basis).half().cpu()
-            for block in points.split(_BLOCK_ROWS)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, self.basis.shape[1]).half()
-
-    def to(self, device: torch.device | str) -> Projection:
-        """The same on another device."""
-        return Projection(self.mean.to(device), self.basis.to(device))
+    def to_json(self) -> dict[str, Any]:
+        """The shares, and the centroids' places."""
+        return {
+            "explained": list(self.explained),
+            "centroids": [[round(float(v), 5) for v in row] for row in self.centroids],
+        }
 
 
-def fit_projection(
-    moments: Moments, width: int | None, whiten: bool, where: Path | str
-) -> Projection:
-    """Principal directions, those of the largest variance first.
+def project(features: np.ndarray, labels: np.ndarray, centroids: np.ndarray) -> Projection:
+    """Principal components of (P, D) features; D = 1 has a flat second axis.
 
     Args:
-        moments: of all points.
-        width: d; default: every direction with variance.
-        whiten: divide each direction by its standard deviation.
-        where: of the features, for errors.
-
-    Raises:
-        LatentError: no direction has variance, or fewer than `width` have.
+        labels: (P,) clusters.
+        centroids: (K, D).
     """
-    mean = moments.sums / moments.count
-    covariance = moments.products / moments.count - np.outer(mean, mean)
-    variances, directions = np.linalg.eigh(covariance)
-    variances, directions = variances[::-1], directions[:, ::-1]
-    # Rounding leaves a constant feature a variance of this size, of either sign.
-    floor = 1e-12 * max(float(np.abs(moments.products).max()) / moments.count, 1e-300)
-    if variances[0] <= floor:
-        raise LatentError(
-            "features do not vary: there are no principal directions",
-            where=where,
-            found=f"variance {max(variances[0], 0.0):.3g} in all {len(mean)} columns",
-            expected="features that tell patches apart",
-            fix="look at the teacher, or raise latents.max_samples",
-        )
-    rank = int((variances > max(_LEAST_VARIANCE * variances[0], floor)).sum())
-    if width is not None and width > rank:
-        raise LatentError(
-            "features vary in fewer directions than were asked for",
-            where=where,
-            found=f"{rank} directions with variance, of {len(mean)} columns",
-            expected=f"at least latents.projection_width = {width}",
-            fix=f"set latents.projection_width={rank}",
-        )
-    kept = rank if width is None else width
-    basis = directions[:, :kept]
-    # A direction's sign is arbitrary: its largest component is made positive.
-    largest = np.abs(basis).argmax(0)
-    basis = basis * np.sign(basis[largest, np.arange(kept)])
-    if whiten:
-        basis = basis / np.sqrt(variances[:kept])
+    values = features.astype(np.float64)
+    mean = values.mean(axis=0)
+    spread = np.cov(values - mean, rowvar=False, bias=True).reshape(len(mean), len(mean))
+    variances, axes = np.linalg.eigh(spread)
+    top = axes[:, ::-1][:, :2]
+    # The sign of an axis is arbitrary: the same for the same features everywhere.
+    top = top * np.where(np.abs(top).max(0) == top.max(0), 1.0, -1.0)
+    top = np.pad(top, ((0, 0), (0, 2 - top.shape[1])))
+    shares = np.pad(variances[::-1], (0, 2))[:2] / max(variances.sum(), 1e-300)
     return Projection(
-        torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(basis.astype(np.float32))
+        ((values - mean) @ top).astype(np.float32),
+        labels,
+        ((centroids - mean) @ top).astype(np.float32),
+        (float(shares[0]), float(shares[1])),
     )
+
+
+def colours(labels: np.ndarray) -> np.ndarray:
+    """(P, 3) uint8: hues that neighbouring numbers do not share."""
+    hue = (labels * 0.61803398875) % 1.0
+    bands = np.abs((hue[:, None] * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1
+    return np.rint(40 + 190 * bands.clip(0, 1)).astype(np.uint8)
+
+
+def scatter_picture(projection: Projection) -> np.ndarray:
+    """(512, 512, 3) uint8: points in their cluster's colour, centroids as black crosses."""
+    picture = np.full((_SIDE, _SIDE, 3), 255, dtype=np.uint8)
+    everything = np.concatenate([projection.points, projection.centroids])
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    scale = (_SIDE - 2 * _MARGIN - 1) / np.maximum(high - low, 1e-12)
+
+    def places(points: np.ndarray) -> np.ndarray:
+        return (_MARGIN + (points - low) * scale).round().astype(int)
+
+    at = places(projection.points)
+    for shift in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        picture[_SIDE - 1 - at[:, 1] - shift[1], at[:, 0] + shift[0]] = colours(projection.labels)
+    at = places(projection.centroids)
+    for step in range(-3, 4):
+        picture[_SIDE - 1 - at[:, 1] + step, at[:, 0]] = 0
+        picture[_SIDE - 1 - at[:, 1], at[:, 0] + step] = 0
+    return picture

@@ -8,7 +8,7 @@ import torch
 
 from distpc.errors import LatentError
 from distpc.latents.codebook import Codebook, read_codebook, write_codebook
-from distpc.latents.projection import Projection
+from distpc.latents.principal import Projection
 
 MARKS = {"fingerprint": "f", "features": "abc"}
 

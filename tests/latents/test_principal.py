@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distpc.errors import LatentError
-from distpc.latents.projection import fit_projection, moments_of
+from distpc.latents.principal import fit_projection, moments_of
 
 
 def correlated(num_points=4000, offset=3.0):

@@ -1,0 +1,128 @@
+"""Ray workers that give features the index of their nearest centroid: of stored features, or of
+features that are made on the way and not kept.
+
+Shapes: N samples of a shard, Z latents of a sample, D feature width, K clusters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from distpc.errors import LatentError
+from distpc.latents.codebook import Codebook, read_codebook
+from distpc.latents.encode import Encoder, EncoderSettings
+from distpc.latents.store import read_shard, shard_path, write_shard
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The codebook that latents are indices into, and where latents go.
+
+    Attributes:
+        path: file of the fit stage.
+        features: fingerprint of the features stage that the centroids were fitted to.
+        shape: (Z, D) of those features.
+        out: folder for latent shards.
+        fingerprint: that they get.
+        device: where distances are computed, `cpu` or `cuda`.
+    """
+
+    path: str
+    features: str
+    shape: tuple[int, int]
+    out: str
+    fingerprint: str
+    device: str
+
+    def read(self) -> Codebook:
+        """The codebook, on the device.
+
+        Raises:
+            LatentError: it was fitted to other features.
+        """
+        codebook = read_codebook(Path(self.path), features=self.features, shape=self.shape)
+        return codebook.to(self.device)
+
+    def write_latents(
+        self,
+        codebook: Codebook,
+        name: str,
+        features: Tensor,
+        keys: Sequence[str],
+        notes: dict[str, Any],
+    ) -> None:
+        """Write (N, Z) int32 latents of (N, Z, D) float16 features under their samples' keys.
+
+        Raises:
+            LatentError: the features have another width, or are not finite.
+        """
+        path = shard_path(Path(self.out), name)
+        if tuple(features.shape[1:]) != self.shape:
+            raise LatentError(
+                "the features have another width than the centroids",
+                where=path,
+                found=f"features of shape {tuple(features.shape)}",
+                expected=f"(samples, {self.shape[0]}, {self.shape[1]})",
+                fix="run the features and fit stages again for this teacher",
+            )
+        latents, distances = codebook.assign(features)
+        inertia = float(distances.double().sum())
+        if not np.isfinite(inertia):
+            raise LatentError("features are not finite", where=path, found=f"inertia {inertia}")
+        noted = {
+            "fingerprint": self.fingerprint,
+            "features": self.features,
+            "num_clusters": codebook.num_clusters,
+            "inertia": inertia,
+            "grid": notes.get("grid"),
+            "bad": notes.get("bad", {}),
+        }
+        write_shard(path, "latents", latents, keys, noted)
+
+
+class Assigner:
+    """Ray worker: latents of stored features.
+
+    Args:
+        features: folder of the features stage.
+        assignment: what latents are indices of.
+    """
+
+    def __init__(self, features: str, assignment: Assignment) -> None:
+        self._features = Path(features)
+        self._assignment = assignment
+        self._codebook = assignment.read()
+
+    def __call__(self, name: str) -> float:
+        """Write the latents of shard `name`; returns the seconds that took."""
+        began = time.monotonic()
+        path = shard_path(self._features, name)
+        shard = read_shard(path, "features", fingerprint=self._assignment.features)
+        self._assignment.write_latents(self._codebook, name, shard.rows, shard.keys, shard.metadata)
+        return time.monotonic() - began
+
+
+class FusedAssigner(Encoder):
+    """Ray worker: latents of data, whose features are made and forgotten.
+
+    Features are rounded to float16 as if they had been stored, so that for the same centroids the
+    latents are the same.
+    """
+
+    def __init__(self, settings: EncoderSettings, assignment: Assignment) -> None:
+        super().__init__(settings)
+        self._assignment = assignment
+        self._codebook = assignment.read()
+
+    def write(
+        self, name: str, features: Tensor, keys: Sequence[str], notes: dict[str, Any]
+    ) -> None:
+        """A latent shard."""
+        self._assignment.write_latents(self._codebook, name, features, keys, notes)
