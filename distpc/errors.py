@@ -106,5 +106,9 @@ class ResourceError(DistpcError):
     """The cluster, the machine or the disk has less than the run asks for."""
 
 
+class HeldLostError(ResourceError):
+    """A machine of the cluster was lost, and with it results that later work was to build on."""
+
+
 class PlaceError(DistpcError):
     """A folder or object store by URL is missing, refuses, does not answer, or lacks a file."""

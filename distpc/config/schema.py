@@ -80,10 +80,37 @@ class LatentsConfig(Section):
     init: Literal["k-means++", "k-means||", "random"] = "k-means||"
     """How the first centroids are chosen; random: points drawn alike (with num_rounds 0 the control
     of clustering itself)."""
+    algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
+    """lloyd: every round looks at all points; mini_batch: at a seeded draw of them, with one whole
+    round at the end; all num_rounds are made."""
+    batch_points: int = Field(default=65536, ge=1)
+    """Points in a mini-batch, over all shards (algorithm mini_batch)."""
+    balanced: bool = False
+    """Make clusters about equally large: after every round but the last, centroids of small ones
+    move into large ones and split them; all num_rounds are made (algorithm lloyd)."""
+    codebook: Literal["shared", "per_position"] = "shared"
+    """One codebook for all latents of a sample, or one for each; tied leaves (structure.kind
+    patches) need a shared one."""
+    projection: Literal["none", "pca", "whiten"] = "none"
+    """Map of features before they are clustered: their principal components, or those divided by
+    their standard deviations."""
+    projection_width: int | None = Field(default=None, ge=1)
+    """Principal components kept (projection pca, whiten); default: all that vary."""
+    feature_memory: Literal["mapped", "held"] = "mapped"
+    """Features in workers: mapped from their files, or copied into memory (for slow or remote
+    disks); float16 in both."""
     min_usage_entropy_fraction: float = Field(default=0.3, ge=0, le=1)
     """Refuse latents whose usage entropy is below this fraction of log2(num_clusters)."""
     max_dead_fraction: float = Field(default=0.2, ge=0, le=1)
     """Refuse latents with a larger fraction of clusters that no training patch uses."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LatentsConfig:
+        if self.balanced and self.algorithm != "lloyd":
+            raise ValueError("latents.balanced needs algorithm lloyd: a batch has no shares")
+        if self.projection_width is not None and self.projection == "none":
+            raise ValueError("latents.projection_width needs projection pca or whiten")
+        return self
 
 
 class StructureConfig(Section):

@@ -40,15 +40,19 @@ def _features(config: RunConfig) -> Any:
 
 
 def _fit(config: RunConfig) -> Any:
-    report_fields = (
+    latents = config.latents
+    without = [
         "max_samples",
         "max_bad_samples",
         "keep_features",
         "fit_samples",
         "min_usage_entropy_fraction",
         "max_dead_fraction",
-    )
-    return _values(config.latents, without=report_fields), config.seed
+        "feature_memory",
+    ]
+    if latents.algorithm != "mini_batch":
+        without.append("batch_points")
+    return _values(latents, without=tuple(without)), config.seed
 
 
 def _structure(config: RunConfig) -> Any:

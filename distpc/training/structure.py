@@ -58,6 +58,7 @@ def run(ctx: StageContext) -> None:
             trees["variables"], information["variables"] = _tree(found)
         graph = _build(ctx.config, index.spec, trees.get("variables"))
     else:
+        _refuse_own_codebooks(ctx.config)
         grid = PatchGrid.of(index.spec, ctx.config.data.patch_size_pixels)
         trees["patches"], information["patches"] = _tree(
             _latent_information(ctx, grid)
@@ -97,6 +98,18 @@ def sketch(config: RunConfig, spec: DatasetSpec) -> RegionGraph:
     grid = PatchGrid.of(spec, config.data.patch_size_pixels)
     leaf = Tree.balanced(grid.variables_per_patch) if config.structure.leaf == "hclt" else None
     return _patch_circuit(config, grid, Tree.balanced(grid.num_patches), leaf)
+
+
+def _refuse_own_codebooks(config: RunConfig) -> None:
+    """Patches share their leaves, so a latent value has to mean the same at every position."""
+    if config.latents.codebook != "shared":
+        raise ConfigError(
+            "patch circuits share their leaves over positions, which codebooks of their own forbid",
+            where="latents.codebook",
+            found=config.latents.codebook,
+            expected="shared",
+            fix="set latents.codebook=shared; per_position is for latents that are used elsewhere",
+        )
 
 
 def check_fit(config: RunConfig, spec: DatasetSpec) -> None:
