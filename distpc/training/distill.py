@@ -106,18 +106,18 @@ def collect(
 def measure(circuit: Circuit, source: LatentSource) -> dict[str, Any]:
     """Bits per dimension of data with and without latents, on the first samples of a split."""
     joint, alone = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    left, kind = EVALUATION_SAMPLES, source.index.spec.kind
+    left, counted = EVALUATION_SAMPLES, source.index.spec.counted
     for entry in source.shards():
         if left <= 0:
             break
         x, latents = (torch.from_numpy(rows[:left]) for rows in source.read(entry))
         left -= len(x)
-        joint += tally(circuit.log_prob(x, latents=latents, batch_size=_EVALUATION_BATCH), x, kind)
-        alone += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, kind)
+        joint += tally(circuit.log_prob(x, latents=latents, batch_size=_EVALUATION_BATCH), x, counted)
+        alone += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, counted)
     valid = torch.zeros(5, dtype=torch.float64)
     for rows in take_rows(source.index, "valid", EVALUATION_SAMPLES):
         x = torch.from_numpy(np.ascontiguousarray(rows))
-        valid += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, kind)
+        valid += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, counted)
     sums = {"train_with_latents": joint, "train": alone, "valid": valid}
     figures = {name: Figures.of(total) for name, total in sums.items()}
     return {
