@@ -242,6 +242,12 @@ def tokenizer_of(spec: DatasetSpec, folder: Path) -> Tokenizer:
     return found
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Put the tokenizer beside the shards in `source` beside the model in `target` too."""
+    for file in sorted((source / FOLDER).glob("*.json")):
+        write_bytes(target / FOLDER / file.name, file.read_bytes())
+
+
 def check_tokenizer(spec: DatasetSpec, tokenizer: Tokenizer, where: object) -> None:
     """Refuse a tokenizer other than the data's: its numbers would mean other tokens.
 

@@ -15,6 +15,7 @@ from distpc.data.index import ShardIndex
 from distpc.data.loader import Loader
 from distpc.data.plan import LoaderState
 from distpc.data.spec import DatasetSpec
+from distpc.data.tokenizers import copy_tokenizer
 from distpc.parallel.collectives import axes, barrier
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
@@ -242,6 +243,7 @@ def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
         "seed": ctx.config.seed,
         "finetune": ctx.config.finetune.model_dump(mode="json"),
     }
+    copy_tokenizer(ctx.input("shards").path, ctx.out / MODEL)
     save_model(circuit, ctx.out / MODEL, dataset=spec.to_json(), training=training)
 
 
