@@ -50,7 +50,7 @@ class Tokenizer(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; what is cut off from its character becomes U+FFFD."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:  # noqa: B027 - bytes need no file
         """Write its file, if it needs one, into `folder`."""
 
     def id_of(self, token: str) -> int:

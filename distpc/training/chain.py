@@ -180,9 +180,7 @@ class ChainWorker:
     def _count(self, entry: ShardEntry) -> dict[str, Tensor]:
         x, latents = self._source.read(entry)
         categories = int(self._source.index.spec.num_categories[0] or 0)
-        return count_chain(
-            x, latents, self._layout.num_states, categories, self._layout.is_tied
-        )
+        return count_chain(x, latents, self._layout.num_states, categories, self._layout.is_tied)
 
 
 def _plan(source: LatentSource, layout: ChainLayout) -> list[Piece]:

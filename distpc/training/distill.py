@@ -121,7 +121,8 @@ def measure(circuit: Circuit, source: LatentSource) -> dict[str, Any]:
             break
         x, latents = (torch.from_numpy(rows[:left]) for rows in source.read(entry))
         left -= len(x)
-        joint += tally(circuit.log_prob(x, latents=latents, batch_size=_EVALUATION_BATCH), x, counted)
+        with_latents = circuit.log_prob(x, latents=latents, batch_size=_EVALUATION_BATCH)
+        joint += tally(with_latents, x, counted)
         alone += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, counted)
     valid = torch.zeros(5, dtype=torch.float64)
     for rows in take_rows(source.index, "valid", EVALUATION_SAMPLES):
@@ -130,8 +131,10 @@ def measure(circuit: Circuit, source: LatentSource) -> dict[str, Any]:
     sums = {"train_with_latents": joint, "train": alone, "valid": valid}
     figures = {name: Figures.of(total) for name, total in sums.items()}
     return {
-        **{f"{name}_{source.index.spec.unit}": round(found.bits, 5)
-           for name, found in figures.items()},
+        **{
+            f"{name}_{source.index.spec.unit}": round(found.bits, 5)
+            for name, found in figures.items()
+        },
         **{f"{name}_impossible": found.impossible for name, found in figures.items()},
         "train_samples_measured": figures["train"].samples,
         "valid_samples_measured": figures["valid"].samples,

@@ -156,7 +156,7 @@ def _check_chain(config: RunConfig, spec: DatasetSpec) -> None:
         )
     states = num_states(config.latents.num_clusters, spec)
     if config.structure.num_states != states:
-        ending = "" if spec.end_token is None else ", and one more for the token that ends documents"
+        ending = "" if spec.end_token is None else ", and one for the token that ends documents"
         raise ConfigError(
             "a distilled hidden Markov model has a state a cluster",
             where="structure.num_states",

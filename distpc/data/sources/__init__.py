@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distpc.config.sources import Source as SourceConfig
 from distpc.config.sources import (
-    ArraysSource,
     DigitsSource,
     IdxSource,
     ImageFolderSource,
@@ -14,6 +12,7 @@ from distpc.config.sources import (
     TextSource,
     TokenSamplesSource,
 )
+from distpc.config.sources import Source as SourceConfig
 from distpc.data.sources.base import BadSampleError, Source
 from distpc.errors import DataError
 
