@@ -5,8 +5,8 @@ For a state h of the next token and a state q of the constraint's automaton,
     W_0[q, h] = 1 if q accepts else 0
     W_n[q, h] = sum_v p(v | h) sum_h' p(h' | h) W_{n-1}[delta(q, v), h']
 
-is the probability that n more tokens meet it (Zhang, Kung, Yoshida, Van den Broeck, Peng, "Adaptable
-logical control for large language models", NeurIPS 2024). Everything else is a product with W.
+is the probability that n more tokens meet it (Zhang et al., "Adaptable logical control for large
+language models", NeurIPS 2024). Everything else is a product with W.
 A constraint that cannot be met in n tokens has the probability 0 exactly: sums of zeros.
 Legend: B texts, Q states of the automaton, K states, C tokens, L classes of tokens.
 """
