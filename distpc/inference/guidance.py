@@ -9,6 +9,7 @@ Legend: B texts, T tokens so far, C tokens of the vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from distpc.circuits.chain import Chain
 from distpc.data.tokenizers import Tokenizer
-from distpc.errors import ConstraintError
+from distpc.errors import ConstraintError, DataError
 from distpc.inference.automaton import Automaton, keywords
 from distpc.inference.constraints import ConstrainedChain
 from distpc.teachers.pretrained import import_transformers
@@ -110,12 +111,16 @@ def word_constraint(
 
     Raises:
         ConstraintError: no words, or a word of nothing.
+        DataError: a word of characters that the vocabulary lacks.
     """
     ways = []
     for word in words:
         if not word.strip():
             raise ConstraintError("a keyword is empty", where="keywords", found=repr(word))
-        forms = {space + form for space in ("", " ") for form in (word, word.capitalize())}
-        found = {tuple(tokenizer.encode(form).tolist()) for form in sorted(forms)}
+        found = {tuple(tokenizer.encode(word).tolist())}
+        for form in (" " + word, word.capitalize(), " " + word.capitalize()):
+            # A vocabulary of characters may lack the capital.
+            with contextlib.suppress(DataError):
+                found.add(tuple(tokenizer.encode(form).tolist()))
         ways.append(sorted(found))
     return keywords(ways, vocabulary, end_token=end_token, names=list(words))

@@ -108,14 +108,27 @@ def sample_teacher(
     return facts
 
 
-def _describe(model: Path, settings: SampleSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+def start_and_end(
+    model: Path, tokenizer: Tokenizer, start_token: str | None = None
+) -> tuple[int, int | None]:
+    """The token that texts of a language model begin after, and the one that ends them, if any.
+
+    Args:
+        model: its folder.
+        tokenizer: its tokenizer.
+        start_token: name of another token to begin after.
+
+    Raises:
+        DataError: there is no token of that name.
+        TeacherError: the model does not say.
+    """
     config = read_json(model / "config.json")
     end = config.get("eos_token_id")
     end = end[0] if isinstance(end, list) else end
     start = config.get("bos_token_id")
-    if settings.start_token is not None:
-        start = tokenizer.id_of(settings.start_token)
     start = end if start is None else start
+    if start_token is not None:
+        start = tokenizer.id_of(start_token)
     if start is None:
         raise TeacherError(
             "a language model does not say what texts begin with",
@@ -123,6 +136,12 @@ def _describe(model: Path, settings: SampleSettings, tokenizer: Tokenizer) -> di
             expected="bos_token_id or eos_token_id",
             fix="name a token: --start-token NAME",
         )
+    return int(start), None if end is None else int(end)
+
+
+def _describe(model: Path, settings: SampleSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    start, end = start_and_end(model, tokenizer, settings.start_token)
+    size = read_json(model / "config.json").get("vocab_size", 0)
     return {
         "model": folder_digest(model),
         "length": settings.length,
@@ -131,9 +150,9 @@ def _describe(model: Path, settings: SampleSettings, tokenizer: Tokenizer) -> di
         "batch_size": settings.batch_size,
         "seed": settings.seed,
         "temperature": settings.temperature,
-        "start_token": int(start),
-        "end_token": None if end is None else int(end),
-        "vocabulary_size": max(tokenizer.size, int(config.get("vocab_size", 0))),
+        "start_token": start,
+        "end_token": end,
+        "vocabulary_size": max(tokenizer.size, int(size)),
         "tokenizer": tokenizer.digest,
         "complete": False,
     }
