@@ -176,8 +176,13 @@ class FinetuneConfig(Section):
 
     initialization: Literal["distilled", "random"] = "distilled"
     """Start from the distilled circuit, or from random parameters (the EM baseline)."""
-    rule: Literal["online_em", "mini_batch_em", "full_batch_em", "anemone", "adam"] = "online_em"
-    """Training rule of the statistics; all but online_em need whole rows: parallel.zero_stage 0."""
+    rule: Literal[
+        "online_em", "growing_em", "mini_batch_em", "full_batch_em", "anemone", "adam"
+    ] = "online_em"
+    """Training rule of the statistics; all but online_em and growing_em need whole rows:
+    parallel.zero_stage 0. growing_em: exact M-steps on 1, g, g^2, ... batches, g being `growth`."""
+    growth: float = Field(default=2.0, ge=1)
+    """How many times more batches each M-step takes than the one before (rule growing_em)."""
     num_epochs: int = Field(default=20, ge=0)
     """Passes over the training split."""
     num_samples: int | None = Field(default=None, ge=1)
@@ -334,7 +339,7 @@ class RunConfig(Section):
             )
         if kind not in ("patches", "hmm") and has_teacher:
             raise ValueError(f"structure.kind {kind} uses no teacher: set teacher.kind to none")
-        if self.finetune.rule != "online_em" and self.parallel.zero_stage > 0:
+        if self.finetune.rule not in ("online_em", "growing_em") and self.parallel.zero_stage > 0:
             raise ValueError(
                 f"finetune.rule {self.finetune.rule} needs whole rows at its step, and ZeRO shards "
                 "cut them: set parallel.zero_stage to 0, or finetune.rule to online_em"

@@ -153,7 +153,7 @@ def rule_of(ctx: StageContext, circuit: Circuit, index: ShardIndex) -> Rule:
     """
     config = ctx.config.finetune
     smoothing = Smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
-    rule = make_rule(config.rule, circuit, smoothing, config.momentum)
+    rule = make_rule(config.rule, circuit, smoothing, config.momentum, config.growth)
     refuse_shards(rule, ctx.config.parallel.zero_stage, ctx.config.parallel.node_parallel)
     return rule
 
