@@ -377,7 +377,7 @@ def _add_sample_teacher(commands: argparse._SubParsersAction) -> None:
         epilog="examples:\n"
         "  distpc sample-teacher models/smollm2 --out datasets/smollm2_samples --num 20000\n"
         "  distpc sample-teacher models/smollm2 --out datasets/short --num 1000 --length 16 "
-        "--start-token '<|endoftext|>' --workers 2\n",
+        "--start-token '<|endoftext|>' --end-token '<|endoftext|>' --workers 2\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, help="folder of the model and its tokenizer.json")
@@ -391,6 +391,7 @@ def _add_sample_teacher(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--start-token", help="token that sequences begin after (default: the model's own)"
     )
+    parser.add_argument("--end-token", help="token that ends a sequence (default: the model's own)")
     parser.add_argument(
         "--samples-per-file", type=_count, default=256, help="a unit of work (default 256)"
     )
@@ -531,6 +532,7 @@ def _sample_teacher(options: argparse.Namespace) -> None:
         seed=options.seed,
         temperature=options.temperature,
         start_token=options.start_token,
+        end_token=options.end_token,
         samples_per_file=options.samples_per_file,
         batch_size=options.batch_size,
     )

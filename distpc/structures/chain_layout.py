@@ -53,10 +53,11 @@ class ChainLayout:
     def find(cls, graph: RegionGraph) -> ChainLayout | None:
         """The layout of a graph that `hmm` made; None for any other."""
         regions = graph.regions
-        step: int | None = regions[graph.root].children[0] if regions[graph.root].children else None
+        top = regions[graph.root]
+        step: int | None = top.children[0] if top.kind == "sum" else None
         transitions: list[tuple[int, ...]] = []
         emissions: list[int] = []
-        units = regions[graph.root - 1].num_units if graph.root else 0
+        units = 0 if step is None else regions[step].num_units
         while step is not None:
             region, number = regions[step], len(emissions)
             children = region.children

@@ -39,6 +39,7 @@ class SampleSettings:
         temperature: logits are divided by it; 1 is the model itself.
         start_token: what sequences begin after, by name; None: the model's own. It is no part of
             them.
+        end_token: what ends a sequence, by name; None: the model's own.
         samples_per_file: sequences of one file, the unit of work.
         batch_size: sequences drawn side by side.
     """
@@ -48,6 +49,7 @@ class SampleSettings:
     seed: int = 0
     temperature: float = 1.0
     start_token: str | None = None
+    end_token: str | None = None
     samples_per_file: int = 256
     batch_size: int = 64
 
@@ -109,14 +111,17 @@ def sample_teacher(
 
 
 def start_and_end(
-    model: Path, tokenizer: Tokenizer, start_token: str | None = None
+    model: Path,
+    tokenizer: Tokenizer,
+    start_token: str | None = None,
+    end_token: str | None = None,
 ) -> tuple[int, int | None]:
     """The token that texts of a language model begin after, and the one that ends them, if any.
 
     Args:
         model: its folder.
         tokenizer: its tokenizer.
-        start_token: name of another token to begin after.
+        start_token, end_token: names of other tokens to begin after, and to end with.
 
     Raises:
         DataError: there is no token of that name.
@@ -129,6 +134,8 @@ def start_and_end(
     start = end if start is None else start
     if start_token is not None:
         start = tokenizer.id_of(start_token)
+    if end_token is not None:
+        end = tokenizer.id_of(end_token)
     if start is None:
         raise TeacherError(
             "a language model does not say what texts begin with",
@@ -140,7 +147,7 @@ def start_and_end(
 
 
 def _describe(model: Path, settings: SampleSettings, tokenizer: Tokenizer) -> dict[str, Any]:
-    start, end = start_and_end(model, tokenizer, settings.start_token)
+    start, end = start_and_end(model, tokenizer, settings.start_token, settings.end_token)
     size = read_json(model / "config.json").get("vocab_size", 0)
     return {
         "model": folder_digest(model),

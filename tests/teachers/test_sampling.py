@@ -106,3 +106,21 @@ def test_the_command_resumes_and_grows(model: Path, tmp_path: Path) -> None:
     source = open_source(TokenSamplesSource(kind="token_samples", path=str(out)), tmp_path)
     assert source.num_samples == 48 and source.spec.num_categories == (270,) * LENGTH
     assert source.spec.end_token == 5 and read_json(out / "samples.json")["complete"] is True
+
+
+def test_a_pretrained_teacher_refuses_tokens_of_another_tokenizer(model: Path) -> None:
+    from distpc.config.teachers import TeacherConfig
+    from distpc.data.spec import DatasetSpec
+    from distpc.data.tokenizers import load_tokenizer
+    from distpc.errors import DataError
+    from distpc.teachers import build_teacher
+
+    config = TeacherConfig.model_validate(
+        {"kind": "hf_text", "sees": "prefix", "pretrained": {"folder": str(model)}}
+    )
+    own = load_tokenizer(model).digest
+    spec = DatasetSpec("t", "text", 6, (270,) * 6, tokens="tokens", tokenizer=own)
+    assert build_teacher(config, spec, 1, 0).encode(torch.zeros(2, 6).long()).shape == (2, 6, 8)
+    other = DatasetSpec("t", "text", 6, (270,) * 6, tokens="tokens", tokenizer="0123456789abcdef")
+    with pytest.raises(DataError, match="not the one that the data were made with"):
+        build_teacher(config, other, 1, 0)

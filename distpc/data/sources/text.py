@@ -81,9 +81,10 @@ class Text(Source):
         }
 
     def write_beside(self, folder: Path) -> None:
-        """The tokenizer, and where documents begin."""
+        """The tokenizer, and where documents begin; the chunks of only one are shared out."""
         self.tokenizer.save(folder / FOLDER)
-        save_documents(folder, self._firsts)
+        if self.groups is not None:
+            save_documents(folder, self._firsts)
 
 
 def text_identity(config: TextSource) -> dict[str, Any]:
