@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from circuit_bench.clock import medians
 from hmm_bench.ours import Ours, Products
-from hmm_bench.peers import Dynamax, HmmLearn, version
+from hmm_bench.peers import Cirkit, Dynamax, HmmLearn, version
 
 STEPS = 10
 
@@ -72,13 +72,18 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if case.layer == "cp":
         works["products"] = Products(case.batch, case.length, case.states, device).run
     few = case.texts(options.peer_batch).numpy()
-    peers: dict[str, HmmLearn | Dynamax] = {}
+    peers: dict[str, HmmLearn | Dynamax | Cirkit] = {}
     threads = torch.get_num_threads()
     if "hmmlearn" in options.peers:
         peers["hmmlearn"] = HmmLearn(few, case.states, case.vocabulary, threads)
     if "dynamax" in options.peers and options.dynamax_python:
         python = options.dynamax_python
         peers["dynamax"] = Dynamax(few, case.states, case.vocabulary, threads, python)
+    if "libcirkit" in options.peers:
+        if table_bytes(case) > options.cirkit_bytes:
+            print(f"libcirkit: {table_bytes(case):,} bytes of tables, left out", file=sys.stderr)
+        else:
+            peers["libcirkit"] = Cirkit(few, compiled.circuit, device)
     works |= {name: peer.step for name, peer in peers.items()}
     try:
         taken = medians(works, device, options.rounds, options.seconds)
@@ -99,6 +104,11 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         row["ratio_to_fastest_peer"] = round(rates["ours"] / max(rates[p] for p in peers), 1)
         row["peer_sequences"] = len(few)
     return row
+
+
+def table_bytes(case: Case) -> int:
+    """Bytes of libcirkit's emission tables with gradients and Adam's moments, were they untied."""
+    return 4 * 4 * case.length * case.states * case.vocabulary
 
 
 def peak(case: Case, device: str) -> dict[str, Any]:
@@ -135,7 +145,9 @@ def read_options() -> argparse.Namespace:
     add("--threads", type=int, default=os.cpu_count())
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=60.0, help="per case, once three rounds are done")
-    add("--peers", nargs="*", default=["hmmlearn", "dynamax"], choices=["hmmlearn", "dynamax"])
+    names = ["hmmlearn", "dynamax", "libcirkit"]
+    add("--peers", nargs="*", default=names[:2], choices=names)
+    add("--cirkit-bytes", type=float, default=4e9, help="largest tables of libcirkit (default 4e9)")
     add("--peer-batch", type=int, default=4, help="sequences of a peer's step (default 4)")
     add("--dynamax-python", help="python of an environment with dynamax")
     return parser.parse_args()

@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from circuit_bench.peer import Peer, Setting, check_equal
+
+from distpc.circuits.circuit import Circuit
 
 
 class HmmLearn:
@@ -33,6 +37,26 @@ class HmmLearn:
     def step(self) -> None:
         """One iteration."""
         self.model.fit(self.values, self.lengths)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Cirkit:
+    """The same circuit in libcirkit, whose parameters are tied: Adam, folded and optimized."""
+
+    def __init__(self, x: np.ndarray, circuit: Circuit, device: str) -> None:
+        self.texts = torch.from_numpy(x)
+        self.peer = Peer(self, circuit, Setting("adam"), device)  # type: ignore[arg-type]
+        check_equal(circuit, self.peer, self.texts.to(device))
+
+    def batches(self, count: int, device: str) -> list[torch.Tensor]:
+        """What `Peer` asks a case for."""
+        return [self.texts.to(device)]
+
+    def step(self) -> None:
+        """A training step."""
+        self.peer.step()
 
     def close(self) -> None:
         """Nothing is open."""
