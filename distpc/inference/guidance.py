@@ -19,8 +19,9 @@ from torch import Tensor
 from distpc.circuits.chain import Chain
 from distpc.data.tokenizers import Tokenizer
 from distpc.errors import ConstraintError, DataError
-from distpc.inference.automaton import Automaton, keywords
+from distpc.inference.automaton import Automaton
 from distpc.inference.constraints import ConstrainedChain
+from distpc.inference.keywords import keywords
 from distpc.teachers.pretrained import import_transformers
 
 

@@ -14,9 +14,10 @@ from distpc.circuits.chain import Chain
 from distpc.circuits.circuit import Circuit
 from distpc.data.tokenizers import Characters
 from distpc.errors import ConstraintError
-from distpc.inference.automaton import UNREACHABLE, Automaton, keywords
+from distpc.inference.automaton import UNREACHABLE, Automaton
 from distpc.inference.constraints import ConstrainedChain
 from distpc.inference.guidance import Guidance, logits_processor, word_constraint
+from distpc.inference.keywords import keywords
 from distpc.structures.hmm import hmm
 
 STATES, TOKENS, STEPS = 3, 4, 6
