@@ -8,6 +8,7 @@ from distpc.config.sources import (
     DigitsSource,
     IdxSource,
     ImageFolderSource,
+    ShardsSource,
     SizesSource,
     TextSource,
     TokenSamplesSource,
@@ -58,6 +59,13 @@ def open_source(
             where="data.source.kind",
             found="sizes",
             fix="plan it with distpc plan; to run, name a source of samples",
+        )
+    if isinstance(config, ShardsSource):
+        raise DataError(
+            "shards that exist already are no source of single samples",
+            where="data.source.kind",
+            found="shards",
+            fix="run the stages; or name what the shards were written from",
         )
     from distpc.data.sources.arrays import Arrays
 
