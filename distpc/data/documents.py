@@ -14,9 +14,8 @@ import numpy as np
 from distpc.artifacts.files import atomic_path
 from distpc.data.index import ShardIndex
 from distpc.data.reader import read_shard
+from distpc.data.tokenizers import DOCUMENTS
 from distpc.errors import DataError
-
-DOCUMENTS = "documents.npy"
 
 
 def save_documents(folder: Path, firsts: np.ndarray) -> None:

@@ -23,6 +23,8 @@ from distpc.errors import DataError
 FOLDER = "tokenizer"
 LIBRARY_FILE = "tokenizer.json"
 CHARACTERS_FILE = "characters.json"
+DOCUMENTS = "documents.npy"
+"""Where documents begin, see `documents`."""
 
 
 class Tokenizer(ABC):

@@ -153,3 +153,19 @@ def test_what_cannot_be_streamed(run: Path) -> None:
     circuit.statistics_of(0)[:, token] = 0.0
     with pytest.raises(EvidenceError, match="impossible under the model"):
         measure_documents(circuit, index, shards, "test")
+
+
+def test_shards_that_exist_bring_their_tokenizer_along(run: Path, tmp_path: Path) -> None:
+    values = {
+        "name": "again",
+        "data": {"source": {"kind": "shards", "url": str(run / "shards")}},
+        "teacher": {"kind": "none"},
+        "structure": {"kind": "hmm", "num_states": 6, "tied": True},
+        "finetune": {"initialization": "random"},
+    }
+    ctx = context(tmp_path, parse_config(values, where="test"), "shards")
+    shards_stage.run(ctx)
+    spec = DatasetSpec.load(ctx.out)
+    assert spec == DatasetSpec.load(run / "shards")
+    assert tokenizer_of(spec, ctx.out).digest == spec.tokenizer
+    assert can_stream(circuit_of(run), ctx.out)
