@@ -14,7 +14,7 @@ from distpc.data.reader import iterate_split, read_shard
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.errors import LatentError
 from distpc.latents import load_latents
-from distpc.latents.store import shard_path
+from distpc.latents.store import left_out_keys, shard_path
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class LatentSource:
         return found
 
     def latents(self, entry: ShardEntry) -> np.ndarray:
-        """(N, Z) latents of one shard.
+        """(N, Z) latents of one shard, without the samples that could not be encoded.
 
         Raises:
             LatentError: they are of other samples, of another grid, or of more clusters.
         """
         keys, latents = load_latents(self.folder, entry.name, self.fingerprint)
-        expected = entry.samples().keys
+        expected = self._keys(entry)
         if list(keys) != list(expected):
             raise self._strange(entry, _first_difference(keys, expected))
         if latents.shape != (len(keys), self.num_patches):
@@ -80,17 +80,26 @@ class LatentSource:
         return latents
 
     def read(self, entry: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
-        """(N, V) values and (N, Z) latents of one shard.
+        """(N, V) values and (N, Z) latents of one shard, without the samples that could not be
+        encoded.
 
         Of text, missing tokens have no latent, -1, and the token that ends a document has a state
         of its own behind the clusters.
         """
-        x, latents = read_shard(entry, self.index.spec).x, self.latents(entry)
+        shard, latents = read_shard(entry, self.index.spec), self.latents(entry)
+        x = shard.x
+        if len(latents) != len(shard.keys):
+            kept = set(self._keys(entry))
+            x = x[[key in kept for key in shard.keys]]
         if self.index.spec.kind == "text":
             latents = np.where(x == MISSING, -1, latents.astype(np.int64))
             if self.index.spec.end_token is not None:
                 latents[x == self.index.spec.end_token] = self.num_clusters
         return x, latents
+
+    def _keys(self, entry: ShardEntry) -> list[str]:
+        left_out = left_out_keys(self.folder, entry.name)
+        return [key for key in entry.samples().keys if key not in left_out]
 
     def _strange(self, entry: ShardEntry, difference: tuple[str, str]) -> LatentError:
         return LatentError(

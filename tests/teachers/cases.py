@@ -165,6 +165,15 @@ CASES: dict[str, Case] = {
         sees=before,
         wrap=lambda teacher, seed: AlignedTeacher.wrap(teacher, "both"),
     ),
+    "masked-prefix": Case(
+        "masked_lm", {"masked_lm": _SMALL, "sees": "prefix"}, (TEXT,), sees=before
+    ),
+    "masked-suffix": Case(
+        "masked_lm", {"masked_lm": _SMALL, "sees": "suffix"}, (TEXT,), sees=behind
+    ),
+    "masked-both": Case(
+        "masked_lm", {"masked_lm": _SMALL, "sees": "both"}, (TEXT, TOKENS), sees=everything
+    ),
     "shuffled-random": Case(
         "shuffled", {"kind": "random", "random_width": 7}, sees=everything, wrap=_shuffled
     ),
