@@ -94,6 +94,10 @@ class EvidenceError(DistpcError):
     """A query's values, mask or latents do not fit the circuit."""
 
 
+class ConstraintError(EvidenceError):
+    """A constraint on a text cannot be met in the tokens that are left, or is none."""
+
+
 class ModelFileError(DistpcError):
     """A model folder is missing a file, cut, or of a version this code cannot read."""
 

@@ -34,8 +34,8 @@ class DataConfig(Section):
     """Source, splits, shards and what a value means."""
 
     source: Source
-    """Where the samples come from; `kind` is digits, idx, image_folder, text, arrays or
-    shards."""
+    """Where the samples come from; `kind` is digits, idx, image_folder, text, token_samples,
+    arrays or shards."""
     split: SplitConfig = SplitConfig()
     """Shares of train, valid and test."""
     split_seed: int | None = Field(default=None, ge=0)
@@ -132,8 +132,9 @@ class StructureConfig(Section):
     variables; `chow_liu`: a Chow-Liu tree over the variables themselves, deterministic; `hmm`: a
     hidden Markov model over the variables in their order; `quad_tree`, `quad_graph`: images
     halved down to the pixel in one way, or in both and mixed; `rat`: random halves of the
-    variables; `poon_domingos`: all rectangles of an image on a grid. Every kind but `patches`
-    goes with teacher.kind none and finetune.initialization random."""
+    variables; `poon_domingos`: all rectangles of an image on a grid. Every kind but `patches` and
+    `hmm` goes with teacher.kind none and finetune.initialization random. A distilled `hmm` has as
+    many states as clusters, and one more where documents end in a token of their own."""
     num_states: int = Field(default=32, ge=1)
     """Units K of every latent or inner region (all kinds but patches, factorised, chow_liu)."""
     num_input_units: int | None = Field(default=None, ge=1)
@@ -220,8 +221,13 @@ class FinetuneConfig(Section):
 
     initialization: Literal["distilled", "random"] = "distilled"
     """Start from the distilled circuit, or from random parameters (the EM baseline)."""
-    rule: Literal["online_em", "mini_batch_em", "full_batch_em", "anemone", "adam"] = "online_em"
-    """Training rule of the statistics; all but online_em need whole rows: parallel.zero_stage 0."""
+    rule: Literal[
+        "online_em", "growing_em", "mini_batch_em", "full_batch_em", "anemone", "adam"
+    ] = "online_em"
+    """Training rule of the statistics; all but online_em and growing_em need whole rows:
+    parallel.zero_stage 0. growing_em: exact M-steps on 1, g, g^2, ... batches, g being `growth`."""
+    growth: float = Field(default=2.0, ge=1)
+    """How many times more batches each M-step takes than the one before (rule growing_em)."""
     num_epochs: int = Field(default=20, ge=0)
     """Passes over the training split."""
     num_samples: int | None = Field(default=None, ge=1)
@@ -394,14 +400,20 @@ class RunConfig(Section):
                 "without a teacher there are no latents to learn the tree from: set teacher.kind, "
                 "or structure.tree_of to patch_means"
             )
-        if kind != "patches" and distilled:
+        has_teacher = self.teacher.kind != "none"
+        if kind == "hmm" and distilled != has_teacher:
+            raise ValueError(
+                "a hidden Markov model is distilled from a teacher, or random without one: set "
+                f"teacher.kind (it is {self.teacher.kind}), or finetune.initialization to random"
+            )
+        if kind not in ("patches", "hmm") and distilled:
             raise ValueError(
                 f"structure.kind {kind} has no teacher latents to distil from: "
                 "set finetune.initialization to random"
             )
-        if kind != "patches" and self.teacher.kind != "none":
+        if kind not in ("patches", "hmm") and has_teacher:
             raise ValueError(f"structure.kind {kind} uses no teacher: set teacher.kind to none")
-        if self.finetune.rule != "online_em" and self.parallel.zero_stage > 0:
+        if self.finetune.rule not in ("online_em", "growing_em") and self.parallel.zero_stage > 0:
             raise ValueError(
                 f"finetune.rule {self.finetune.rule} needs whole rows at its step, and ZeRO shards "
                 "cut them: set parallel.zero_stage to 0, or finetune.rule to online_em"

@@ -29,7 +29,8 @@ def _teacher(config: RunConfig) -> Any:
     teacher = config.teacher
     shuffled = (teacher.shuffle_num_samples,) if teacher.shuffle_samples else ()
     size = config.data.patch_size_pixels
-    return teacher.kind, teacher.of_kind(), size, config.seed, *shuffled
+    state = () if teacher.state == "token" else (teacher.state,)
+    return teacher.kind, teacher.of_kind(), size, config.seed, *state, *shuffled
 
 
 def _features(config: RunConfig) -> Any:
