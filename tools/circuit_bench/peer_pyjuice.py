@@ -76,6 +76,10 @@ class PyJuicePeer:
             self.model._cum_flow = 0.0
         self.warm_seconds = time.perf_counter() - begun
 
+    def parameters(self) -> list[Tensor]:
+        """Its own, to be read or written in place."""
+        return [self.model.params.data, *(i.params.data for i in self.model.input_layer_group)]
+
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:
         """(B,) nats."""
@@ -104,6 +108,7 @@ def compiled(circuit: Circuit, device: str) -> Any:
             values = torch.zeros(self.num_sum_params, device=device)
             self.params = torch.nn.Parameter(values, requires_grad=False)
 
+    _compare_scopes_fast()
     records, regions = skeleton(circuit, MAX_BLOCK_SIZE)
     root = deserialize_nodes(records)
     with redirect_stdout(StringIO()):
@@ -115,6 +120,19 @@ def compiled(circuit: Circuit, device: str) -> Any:
         if not owners[number].is_input():
             _copy_sum(model, owners[number], circuit.weights_of(region))
     return model
+
+
+def _compare_scopes_fast() -> None:
+    """Compare sets of variables in one go instead of byte by byte.
+
+    Of 3,072 variables PyJuice compares millions of pairs when it compiles; no step is affected.
+    """
+    from pyjuice.utils import BitSet
+
+    def equal(one: Any, other: Any) -> bool:
+        return bool(one.values.rstrip(b"\0") == other.values.rstrip(b"\0"))
+
+    BitSet.__eq__ = equal
 
 
 def _numbered(root: Any, records: list[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
