@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distpc.circuits.kernels import reference
 from distpc.circuits.kernels.layout import ALIGN, Layout, Leaves, Tables
+from distpc.circuits.kernels.plan import Group
 
 _MESSAGE_ENTRIES = 4096
 """Entries of messages that one program of a product handles."""
@@ -54,7 +55,8 @@ class Nodes:
     def __init__(self, layout: Layout, nodes: list[int]) -> None:
         self.nodes = nodes
         self.units = layout.plan.nodes[nodes[0]].shape[1]
-        self.index = torch.tensor(nodes, dtype=torch.int32, device=layout.device)
+        self.heads = layout.heads(nodes)
+        self.has_one_leaf = all(len(layout.plan.nodes[i].leaves) == 1 for i in nodes)
 
     def grid(self, layout: Layout) -> tuple[tuple[int, int], dict[str, int]]:
         """Of a launch, and its constants."""
@@ -86,17 +88,15 @@ def multiply(layout: Layout, nodes: Nodes) -> None:
         layout.leaf_base,
         layout.leaf_inverse,
         layout.codes,
-        nodes.index,
-        layout.node_at,
-        layout.leaf_start,
+        nodes.heads,
         layout.leaf_variable,
         layout.leaf_at,
         layout.leaf_inverse_of,
         layout.leaf_floor,
-        layout.sum_start,
         layout.sum_at,
         layout.sum_inverse_at,
         layout.batch,
+        ONE_LEAF=nodes.has_one_leaf,
         **constants,
     )
 
@@ -113,12 +113,84 @@ def split(layout: Layout, nodes: Nodes) -> None:
         layout.u,
         layout.v,
         layout.y,
-        nodes.index,
-        layout.node_at,
-        layout.sum_start,
+        nodes.heads,
         layout.sum_at,
         layout.batch,
         **constants,
+    )
+
+
+class Products:
+    """The matrix products of a group of nodes: y = u @ W^T forward, flows from ratios backward."""
+
+    def __init__(self, layout: Layout, group: Group) -> None:
+        self.rows_per_table = group.rows
+        self.shape = group.shape
+        rows, units = group.shape
+        tables = layout.tables[group.shape].weights
+        self.weights = tables[group.table : group.table + group.tables]
+        self.nodes = list(range(group.node, group.node + group.tables * group.rows))
+        self.heads = layout.heads(self.nodes)
+        count = len(self.nodes) * layout.batch
+
+        def batched(buffer: Tensor, at: int, width: int) -> Tensor:
+            return buffer[at : at + count * width].view(group.tables, -1, width)
+
+        self.u = batched(layout.u, layout.u_at[group.node], units)
+        self.v = batched(layout.v, layout.u_at[group.node], units)
+        self.y = batched(layout.y, layout.y_at[group.node], rows)
+        self.split = Nodes(layout, self.nodes)
+        self.tile = descent_tile(layout, self.shape, len(self.nodes))
+
+
+def descent_tile(layout: Layout, shape: tuple[int, int], nodes: int) -> Tile | None:
+    """The tile (samples, units, inner) of `descend`; None: a plain product is faster, or the
+    kernel is not for this shape."""
+    rows, units = shape
+    if rows < 16 or not uses_triton(layout.device):
+        return None
+    if layout.dtype == torch.float32:
+        return Tile(16, min(64, _block(units)), 16, 4, 2)
+    inner = min(64, _block(rows))
+    wide = min(128, _block(units))
+    programs = nodes * -(-layout.batch // 128) * -(-units // wide)
+    if programs < 132:
+        return Tile(64, min(64, wide), inner, 4, 4)
+    return Tile(128, wide, inner, 8, 3, 2 if wide == 128 else 1)
+
+
+def descend(layout: Layout, products: Products) -> None:
+    """y of a group are ratios: flows in `v`, ratios of the sums below; with an epilogue, or as a
+    product and then `split`."""
+    if products.tile is None:
+        torch.bmm(products.y, products.weights, out=products.v)
+        split(layout, products.split)
+        return
+    from distpc.circuits.kernels import triton_descend
+
+    tile, (rows, units) = products.tile, products.shape
+    tiles = -(-layout.batch // tile.m) * -(-units // tile.n)
+    triton_descend.descend[(len(products.nodes) * tiles,)](
+        layout.u,
+        layout.v,
+        layout.y,
+        products.weights,
+        products.heads,
+        layout.sum_at,
+        products.y,
+        layout.batch,
+        products.rows_per_table,
+        M=rows,
+        K=units,
+        BLOCK_B=tile.m,
+        BLOCK_K=tile.n,
+        BLOCK_M=tile.b,
+        ALIGN=_align(layout),
+        PRECISION=_precision(layout),
+        EVEN=not (layout.batch % tile.m or units % tile.n or rows % tile.b),
+        PARTS=tile.parts,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
 
 
@@ -154,7 +226,7 @@ def learn_sums(layout: Layout, tables: Tables, step_size: Tensor, tile: Tile | N
         BLOCK_B=tile.b,
         GROUP_M=tile.group,
         ALIGN=_align(layout) if rows % ALIGN == 0 else 1,
-        PRECISION="tf32" if is_half else "ieee",
+        PRECISION=_precision(layout),
         EVEN=not (rows % tile.m or units % tile.n or layout.batch % tile.b),
         PARTS=tile.parts,
         num_warps=tile.warps,
@@ -196,26 +268,25 @@ def learn_leaves(layout: Layout, leaves: Leaves, step_size: Tensor) -> None:
         return
     from distpc.circuits.kernels import triton_leaves
 
-    is_half = layout.dtype != torch.float32
-    order = starts = leaves.size
+    codes, order, starts = layout.codes, leaves.size, leaves.size
     if leaves.is_sorted:
-        codes = layout.codes[leaves.variable_index].view(leaves.count, -1)
+        codes = codes[leaves.variable_index].view(leaves.count, -1)
         codes, order = codes.sort(dim=1)
         starts = torch.searchsorted(codes, leaves.bounds, out_int32=True)
     block_k = min(64, _block(leaves.units))
+    block_t = 32 if leaves.is_sorted else 64
     grid = (leaves.count * leaves.num_chunks * -(-leaves.units // block_k),)
     triton_leaves.learn_leaves[grid](
         layout.leaf_base,
         leaves.totals,
-        layout.u,
         layout.v,
-        layout.codes,
+        codes,
         order,
         starts,
         step_size,
         leaves.at,
         leaves.size,
-        leaves.reads * layout.batch,
+        leaves.reads,
         leaves.variable,
         leaves.factor_at,
         1.0 / layout.batch,
@@ -224,16 +295,23 @@ def learn_leaves(layout: Layout, leaves: Leaves, step_size: Tensor) -> None:
         K=leaves.units,
         BLOCK_C=leaves.chunk,
         BLOCK_K=block_k,
-        BLOCK_T=32,
+        BLOCK_T=block_t,
         SORTED=leaves.is_sorted,
         ALIGN=_align(layout),
-        PRECISION="tf32" if is_half else "ieee",
+        PRECISION=_precision(layout),
+        EVEN=not (layout.batch % block_t or leaves.units % block_k),
         num_warps=8 if leaves.chunk * block_k > 8192 else 4,
+        num_stages=3,
     )
 
 
 def _align(layout: Layout) -> int:
     return ALIGN if layout.is_aligned else 1
+
+
+def _precision(layout: Layout) -> str:
+    """Of products of float32; tests want exact ones."""
+    return "ieee" if layout.dtype == torch.float32 else "tf32"
 
 
 def _block(count: int) -> int:

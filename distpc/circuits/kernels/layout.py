@@ -5,7 +5,7 @@ Messages are flat buffers, a node after another, (B, K) each:
 * `u`: what sum i reads, its maximum 1;
 * `y`: the sum i's unnormalised products u @ W^T, (B, K'); backward turns them into the ratios
   flow / y, in place;
-* `v`: ratio @ W, so that u * v is the flow of a node.
+* `v`: ratio @ W, and then the flow u * v of a node.
 
 W = S + eps is kept beside the statistics S, rounded to the type of the products; a row's sum over
 the *rounded* entries normalises it, so that rounding moves no mass. Statistics stay where the
@@ -168,6 +168,14 @@ class Layout:
         units = self.plan.nodes[node].shape[side]
         return buffer[at : at + self.batch * units].view(self.batch, units)
 
+    def heads(self, nodes: Sequence[int]) -> Tensor:
+        """(nodes, 6) int64: its number, its place in `u`, and its first and end leaf and sum."""
+        leaves, sums = self.leaf_starts, self.sum_starts
+        rows = [
+            [i, self.u_at[i], leaves[i], leaves[i + 1], sums[i], sums[i + 1]] for i in nodes
+        ]
+        return torch.tensor(rows, device=self.device)
+
     def _lay_tables(self) -> None:
         sizes = [tables.count * tables.shape[0] for tables in self.tables.values()]
         starts = _places(sizes)
@@ -214,15 +222,14 @@ class Layout:
         leaves = [leaf for node in nodes for leaf in node.leaves]
         sums = [s for node in nodes for s in node.sums]
         owner_of = [(node.bank, node.table) for node in nodes]
-        self.node_at = self._tensor(self.u_at[:-1])
-        self.leaf_start = self._tensor(_starts([len(n.leaves) for n in nodes]), torch.int32)
+        self.leaf_starts = _starts([len(n.leaves) for n in nodes])
+        self.sum_starts = _starts([len(n.sums) for n in nodes])
         self.leaf_variable = self._tensor([leaf.variable for leaf in leaves], torch.int32)
         self.leaf_at = self._tensor([self._leaf_offset(leaf) for leaf in leaves])
         self.leaf_inverse_of = self._tensor(
             [self.leaf_inverse_at[leaf.bank, leaf.table] for leaf in leaves]
         )
         self.leaf_floor = self._tensor([self._leaf_floor(leaf) for leaf in leaves], torch.float32)
-        self.sum_start = self._tensor(_starts([len(n.sums) for n in nodes]), torch.int32)
         self.sum_at = self._tensor([self.y_at[s] for s in sums])
         self.sum_inverse_at = self._tensor([self.inverse_at[owner_of[s]] for s in sums])
 

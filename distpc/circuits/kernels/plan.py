@@ -15,7 +15,13 @@ from itertools import pairwise
 from distpc.circuits.bank import Bank
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.inputs import CategoricalBank
-from distpc.circuits.sums import SURE, SumBank
+from distpc.circuits.sums import SumBank
+
+SUM_FLOOR = 1e-16
+"""eps, in uses per sample, that keeps a unit of a sum above 1e-20 of its child's largest: far above
+what rounds to 0 in a message whose maximum is 1."""
+LEAF_FLOOR = 1e-14
+"""The same of a leaf's entry; a leaf times a sum stays above 1e-38."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,13 @@ def _bank_why_not(bank: Bank) -> str | None:
         if bank.mask is not None:
             return "pruned edges"
         # With less a message may lose what matters; see `lost`.
-        return None if bank.smoothing > SURE else "sums without a pseudocount"
+        return None if bank.smoothing > SUM_FLOOR else "sums with too small a pseudocount"
     if type(bank) is not CategoricalBank:
         return f"inputs that are no categorical ones ({type(bank).__name__})"
     if bank.kernel is not None:
         return "leaves smoothed over neighbouring values"
-    return None if bank.is_bounded_below else "leaves with too small a pseudocount"
+    floor = bank.pseudocount / max(bank.sizes)
+    return None if floor > LEAF_FLOOR else "leaves with too small a pseudocount"
 
 
 def make_plan(circuit: Circuit) -> Plan:

@@ -41,18 +41,15 @@ def _rescale(values: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split(layout: Layout, nodes: Sequence[int]) -> None:
-    """`y` of the sums below some nodes becomes flow / y."""
+    """`v` of some nodes becomes their flow u * v, and `y` of the sums below flow / y."""
     for i in nodes:
-        flow = flow_of(layout, i)
+        v = layout.message(layout.v, i)
+        flow = layout.message(layout.u, i).float() * v.float()
+        v.copy_(flow)
         for s in layout.plan.nodes[i].sums:
             y = layout.message(layout.y, s)
             values = y.float()
             y.copy_(torch.where(values > 0, flow / values, 0.0))
-
-
-def flow_of(layout: Layout, node: int) -> Tensor:
-    """(B, K) float32."""
-    return layout.message(layout.u, node).float() * layout.message(layout.v, node).float()
 
 
 def learn_sums(layout: Layout, tables: Tables, step_size: Tensor) -> None:
@@ -82,7 +79,6 @@ def learn_leaves(layout: Layout, leaves: Leaves, step_size: Tensor) -> None:
         for node, variable in reads:
             codes = layout.codes[variable].long()
             seen = codes >= 0
-            rounded = flow_of(layout, node).to(layout.dtype).float()
-            flow.index_add_(0, codes[seen], rounded[seen])
+            flow.index_add_(0, codes[seen], layout.message(layout.v, node).float()[seen])
         statistics.mul_(1 - step_size).add_(flow * (step_size / layout.batch))
     leaves.read_totals()

@@ -25,7 +25,7 @@ from torch import Tensor
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.kernels import launch
 from distpc.circuits.kernels.layout import Layout
-from distpc.circuits.kernels.plan import Group, make_plan, why_not
+from distpc.circuits.kernels.plan import make_plan, why_not
 
 _CHUNKS = (256, 64)
 """Values of a leaf that a program of its update owns: of small and of large vocabularies."""
@@ -131,11 +131,11 @@ class FastStep:
             self._learn()
 
     def _forward(self) -> None:
-        for products, _, groups in self._stages:
+        for products, groups in self._stages:
             for nodes in products:
                 launch.multiply(self.layout, nodes)
-            for u, weights, y, _ in groups:
-                torch.bmm(u, weights.mT, out=y)
+            for group in groups:
+                torch.bmm(group.u, group.weights.mT, out=group.y)
         root = self._root
         values = self.layout.message(self.layout.y, root)[:, 0].float()
         owner = self.layout.plan.nodes[root].bank, self.layout.plan.nodes[root].table
@@ -148,11 +148,9 @@ class FastStep:
         is_finite = self.log_prob.isfinite().unsqueeze(1)
         # The root's flow is 1, so what its product gets is 1 / y.
         root.copy_(torch.where(is_finite, root.float().reciprocal(), 0.0))
-        for _, splits, groups in reversed(self._stages):
-            for _, weights, ratio, v in groups:
-                torch.bmm(ratio, weights, out=v)
-            for nodes in splits:
-                launch.split(self.layout, nodes)
+        for _, groups in reversed(self._stages):
+            for group in groups:
+                launch.descend(self.layout, group)
 
     def _learn(self) -> None:
         for tables in self.layout.tables.values():
@@ -166,7 +164,7 @@ class FastStep:
         torch.reciprocal(totals.sum(1).add_(pseudocount), out=out)
 
     def _number_stages(self) -> None:
-        """For each stage: products to launch, those with sums below, operands of matrix products."""
+        """For each stage: products of units to launch, and matrix products."""
         layout, plan = self.layout, self.layout.plan
         self._stages = []
         for stage, groups in enumerate(plan.stages):
@@ -175,21 +173,6 @@ class FastStep:
                 if node.stage == stage:
                     of_units[node.shape[1]].append(i)
             products = [launch.Nodes(layout, nodes) for nodes in of_units.values()]
-            inner = [[i for i in nodes if plan.nodes[i].sums] for nodes in of_units.values()]
-            splits = [launch.Nodes(layout, nodes) for nodes in inner if nodes]
-            self._stages.append((products, splits, [self._operands(g) for g in groups]))
+            self._stages.append((products, [launch.Products(layout, g) for g in groups]))
         (last,) = plan.stages[-1]
         self._root = last.node
-
-    def _operands(self, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        layout = self.layout
-        rows, units = group.shape
-        weights = layout.tables[group.shape].weights[group.table : group.table + group.tables]
-        count = group.tables * group.rows * layout.batch
-
-        def batched(buffer: Tensor, at: int, width: int) -> Tensor:
-            return buffer[at : at + count * width].view(group.tables, -1, width)
-
-        u = batched(layout.u, layout.u_at[group.node], units)
-        y = batched(layout.y, layout.y_at[group.node], rows)
-        return u, weights, y, batched(layout.v, layout.u_at[group.node], units)

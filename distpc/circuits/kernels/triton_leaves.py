@@ -11,15 +11,16 @@ import triton.language as tl
 
 @triton.jit
 def learn_leaves(
-    statistics, totals, u, v, codes, order, starts, step_size,
-    table_at, sizes, tokens, factor_variable, factor_at, share, batch, num_chunks,
+    statistics, totals, flow, codes, order, starts, step_size,
+    table_at, sizes, reads, factor_variable, factor_at, share, batch, num_chunks,
     K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
-    SORTED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SORTED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A table, BLOCK_C of its values, BLOCK_K of its units.
 
-    SORTED: `order` (T, tokens) lists a table's tokens by value and `starts` (T, chunks + 1) where
-    each chunk's begin; else a program goes through all tokens of its table.
+    SORTED: `codes` (T, tokens) are a table's in rising order, `order` which tokens those are, and
+    `starts` (T, chunks + 1) where each chunk's begin. Else a program goes through all tokens, and
+    `codes` (V, B) are those of each variable. EVEN: samples and units fill whole blocks.
     """
     pid = tl.program_id(0)
     num_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -27,30 +28,39 @@ def learn_leaves(
     chunk = (pid // num_k) % num_chunks
     table = pid // (num_k * num_chunks)
     value = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-    begin = 0
-    end = tokens
+    total = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    t = tl.arange(0, BLOCK_T)
     if SORTED:
         begin = tl.load(starts + table * (num_chunks + 1) + chunk)
         end = tl.load(starts + table * (num_chunks + 1) + chunk + 1)
-    total = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-    for at in range(begin, end, BLOCK_T):
-        token = at + tl.arange(0, BLOCK_T)
-        there = token < end
-        if SORTED:
-            token = tl.load(order + table.to(tl.int64) * tokens + token, mask=there, other=0)
-        factor = table * (tokens // batch) + token // batch
-        sample = token % batch
-        code = tl.load(
-            codes + tl.load(factor_variable + factor, mask=there, other=0) * batch + sample,
-            mask=there, other=-1,
-        )  # fmt: skip
-        rows = tl.load(factor_at + factor, mask=there, other=0) + sample.to(tl.int64) * K
-        rows = tl.multiple_of(rows, ALIGN)[:, None] + k[None, :]
-        inside = (there & (code >= 0))[:, None] & (k < K)[None, :]
-        flow = tl.load(u + rows, mask=inside, other=0.0).to(tl.float32)
-        flow *= tl.load(v + rows, mask=inside, other=0.0).to(tl.float32)
-        shows = (value[:, None] == code[None, :]).to(u.dtype.element_ty)
-        total = tl.dot(shows, flow.to(u.dtype.element_ty), total, input_precision=PRECISION)
+        first = table.to(tl.int64) * reads * batch
+        for at in range(begin, end, BLOCK_T):
+            there = at + t < end
+            token = tl.load(order + first + at + t, mask=there, other=0).to(tl.int32)
+            code = tl.load(codes + first + at + t, mask=there, other=-1)
+            rows = tl.load(factor_at + table * reads + token // batch, mask=there, other=0)
+            rows = tl.multiple_of(rows + (token % batch).to(tl.int64) * K, ALIGN)
+            inside = there[:, None] & (k < K)[None, :]
+            values = tl.load(flow + rows[:, None] + k[None, :], mask=inside, other=0.0)
+            shows = (value[:, None] == code[None, :]).to(flow.dtype.element_ty)
+            total = tl.dot(shows, values, total, input_precision=PRECISION)
+    else:
+        for f in range(table * reads, (table + 1) * reads):
+            code_at = codes + tl.load(factor_variable + f) * batch + t
+            flow_at = flow + tl.multiple_of(tl.load(factor_at + f), ALIGN)
+            flow_at = flow_at + t[:, None] * K + k[None, :]
+            for first in range(0, batch, BLOCK_T):
+                if EVEN:
+                    code = tl.load(code_at)
+                    values = tl.load(flow_at)
+                else:
+                    there = first + t < batch
+                    code = tl.load(code_at, mask=there, other=-1)
+                    values = tl.load(flow_at, mask=there[:, None] & (k < K)[None, :], other=0.0)
+                shows = (value[:, None] == code[None, :]).to(flow.dtype.element_ty)
+                total = tl.dot(shows, values, total, input_precision=PRECISION)
+                code_at += BLOCK_T
+                flow_at += BLOCK_T * K
     rate = tl.load(step_size)
     inside = (value < tl.load(sizes + table))[:, None] & (k < K)[None, :]
     statistics += tl.multiple_of(tl.load(table_at + table), ALIGN)

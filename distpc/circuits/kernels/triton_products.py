@@ -1,5 +1,7 @@
 """Products in Triton: gather, multiply, rescale, round, in one pass; and the flows back.
 
+Where a kernel starts is looked up in one row of `heads`, by the number of the program: indices that
+have to wait for one another are most of the time of a launch over a few nodes.
 References: `reference.multiply`, `reference.split`.
 """
 
@@ -16,67 +18,94 @@ def rescale(values, total):
 
 
 @triton.jit
-def multiply(
-    u, log_top, y, inverse, leaf, leaf_inverse, codes,
-    nodes, node_at, leaf_start, leaf_variable, leaf_at, leaf_inverse_at, leaf_floor,
-    sum_start, sum_at, sum_inverse_at,
-    batch,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, ALIGN: tl.constexpr,
+def look_up(
+    leaf, leaf_inverse, codes, leaf_variable, leaf_at, leaf_inverse_at, leaf_floor,
+    f, b, k, batch, K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One node of some samples a program; see `reference.multiply`."""
-    node = tl.load(nodes + tl.program_id(0))
-    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    k = tl.arange(0, BLOCK_K)
-    in_batch = b < batch
-    inside = in_batch[:, None] & (k < K)[None, :]
-    entry = b[:, None] * K + k[None, :]
-    values = tl.where((k < K)[None, :] & (b >= 0)[:, None], 1.0, 0.0)
-    total = tl.zeros((BLOCK_B,), tl.float32)
-    first_leaf = tl.load(leaf_start + node)
-    end_leaf = tl.load(leaf_start + node + 1)
-    first_sum = tl.load(sum_start + node)
-    end_sum = tl.load(sum_start + node + 1)
-    for f in range(first_leaf, end_leaf):
-        code = tl.load(codes + tl.load(leaf_variable + f) * batch + b, mask=in_batch, other=-1)
-        table = leaf + tl.multiple_of(tl.load(leaf_at + f), ALIGN)
-        seen = inside & (code >= 0)[:, None]
-        p = tl.load(table + code[:, None] * K + k[None, :], mask=seen, other=0.0)
-        at = tl.multiple_of(tl.load(leaf_inverse_at + f), ALIGN)
-        scale = tl.load(leaf_inverse + at + k, mask=k < K, other=0.0)
-        p = (p + tl.load(leaf_floor + f)) * scale[None, :]
-        values *= tl.where((code >= 0)[:, None], p, 1.0)
-        # One factor alone is far above underflow, so the first may wait for the second.
-        if f > first_leaf:
-            values, total = rescale(values, total)
-    for f in range(first_sum, end_sum):
-        message = y + tl.multiple_of(tl.load(sum_at + f), ALIGN)
-        factor = tl.load(message + entry, mask=inside, other=0.0).to(tl.float32)
-        at = tl.multiple_of(tl.load(sum_inverse_at + f), ALIGN)
-        scale = tl.load(inverse + at + k, mask=k < K, other=0.0)
-        values *= factor * scale[None, :]
-        values, total = rescale(values, total)
-    if first_sum == end_sum:
-        values, total = rescale(values, total)
-    out = u + tl.multiple_of(tl.load(node_at + node), ALIGN)
-    tl.store(out + entry, values.to(u.dtype.element_ty), mask=inside)
-    tl.store(log_top + node.to(tl.int64) * batch + b, total, mask=in_batch)
+    """Probabilities (B, K) of leaf factor f; 1 where its variable is missing."""
+    code = tl.load(codes + tl.load(leaf_variable + f) * batch + b, mask=b < batch, other=-1)
+    table = leaf + tl.multiple_of(tl.load(leaf_at + f), ALIGN)
+    seen = (code >= 0)[:, None] & (k < K)[None, :]
+    values = tl.load(table + code[:, None] * K + k[None, :], mask=seen, other=0.0)
+    at = tl.multiple_of(tl.load(leaf_inverse_at + f), ALIGN)
+    scale = tl.load(leaf_inverse + at + k, mask=k < K, other=0.0)
+    values = (values + tl.load(leaf_floor + f)) * scale[None, :]
+    return tl.where((code >= 0)[:, None], values, 1.0)
 
 
 @triton.jit
-def split(
-    u, v, y, nodes, node_at, sum_start, sum_at, batch,
+def multiply(
+    u, log_top, y, inverse, leaf, leaf_inverse, codes,
+    heads, leaf_variable, leaf_at, leaf_inverse_at, leaf_floor, sum_at, sum_inverse_at,
+    batch,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, ALIGN: tl.constexpr,
+    ONE_LEAF: tl.constexpr,
 ):  # fmt: skip
-    """One node of some samples a program; see `reference.split`."""
-    node = tl.load(nodes + tl.program_id(0))
+    """One node of some samples a program; see `reference.multiply`.
+
+    ONE_LEAF: every node has exactly one leaf; it is loaded together with the first sum.
+    """
+    head = heads + tl.program_id(0) * 6
+    node = tl.load(head)
+    out = u + tl.multiple_of(tl.load(head + 1), ALIGN)
+    first_leaf = tl.load(head + 2)
+    end_leaf = tl.load(head + 3)
+    first_sum = tl.load(head + 4)
+    end_sum = tl.load(head + 5)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     k = tl.arange(0, BLOCK_K)
     inside = (b < batch)[:, None] & (k < K)[None, :]
     entry = b[:, None] * K + k[None, :]
-    at = tl.multiple_of(tl.load(node_at + node), ALIGN)
+    total = tl.zeros((BLOCK_B,), tl.float32)
+    # A node without sums takes 1 for the first one.
+    has_sum = first_sum < end_sum
+    message = y + tl.multiple_of(tl.load(sum_at + first_sum, mask=has_sum, other=0), ALIGN)
+    at = tl.multiple_of(tl.load(sum_inverse_at + first_sum, mask=has_sum, other=0), ALIGN)
+    values = tl.load(message + entry, mask=inside & has_sum, other=1.0).to(tl.float32)
+    values *= tl.load(inverse + at + k, mask=(k < K) & has_sum, other=1.0)[None, :]
+    values = tl.where(inside, values, 0.0)
+    if ONE_LEAF:
+        values *= look_up(
+            leaf, leaf_inverse, codes, leaf_variable, leaf_at, leaf_inverse_at, leaf_floor,
+            first_leaf, b, k, batch, K, ALIGN,
+        )  # fmt: skip
+        values, total = rescale(values, total)
+    else:
+        values, total = rescale(values, total)
+        for f in range(first_leaf, end_leaf):
+            values *= look_up(
+                leaf, leaf_inverse, codes, leaf_variable, leaf_at, leaf_inverse_at, leaf_floor,
+                f, b, k, batch, K, ALIGN,
+            )  # fmt: skip
+            values, total = rescale(values, total)
+    for f in range(first_sum + 1, end_sum):
+        message = y + tl.multiple_of(tl.load(sum_at + f), ALIGN)
+        factor = tl.load(message + entry, mask=inside, other=0.0).to(tl.float32)
+        at = tl.multiple_of(tl.load(sum_inverse_at + f), ALIGN)
+        values *= factor * tl.load(inverse + at + k, mask=k < K, other=0.0)[None, :]
+        values, total = rescale(values, total)
+    tl.store(out + entry, values.to(u.dtype.element_ty), mask=inside)
+    tl.store(log_top + node * batch + b, total, mask=b < batch)
+
+
+@triton.jit
+def split(
+    u, v, y, heads, sum_at, batch,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """One node of some samples a program; see `reference.split`."""
+    head = heads + tl.program_id(0) * 6
+    at = tl.multiple_of(tl.load(head + 1), ALIGN)
+    first_sum = tl.load(head + 4)
+    end_sum = tl.load(head + 5)
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    k = tl.arange(0, BLOCK_K)
+    inside = (b < batch)[:, None] & (k < K)[None, :]
+    entry = b[:, None] * K + k[None, :]
     flow = tl.load(u + at + entry, mask=inside, other=0.0).to(tl.float32)
     flow *= tl.load(v + at + entry, mask=inside, other=0.0).to(tl.float32)
-    for f in range(tl.load(sum_start + node), tl.load(sum_start + node + 1)):
+    tl.store(v + at + entry, flow.to(v.dtype.element_ty), mask=inside)
+    for f in range(first_sum, end_sum):
         message = y + tl.multiple_of(tl.load(sum_at + f), ALIGN)
         values = tl.load(message + entry, mask=inside, other=1.0).to(tl.float32)
         ratio = tl.where(values > 0, flow / values, 0.0)
