@@ -51,35 +51,28 @@ def kernels_of(fast: FastStep) -> Iterator[Kernel]:
     )
     yield Kernel(
         "multiply: leaves, products, maxima",
-        lambda: [launch.multiply(layout, part) for group, _, _ in stages for part in group],
+        lambda: [launch.multiply(layout, part) for parts, _ in stages for part in parts],
         FLOAT * looked_up + width * (below + messages),
         0,
     )
-    split = sum(batch * node.shape[1] for node in inner)
+    groups = [group for _, of_stage in stages for group in of_stage]
+    weights = sum(group.weights.numel() for group in groups)
+    flops = sum(2 * group.u.numel() * group.weights.shape[1] for group in groups)
+    both = sum(batch * sum(node.shape) for node in nodes)
     yield Kernel(
-        "split: flows to ratios",
-        lambda: [launch.split(layout, part) for _, group, _ in stages for part in group],
-        width * (2 * split + 2 * below),
-        0,
-    )
-    products = [operands for _, _, groups in stages for operands in groups]
-    entries = sum(w.numel() + u.numel() + y.numel() for u, w, y, _ in products)
-    flops = sum(2 * u.numel() * w.shape[1] for u, w, _, _ in products)
-    yield Kernel(
-        "sums forward (cuBLAS)",
-        lambda: [torch.bmm(u, w.mT, out=y) for u, w, y, _ in products],
-        width * entries,
+        "ascend: sums (cuBLAS)",
+        lambda: [torch.bmm(g.u, g.weights.mT, out=g.y) for g in groups],
+        width * (weights + both),
         flops,
     )
     yield Kernel(
-        "sums backward (cuBLAS)",
-        lambda: [torch.bmm(y, w, out=v) for _, w, y, v in products],
-        width * entries,
+        "descend: sums backward, flows, ratios",
+        lambda: [launch.descend(layout, group) for group in reversed(groups)],
+        width * (weights + both + messages + 2 * below),
         flops,
     )
     tables = list(layout.tables.values())
     weights = sum(part.weights.numel() for part in tables)
-    both = sum(batch * sum(node.shape) for node in nodes)
     yield Kernel(
         "learn_sums: flows, update, weights",
         lambda: [launch.learn_sums(layout, part, fast.step_size) for part in tables],
@@ -97,6 +90,6 @@ def kernels_of(fast: FastStep) -> Iterator[Kernel]:
     yield Kernel(
         "learn_leaves: scatter, update",
         lambda: [launch.learn_leaves(layout, part, fast.step_size) for part in layout.leaves],
-        2 * FLOAT * entries + 2 * width * flows,
+        2 * FLOAT * entries + width * flows,
         0,
     )
