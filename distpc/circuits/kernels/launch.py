@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ from distpc.circuits.kernels.plan import Group
 
 _MESSAGE_ENTRIES = 4096
 """Entries of messages that one program of a product handles."""
+
+PREFETCH = True
+"""Whether statistics are asked for before the matrix product whose epilogue updates them."""
+
+_PROGRAMS = 1024
+"""Programs that fill a large GPU."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Tile:
     parts: int = 1
     registers: int = 0
     group: int = 8
+    prefetch: bool = PREFETCH
 
     @property
     def options(self) -> dict[str, int]:
@@ -48,6 +56,8 @@ def tile_of(tables: Tables, is_half: bool) -> Tile:
         return Tile(min(64, _block(rows)), min(128, _block(units)), 64, 4, 3)
     if rows < 128 or units < 128:
         return Tile(64, 64, 64, 4, 3)
+    if tables.longest >= 4096 and rows * units >= 4096**2:
+        return Tile(128, 256, 64, 8, 4, 4)
     return Tile(128, 128, 64, 8, 3, 2)
 
 
@@ -69,12 +79,16 @@ class Nodes:
         """Of a launch, and its constants."""
         block = _block(self.units)
         samples = max(1, min(_MESSAGE_ENTRIES // block, _block(layout.batch)))
+        # A launch over few nodes takes as long as one program does: more and smaller ones.
+        rows = len(self.nodes) * layout.batch
+        while samples > 1 and samples * block > 256 and rows // samples < _PROGRAMS:
+            samples //= 2
         constants = {
             "K": self.units,
             "BLOCK_K": block,
             "BLOCK_B": samples,
             "ALIGN": _align(layout),
-            "num_warps": 4 if block * samples <= 4096 else 8,
+            "num_warps": max(1, min(16 if block > 4096 else 4, block * samples // 256)),
         }
         return (len(self.nodes), -(-layout.batch // samples)), constants
 
@@ -162,7 +176,10 @@ def descent_tile(layout: Layout, shape: tuple[int, int], nodes: int) -> Tile | N
     wide = min(128, _block(units))
     programs = nodes * -(-layout.batch // 128) * -(-units // wide)
     if programs < 132:
-        return Tile(64, min(64, wide), inner, 4, 4)
+        # Measured on an H200: for long products of few tiles cuBLAS, which splits them, is faster.
+        return None if rows >= 4096 else Tile(64, min(64, wide), inner, 4, 4)
+    if rows >= 8192 and units >= 8192:
+        return Tile(128, 256, inner, 8, 3, 2)
     return Tile(128, wide, inner, 8, 3, 2 if wide == 128 else 1, 128)
 
 
@@ -235,6 +252,7 @@ def learn_sums(layout: Layout, tables: Tables, step_size: Tensor, tile: Tile | N
         PRECISION=_precision(layout),
         EVEN=not (rows % tile.m or units % tile.n or layout.batch % tile.b),
         PARTS=tile.parts,
+        PREFETCH=_prefetches(tile),
         **tile.options,
     )
     torch.reciprocal(row_sums.sum(-1), out=tables.inverse)
@@ -273,29 +291,43 @@ def leaf_tile(leaves: Leaves) -> Tile:
     return Tile(leaves.chunk, units, 32 if leaves.is_sorted else 64, warps, 3)
 
 
+class Tokens(NamedTuple):
+    """What a table's leaves read in a batch, by value: see `triton_leaves.learn_leaves`."""
+
+    codes: Tensor
+    order: Tensor
+    starts: Tensor
+
+
+def order_tokens(layout: Layout, leaves: Leaves) -> Tokens:
+    """Sort a batch's tokens by value, where `learn_leaves` wants them so."""
+    if not (leaves.is_sorted and uses_triton(layout.device)):
+        return Tokens(layout.codes, leaves.size, leaves.size)
+    codes, order = layout.codes[leaves.variable_index].view(leaves.count, -1).sort(dim=1)
+    return Tokens(codes, order, torch.searchsorted(codes, leaves.bounds, out_int32=True))
+
+
 def learn_leaves(
-    layout: Layout, leaves: Leaves, step_size: Tensor, tile: Tile | None = None
+    layout: Layout,
+    leaves: Leaves,
+    step_size: Tensor,
+    tokens: Tokens | None = None,
+    tile: Tile | None = None,
 ) -> None:
-    """See `reference.learn_leaves`."""
+    """See `reference.learn_leaves`; `tokens` of the batch, if they were ordered before."""
     if not uses_triton(layout.device):
         reference.learn_leaves(layout, leaves, step_size)
         return
     from distpc.circuits.kernels import triton_leaves
 
-    codes, order, starts = layout.codes, leaves.size, leaves.size
-    if leaves.is_sorted:
-        codes = codes[leaves.variable_index].view(leaves.count, -1)
-        codes, order = codes.sort(dim=1)
-        starts = torch.searchsorted(codes, leaves.bounds, out_int32=True)
+    tokens = tokens or order_tokens(layout, leaves)
     tile = tile or leaf_tile(leaves)
     grid = (leaves.count * leaves.num_chunks * -(-leaves.units // tile.n),)
     triton_leaves.learn_leaves[grid](
         layout.leaf_base,
         leaves.totals,
         layout.v,
-        codes,
-        order,
-        starts,
+        *tokens,
         step_size,
         leaves.at,
         leaves.size,
@@ -313,12 +345,18 @@ def learn_leaves(
         ALIGN=_align(layout),
         PRECISION=_precision(layout),
         EVEN=not (layout.batch % tile.b or leaves.units % tile.n),
+        PREFETCH=_prefetches(tile) and leaves.units % 32 == 0,
         **tile.options,
     )
 
 
 def _align(layout: Layout) -> int:
     return ALIGN if layout.is_aligned else 1
+
+
+def _prefetches(tile: Tile) -> bool:
+    """Triton's interpreter knows no assembler."""
+    return tile.prefetch and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def _precision(layout: Layout) -> str:

@@ -55,7 +55,9 @@ class Tables:
         self.batch = batch
         self.count = len(self.owners)
 
-    def allocate(self, inverse: Tensor, dtype: torch.dtype, at: tuple[list[int], list[int]]) -> None:
+    def allocate(
+        self, inverse: Tensor, dtype: torch.dtype, at: tuple[list[int], list[int]]
+    ) -> None:
         """Buffers; `at` are the offsets of the first node of each matrix in `u` and in `y`."""
         device = inverse.device
         self.statistics = self.banks[0].statistics.detach()
@@ -175,9 +177,7 @@ class Layout:
     def heads(self, nodes: Sequence[int]) -> Tensor:
         """(nodes, 6) int64: its number, its place in `u`, and its first and end leaf and sum."""
         leaves, sums = self.leaf_starts, self.sum_starts
-        rows = [
-            [i, self.u_at[i], leaves[i], leaves[i + 1], sums[i], sums[i + 1]] for i in nodes
-        ]
+        rows = [[i, self.u_at[i], leaves[i], leaves[i + 1], sums[i], sums[i + 1]] for i in nodes]
         return torch.tensor(rows, device=self.device)
 
     def _lay_tables(self) -> None:

@@ -8,6 +8,8 @@ value c": no atomics, so that two runs agree bit by bit. Reference: `reference.l
 import triton
 import triton.language as tl
 
+from distpc.circuits.kernels.triton_sums import prefetch
+
 
 @triton.jit
 def learn_leaves(
@@ -15,6 +17,7 @@ def learn_leaves(
     table_at, sizes, reads, factor_variable, factor_at, share, batch, num_chunks,
     K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     SORTED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """A table, BLOCK_C of its values, BLOCK_K of its units.
 
@@ -30,6 +33,11 @@ def learn_leaves(
     value = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     t = tl.arange(0, BLOCK_T)
+    statistics += tl.multiple_of(tl.load(table_at + table), ALIGN)
+    if PREFETCH:
+        line = tl.minimum((pid % num_k) * BLOCK_K + tl.arange(0, BLOCK_K // 32) * 32, K - 1)
+        row = tl.minimum(value, tl.load(sizes + table) - 1)
+        prefetch(statistics + row[:, None] * K + line[None, :])
     if SORTED:
         begin = tl.load(starts + table * (num_chunks + 1) + chunk)
         end = tl.load(starts + table * (num_chunks + 1) + chunk + 1)
@@ -63,7 +71,6 @@ def learn_leaves(
                 flow_at += BLOCK_T * K
     rate = tl.load(step_size)
     inside = (value < tl.load(sizes + table))[:, None] & (k < K)[None, :]
-    statistics += tl.multiple_of(tl.load(table_at + table), ALIGN)
     entry = value[:, None] * K + k[None, :]
     old = tl.load(statistics + entry, mask=inside, other=0.0)
     new = old * (1.0 - rate) + (rate * share) * total

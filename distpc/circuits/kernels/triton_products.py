@@ -64,6 +64,13 @@ def multiply(
     values = tl.load(message + entry, mask=inside & has_sum, other=1.0).to(tl.float32)
     values *= tl.load(inverse + at + k, mask=(k < K) & has_sum, other=1.0)[None, :]
     values = tl.where(inside, values, 0.0)
+    # The second sum is loaded in any case, not in a loop: it need not wait for the first.
+    second = tl.minimum(first_sum + 1, end_sum)
+    has_second = second < end_sum
+    message = y + tl.multiple_of(tl.load(sum_at + second, mask=has_second, other=0), ALIGN)
+    at = tl.multiple_of(tl.load(sum_inverse_at + second, mask=has_second, other=0), ALIGN)
+    factor = tl.load(message + entry, mask=inside & has_second, other=1.0).to(tl.float32)
+    factor *= tl.load(inverse + at + k, mask=(k < K) & has_second, other=1.0)[None, :]
     if ONE_LEAF:
         values *= look_up(
             leaf, leaf_inverse, codes, leaf_variable, leaf_at, leaf_inverse_at, leaf_floor,
@@ -78,7 +85,9 @@ def multiply(
                 f, b, k, batch, K, ALIGN,
             )  # fmt: skip
             values, total = rescale(values, total)
-    for f in range(first_sum + 1, end_sum):
+    if has_second:
+        values, total = rescale(values * factor, total)
+    for f in range(first_sum + 2, end_sum):
         message = y + tl.multiple_of(tl.load(sum_at + f), ALIGN)
         factor = tl.load(message + entry, mask=inside, other=0.0).to(tl.float32)
         at = tl.multiple_of(tl.load(sum_inverse_at + f), ALIGN)

@@ -8,6 +8,15 @@ import triton.language as tl
 
 
 @triton.jit
+def prefetch(address):
+    """Ask for the lines of memory at some addresses, to find them in the L2 cache later."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.uint64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def update(
     statistics, weights, total, m, n, rate, share, floor,
     M: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr,
@@ -47,7 +56,7 @@ def learn_sums(
     M: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
     GROUP_M: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr, PARTS: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One tile of one table a program.
 
@@ -75,6 +84,10 @@ def learn_sums(
     u += tl.multiple_of(tl.load(u_at + table), ALIGN)
     left_at = ratio + b[:, None] * M + m[None, :]
     right_at = u + b[:, None] * N + n[None, :]
+    statistics += tl.multiple_of(tl.load(table_at + table), ALIGN)
+    if PREFETCH and EVEN:
+        line = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 32) * 32
+        prefetch(statistics + m[:, None] * N + line[None, :])
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, length, BLOCK_B):
         if EVEN:
@@ -89,7 +102,6 @@ def learn_sums(
         right_at += BLOCK_B * N
 
     rate = tl.load(step_size)
-    statistics += tl.multiple_of(tl.load(table_at + table), ALIGN)
     weights += table.to(tl.int64) * (M * N)
     if PARTS == 1:
         sums = update(statistics, weights, total, m, n, rate, share, floor, M, N, EVEN)
