@@ -24,13 +24,13 @@ import torch
 from circuit_bench import bpd_data
 from circuit_bench.gpu_clock import at_most, free
 from circuit_bench.gpu_table import machine
-from circuit_bench.race import Racer, linear, race, seconds_to, tutorial
+from circuit_bench.race import Racer, geometric, linear, race, seconds_to, tutorial
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
 from distpc.structures.hclt import hclt_graph
 
-NUM_STATES = {"mnist": 256, "fashion_mnist": 256, "cifar": 512}
+NUM_STATES = {"mnist": 256, "fashion_mnist": 256, "cifar": 256}
 PSEUDOCOUNTS = (0.1, 1.0)
 """Of ours: samples' worth in a sum row and in an input row, as `distpc.fit` has them."""
 PEERS = {
@@ -45,8 +45,8 @@ def run_set(name: str, data: bpd_data.Set, options: argparse.Namespace) -> dict[
     """The curves of one data set, and seconds to its targets."""
     device = options.device
     train, test = (torch.from_numpy(x).to(device) for x in (data.train, data.test))
-    if options.device == "cpu":
-        train, test = train[:1024], test[: 2 * options.batch]
+    if options.samples:
+        train, test = train[: options.samples], test[: 2 * options.batch]
     states = options.states or NUM_STATES[name]
     graph = hclt_graph(data.tree, states)
     circuit = Circuit(graph, [256] * graph.num_variables, device=device)
@@ -88,7 +88,7 @@ def _ours(circuit: Circuit, options: argparse.Namespace) -> Racer:
         "distpc, online EM",
         ours.step,
         ours.log_prob,
-        linear(0.3, 0.01),
+        geometric(*options.step_sizes),
         ours.warm_seconds,
         {"setting": ours.setting},
     )
@@ -183,7 +183,9 @@ def read_options() -> argparse.Namespace:
     add("--seconds", type=float, default=4.0, help="of training, each side (%(default)s)")
     add("--evaluations", type=int, default=12)
     add("--batch", type=int, default=512)
-    add("--states", type=int, help="K; default: 256 and, of patches, 512")
+    add("--states", type=int, help="K, default 256")
+    add("--samples", type=int, help="to train on, default: all")
+    add("--step-sizes", type=float, nargs=2, default=(0.3, 0.01), help="of ours, first and last")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     add("--peer-limit", type=float, default=30.0, help="seconds, to compile and to warm up")
     add("--no-peer", action="store_true")
@@ -195,7 +197,7 @@ def main() -> None:
     """Make the data, or run the races."""
     options = read_options()
     if options.make:
-        bpd_data.make(options.make, options.folder, options.cifar)
+        bpd_data.make(options.make, options.folder, options.cifar, options.sets)
         return
     rows: list[dict[str, Any]] = []
     begun = time.perf_counter()
