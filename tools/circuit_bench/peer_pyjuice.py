@@ -41,6 +41,8 @@ class PyJuicePeer:
     """
 
     def __init__(self, circuit: Circuit, batches: Sequence[Tensor], device: str) -> None:
+        import pyjuice  # noqa: F401
+
         begun = time.perf_counter()
         self.model = compiled(circuit, device)
         self.compile_seconds = time.perf_counter() - begun
