@@ -21,7 +21,7 @@ _MESSAGE_ENTRIES = 4096
 
 @dataclass(frozen=True)
 class Tile:
-    """How a program of `learn_sums` is shaped."""
+    """How a program of a matrix product is shaped; `registers` bounds those of a thread, 0: not."""
 
     m: int
     n: int
@@ -29,7 +29,14 @@ class Tile:
     warps: int
     stages: int
     parts: int = 1
+    registers: int = 0
     group: int = 8
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's launch takes."""
+        bound = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **bound}
 
 
 def tile_of(tables: Tables, is_half: bool) -> Tile:
@@ -156,7 +163,7 @@ def descent_tile(layout: Layout, shape: tuple[int, int], nodes: int) -> Tile | N
     programs = nodes * -(-layout.batch // 128) * -(-units // wide)
     if programs < 132:
         return Tile(64, min(64, wide), inner, 4, 4)
-    return Tile(128, wide, inner, 8, 3, 2 if wide == 128 else 1)
+    return Tile(128, wide, inner, 8, 3, 2 if wide == 128 else 1, 128)
 
 
 def descend(layout: Layout, products: Products) -> None:
@@ -189,8 +196,7 @@ def descend(layout: Layout, products: Products) -> None:
         PRECISION=_precision(layout),
         EVEN=not (layout.batch % tile.m or units % tile.n or rows % tile.b),
         PARTS=tile.parts,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
 
 
@@ -229,8 +235,7 @@ def learn_sums(layout: Layout, tables: Tables, step_size: Tensor, tile: Tile | N
         PRECISION=_precision(layout),
         EVEN=not (rows % tile.m or units % tile.n or layout.batch % tile.b),
         PARTS=tile.parts,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     torch.reciprocal(row_sums.sum(-1), out=tables.inverse)
 
@@ -261,7 +266,16 @@ def read_weights(layout: Layout, tables: Tables) -> None:
     torch.reciprocal(row_sums, out=tables.inverse)
 
 
-def learn_leaves(layout: Layout, leaves: Leaves, step_size: Tensor) -> None:
+def leaf_tile(leaves: Leaves) -> Tile:
+    """The tile (values, units, tokens) of `learn_leaves`."""
+    units = min(64, _block(leaves.units))
+    warps = 8 if leaves.chunk * units >= 8192 else 4
+    return Tile(leaves.chunk, units, 32 if leaves.is_sorted else 64, warps, 3)
+
+
+def learn_leaves(
+    layout: Layout, leaves: Leaves, step_size: Tensor, tile: Tile | None = None
+) -> None:
     """See `reference.learn_leaves`."""
     if not uses_triton(layout.device):
         reference.learn_leaves(layout, leaves, step_size)
@@ -273,9 +287,8 @@ def learn_leaves(layout: Layout, leaves: Leaves, step_size: Tensor) -> None:
         codes = codes[leaves.variable_index].view(leaves.count, -1)
         codes, order = codes.sort(dim=1)
         starts = torch.searchsorted(codes, leaves.bounds, out_int32=True)
-    block_k = min(64, _block(leaves.units))
-    block_t = 32 if leaves.is_sorted else 64
-    grid = (leaves.count * leaves.num_chunks * -(-leaves.units // block_k),)
+    tile = tile or leaf_tile(leaves)
+    grid = (leaves.count * leaves.num_chunks * -(-leaves.units // tile.n),)
     triton_leaves.learn_leaves[grid](
         layout.leaf_base,
         leaves.totals,
@@ -293,15 +306,14 @@ def learn_leaves(layout: Layout, leaves: Leaves, step_size: Tensor) -> None:
         layout.batch,
         leaves.num_chunks,
         K=leaves.units,
-        BLOCK_C=leaves.chunk,
-        BLOCK_K=block_k,
-        BLOCK_T=block_t,
+        BLOCK_C=tile.m,
+        BLOCK_K=tile.n,
+        BLOCK_T=tile.b,
         SORTED=leaves.is_sorted,
         ALIGN=_align(layout),
         PRECISION=_precision(layout),
-        EVEN=not (layout.batch % block_t or leaves.units % block_k),
-        num_warps=8 if leaves.chunk * block_k > 8192 else 4,
-        num_stages=3,
+        EVEN=not (layout.batch % tile.b or leaves.units % tile.n),
+        **tile.options,
     )
 
 

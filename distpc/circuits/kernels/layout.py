@@ -29,6 +29,10 @@ ALIGN = 8
 """Entries that offsets are multiples of, where K is: 16 bytes of bfloat16."""
 
 
+_UNSORTED = 4
+"""Up to so many chunks a table, each of them looks through all tokens."""
+
+
 class Tables:
     """The matrices (T, K', K) of one shape.
 
@@ -82,7 +86,7 @@ class Leaves:
         units: K.
         factors: for each table the (node, variable) that read it, equally many.
         chunk: values that one program owns.
-        is_sorted: whether a table has several chunks, so that tokens are sorted by value.
+        is_sorted: whether a table has many chunks, so that tokens are sorted by value.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class Leaves:
         self.sizes = [b.sizes[t] for b, (_, t) in zip(self.banks, owners, strict=True)]
         self.chunk = chunk
         self.num_chunks = -(-max(self.sizes) // chunk)
-        self.is_sorted = self.num_chunks > 1
+        self.is_sorted = self.num_chunks > _UNSORTED
         device = base.device
         self.at = torch.tensor(
             [_offset(base, self.statistics_of(t)) for t in range(self.count)], device=device

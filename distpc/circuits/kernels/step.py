@@ -27,7 +27,7 @@ from distpc.circuits.kernels import launch
 from distpc.circuits.kernels.layout import Layout
 from distpc.circuits.kernels.plan import make_plan, why_not
 
-_CHUNKS = (256, 64)
+_CHUNKS = (128, 64)
 """Values of a leaf that a program of its update owns: of small and of large vocabularies."""
 
 
@@ -62,7 +62,7 @@ class FastStep:
         self.circuit = circuit
         self.batch_size = batch_size
         largest = max((c or 0 for c in circuit.num_categories), default=0)
-        chunk = _CHUNKS[0] if largest <= _CHUNKS[0] else _CHUNKS[1]
+        chunk = _CHUNKS[0] if largest <= 512 else _CHUNKS[1]
         chunk = min(chunk, max(16, 1 << (largest - 1).bit_length()))
         self.layout = Layout(circuit, make_plan(circuit), batch_size, dtype, chunk)
         self.step_size = torch.zeros(1, device=self.layout.device)
