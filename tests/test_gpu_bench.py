@@ -15,8 +15,11 @@ from circuit_bench.cases import Case, image_tree
 from circuit_bench.gpu_bench import GpuCase, relative_error
 from circuit_bench.gpu_clock import TooSlow, at_most, is_out_of_memory
 from circuit_bench.gpu_table import Table
+from circuit_bench.kernels import kernels_of
 from circuit_bench.race import Racer, geometric, race, seconds_to, tutorial
 from circuit_bench.traffic import step_bytes, step_flops
+
+from distpc.circuits.kernels.step import FastStep
 
 CEILINGS = {"bf16_tflops": 1.0, "fp32_tflops": 1.0, "bf16_bmm_tflops": 1.0, "copy_gbs": 10.0}
 LIMITS = {"case": 60.0, "peer": 20.0, "timing": 1.0}
@@ -108,3 +111,18 @@ def test_a_race_improves_and_times_are_read_off_its_curve() -> None:
     assert seconds_to([(0.0, 3.0), (2.0, 1.0)], 0.5) is None
     assert tutorial(0.0) == 0.9 and tutorial(100 / 350) == pytest.approx(0.1)
     assert tutorial(1.0) == pytest.approx(0.05)
+
+
+def test_kernels_together_do_the_operations_of_a_step() -> None:
+    case = Case("hclt", 16, 8, 4, "float32")
+    fast = FastStep(case.circuit(), case.batch, dtype=torch.float32)
+    (x,) = case.batches(1, "cpu")
+    fast.step(x, 0.1)
+    kernels = list(kernels_of(fast))
+    root = 6 * case.batch * case.num_states
+    assert sum(kernel.flops for kernel in kernels) == step_flops(case) + root
+    assert all(kernel.bytes > 0 for kernel in kernels)
+    with torch.no_grad():
+        for kernel in kernels:
+            kernel.run()
+    assert fast.evaluate(x).isfinite().all()
