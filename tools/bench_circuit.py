@@ -184,7 +184,7 @@ def read_options() -> argparse.Namespace:
     add("--threads", type=int, default=os.cpu_count())
     add("--rounds", type=int, default=9)
     add("--seconds", type=float, default=120.0, help="per case, once three rounds are done")
-    add("--vocabulary", type=int, help="words of hmm cases (10,000; on a GPU 33,279)")
+    add("--vocabulary", type=int, help="on a GPU: words of hmm cases (33,279)")
     add("--batch", type=int, help="of cases that do not say (256; on a GPU 512)")
     add("--limit", type=float, default=60.0, help="seconds a case may take on a GPU")
     add("--peer-limit", type=float, default=40.0, help="of those, to compile and warm up the peer")
@@ -212,8 +212,7 @@ def main() -> None:
         run_gpu(options)
         return
     bench = Bench(options)
-    size = {"batch": options.batch, "vocabulary": options.vocabulary}
-    named = [Case.parse(text, **size) for text in options.cases]
+    named = [Case.parse(text, options.batch) for text in options.cases]
     cases = named or (QUICK if options.quick else CASES)
     if options.plot and not options.cases and bench.table["cases"]:
         cases = []

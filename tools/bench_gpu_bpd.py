@@ -24,15 +24,20 @@ import torch
 from circuit_bench import bpd_data
 from circuit_bench.gpu_clock import at_most, free
 from circuit_bench.gpu_table import machine
-from circuit_bench.race import Racer, linear, race, seconds_to, tutorial
+from circuit_bench.race import Racer, geometric, linear, race, seconds_to, tutorial
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
 from distpc.structures.hclt import hclt_graph
 
-NUM_STATES = {"mnist": 256, "fashion_mnist": 256, "cifar": 512}
-PSEUDOCOUNTS = (0.1, 1.0)
-"""Of ours: samples' worth in a sum row and in an input row, as `distpc.fit` has them."""
+NUM_STATES = {"mnist": 256, "fashion_mnist": 256, "cifar": 256}
+SETTINGS = {
+    "mnist": (0.1, 1.0, 0.4, 0.008),
+    "fashion_mnist": (0.1, 1.0, 0.4, 0.008),
+    "cifar": (10.0, 25.6, 0.3, 0.01),
+}
+"""Of ours: samples' worth of smoothing in a sum row and in an input row, first and last step size,
+as in configs/ (without smoothing over neighbouring values, which PyJuice has not)."""
 PEERS = {
     "Anemone": ({"step_size": 0.4, "momentum": 0.9, "pseudocount": 1e-6}, linear(0.4, 0.04)),
     "MiniBatchEM": ({"step_size": 0.1, "pseudocount": 0.1}, tutorial),
@@ -45,16 +50,16 @@ def run_set(name: str, data: bpd_data.Set, options: argparse.Namespace) -> dict[
     """The curves of one data set, and seconds to its targets."""
     device = options.device
     train, test = (torch.from_numpy(x).to(device) for x in (data.train, data.test))
-    if options.device == "cpu":
-        train, test = train[:1024], test[: 2 * options.batch]
+    if options.samples:
+        train, test = train[: options.samples], test[: 2 * options.batch]
     states = options.states or NUM_STATES[name]
     graph = hclt_graph(data.tree, states)
     circuit = Circuit(graph, [256] * graph.num_variables, device=device)
-    circuit.set_smoothing(*PSEUDOCOUNTS, len(train))
+    circuit.set_smoothing(*SETTINGS[name][:2], len(train))
     curves = []
     if not options.no_peer:
         curves += _peer_curves(circuit, train, test, options)
-    curves.insert(0, _race(_ours(circuit, options), train, test, options))
+    curves.insert(0, _race(_ours(name, circuit, options), train, test, options))
     best = [min(b for _, b in c["curve"]) for c in curves[1:]] or [curves[0]["curve"][-1][1]]
     targets = [round(min(best) + margin, 4) for margin in MARGINS]
     reached = {c["name"]: [seconds_to(c["curve"], t) for t in targets] for c in curves}
@@ -72,7 +77,7 @@ def run_set(name: str, data: bpd_data.Set, options: argparse.Namespace) -> dict[
     }
 
 
-def _ours(circuit: Circuit, options: argparse.Namespace) -> Racer:
+def _ours(name: str, circuit: Circuit, options: argparse.Namespace) -> Racer:
     from circuit_bench.ours_gpu import OursGpu
 
     # Warming up trains a little: the race is to start where the other side did.
@@ -84,11 +89,12 @@ def _ours(circuit: Circuit, options: argparse.Namespace) -> Racer:
             parameter.copy_(value)
     if ours.fast is not None:
         ours.fast.read()
+    schedule = {"linear": linear, "geometric": geometric}[options.schedule]
     return Racer(
         "distpc, online EM",
         ours.step,
         ours.log_prob,
-        linear(0.3, 0.01),
+        schedule(*(options.step_sizes or SETTINGS[name][2:])),
         ours.warm_seconds,
         {"setting": ours.setting},
     )
@@ -183,7 +189,10 @@ def read_options() -> argparse.Namespace:
     add("--seconds", type=float, default=4.0, help="of training, each side (%(default)s)")
     add("--evaluations", type=int, default=12)
     add("--batch", type=int, default=512)
-    add("--states", type=int, help="K; default: 256 and, of patches, 512")
+    add("--states", type=int, help="K, default 256")
+    add("--samples", type=int, help="to train on, default: all")
+    add("--step-sizes", type=float, nargs=2, help="of ours, first and last")
+    add("--schedule", default="geometric", choices=["linear", "geometric"], help="of ours")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     add("--peer-limit", type=float, default=30.0, help="seconds, to compile and to warm up")
     add("--no-peer", action="store_true")
@@ -195,7 +204,7 @@ def main() -> None:
     """Make the data, or run the races."""
     options = read_options()
     if options.make:
-        bpd_data.make(options.make, options.folder, options.cifar)
+        bpd_data.make(options.make, options.folder, options.cifar, options.sets)
         return
     rows: list[dict[str, Any]] = []
     begun = time.perf_counter()

@@ -26,7 +26,7 @@ from circuit_bench.gpu_table import machine
 from circuit_bench.ours_gpu import OursGpu
 from circuit_bench.traffic import step_flops
 
-SIZES = ["hclt:3072:2560", "hclt:3072:2432", "hclt:3072:2304", "hclt:3072:2176", "hclt:3072:2048"]
+SIZES = ["hclt:3072:2560:256", "hclt:3072:2432", "hclt:3072:2304", "hclt:3072:2048"]
 
 
 def train(case: Case, options: argparse.Namespace) -> dict[str, Any]:

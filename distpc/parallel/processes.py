@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -11,7 +12,9 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _SIOCGIFADDR = 0x8915
@@ -39,6 +42,23 @@ def die_with_parent(parent: int) -> None:
     # The parent may have died before the kernel was asked.
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process as Python would, but for the destructors of C++ libraries.
+
+    A rank that has left its process group may still hold threads of gloo, whose destruction at
+    exit now and then aborts a process that did everything right ("terminate called without an
+    active exception").
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def loopback_interface() -> str | None:

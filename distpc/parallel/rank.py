@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distpc.parallel.failures import write_failure
-from distpc.parallel.processes import die_with_parent
+from distpc.parallel.processes import die_with_parent, end_process
 
 if TYPE_CHECKING:
     from distpc.parallel.mesh import Mesh
@@ -92,4 +92,4 @@ def _leave(error: BaseException, log_folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

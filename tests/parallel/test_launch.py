@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -111,3 +112,25 @@ def test_a_process_that_is_a_rank_calls_the_target_itself(tmp_path: Path) -> Non
     launcher += ["--nproc-per-node", "2", str(script), str(tmp_path)]
     subprocess.run(launcher, env=environment, check=True, timeout=120)
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["0.json", "1.json"]
+
+
+def test_a_process_ends_with_its_buffers_written_and_its_threads_joined() -> None:
+    program = textwrap.dedent(
+        """
+        import atexit, sys, threading, time
+        from distpc.parallel.processes import end_process
+
+        def late():
+            time.sleep(0.2)
+            print("thread")
+
+        atexit.register(lambda: print("atexit"))
+        threading.Thread(target=late).start()
+        sys.stdout.write("begun ")
+        end_process(3)
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "begun thread\natexit\n")

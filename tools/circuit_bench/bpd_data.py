@@ -13,11 +13,12 @@ from distpc.structures.chow_liu import chow_liu_tree
 from distpc.structures.discretize import discretize
 from distpc.structures.tree import Tree
 
-SIZES = {"mnist": (36_864, 2_048), "fashion_mnist": (14_336, 2_048), "cifar": (20_480, 2_048)}
-"""Samples to train on and to test on: what fits in 20 MB together."""
+SIZES = {"mnist": (36_864, 2_048), "fashion_mnist": (14_336, 2_048), "cifar": (49_152, 2_048)}
+"""Samples to train on and to test on: some 23 MB together."""
 PATCH = 8
 """Side of a patch of CIFAR, three colours."""
-NUM_BINS = 16
+NUM_BINS, MAX_TREE_SAMPLES = 16, 10_000
+"""How pairs of variables are counted for the tree."""
 
 
 class Set(NamedTuple):
@@ -33,18 +34,25 @@ class Set(NamedTuple):
     tree: Tree
 
 
-def make(path: Path, folder: Path, cifar: Path | None, seed: int = 0) -> None:
-    """Write the file.
+def make(
+    path: Path,
+    folder: Path,
+    cifar: Path | None,
+    names: list[str] | None = None,
+    seed: int = 0,
+) -> None:
+    """Write the file, or some sets of one that is there.
 
     Args:
         path: an `.npz`.
         folder: where `tools/get_data.py` has put mnist and fashion_mnist.
         cifar: `train.tar.gz` and `test.tar.gz` with pictures of 32 x 32; None: leave it out.
+        names: sets to make; None: all.
         seed: which samples are taken.
     """
-    arrays = {}
+    arrays = dict(np.load(path)) if path.exists() else {}
     for name, sizes in SIZES.items():
-        if name == "cifar" and cifar is None:
+        if (name == "cifar" and cifar is None) or (names and name not in names):
             continue
         rng = np.random.default_rng(seed)
         for part, size in zip(("train", "test"), sizes, strict=True):
@@ -54,7 +62,8 @@ def make(path: Path, folder: Path, cifar: Path | None, seed: int = 0) -> None:
                 images = images[np.sort(rng.permutation(len(images))[:size])]
             arrays[f"{name}/{part}"] = images.reshape(size, -1)
         train = arrays[f"{name}/train"].astype(np.int64)
-        rows, values = discretize(train, [256] * train.shape[1], NUM_BINS)
+        few = train[:MAX_TREE_SAMPLES]
+        rows, values = discretize(few, [256] * train.shape[1], NUM_BINS)
         arrays[f"{name}/parents"] = np.array(chow_liu_tree(rows, values).parents, dtype=np.int32)
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 

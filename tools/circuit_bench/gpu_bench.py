@@ -12,7 +12,16 @@ from torch import Tensor
 
 from circuit_bench import peer_pyjuice
 from circuit_bench.cases import Case
-from circuit_bench.gpu_clock import TooSlow, at_most, free, held, is_out_of_memory, medians, peak
+from circuit_bench.gpu_clock import (
+    TooSlow,
+    at_most,
+    free,
+    held,
+    is_out_of_memory,
+    medians,
+    peak,
+    start_peak,
+)
 from circuit_bench.ours_gpu import OursGpu
 from circuit_bench.traffic import step_bytes, step_flops
 from distpc.circuits.circuit import Circuit
@@ -20,6 +29,7 @@ from distpc.circuits.circuit import Circuit
 TOLERANCE = 1e-3
 """Of the two sides' likelihoods, relative."""
 INPUT_SETS = 4
+OUT_OF_MEMORY = f"{peer_pyjuice.NAME} cannot hold it: out of memory, alone on the device"
 
 Row = dict[str, Any]
 Save = Callable[[Row], None]
@@ -51,10 +61,11 @@ class GpuCase:
         self.limits, self.rounds, self.fused = limits, rounds, fused
         self.batches = case.batches(INPUT_SETS, device)
         self.row: Row = {**key_of(case), "num_categories": case.num_categories}
+        self.ours: OursGpu | None = None
         self.peer: peer_pyjuice.PyJuicePeer | None = None
 
     def run(self, save: Save, with_peer: bool = True) -> None:
-        """Our side alone, then both in turn.
+        """Our side alone, then both in turn; the peer alone where they do not fit together.
 
         Args:
             save: is given the row after each stage.
@@ -63,22 +74,18 @@ class GpuCase:
         begun = time.perf_counter()
         try:
             with at_most(self.limits["case"]):
-                ours = self._ours()
+                self.ours = self._ours()
                 save(self.row)
-                if with_peer and self._try_peer(ours.circuit, save):
-                    self._check(ours)
-                    self._time({"ours": ours.step, "peer": self._peer_step()})
-                    save(self.row)
+                if with_peer:
+                    self._both(save)
         except TooSlow as error:
             self.row["note"] = f"the case was given up: {error}"
         except Exception as error:
-            if not is_out_of_memory(error):
-                self.row["note"] = f"{type(error).__name__}: {str(error)[:300]}"
-            else:
-                self.row["note"] = "out of memory"
+            is_full = is_out_of_memory(error)
+            self.row["note"] = "out of memory" if is_full else _short(error)
         self.row["case_seconds"] = round(time.perf_counter() - begun, 1)
         save(self.row)
-        self.peer = None
+        self.ours = self.peer = None
         free(self.device)
 
     def _ours(self) -> OursGpu:
@@ -86,6 +93,7 @@ class GpuCase:
         circuit = self.case.circuit(device=self.device)
         self.row["num_parameters"] = circuit.num_parameters
         built = time.perf_counter() - begun
+        start_peak(self.device)
         ours = OursGpu(circuit, self.batches, self.case.dtype, self.fused)
         self.row |= {
             "setting": ours.setting,
@@ -96,40 +104,71 @@ class GpuCase:
         self._time({"ours": ours.step})
         return ours
 
-    def _try_peer(self, circuit: Circuit, save: Save) -> bool:
-        """Build and warm up PyJuice; False with the reason in the row where that fails."""
+    def _both(self, save: Save) -> None:
+        assert self.ours is not None
         self.row["peer"] = peer_pyjuice.NAME
         self.row["peer_note"] = "the process ended while PyJuice was being tried"
         save(self.row)
+        # What the peer is given is what our side has by now.
+        expected = [self.ours.log_prob(x).clone() for x in self.batches[:2]]
+        circuit = self.ours.circuit
+        reason = self._try_peer(circuit)
+        together = reason is None
+        if reason == OUT_OF_MEMORY:
+            self.ours = None
+            free(self.device)
+            reason = self._try_peer(circuit, and_drop=True)
+        if reason is not None:
+            self.row["peer_note"] = reason
+            return
+        del circuit
+        self._check(expected)
+        works = {"peer": self._peer_step()}
+        if together and self.ours is not None:
+            works = {"ours": self.ours.step, **works}
+        else:
+            self.row["peer_note"] = "one after the other: both do not fit in memory together"
+        self._time(works)
+
+    def _try_peer(self, circuit: Circuit, and_drop: bool = False) -> str | None:
+        """Build and warm up PyJuice; the reason where that fails.
+
+        Args:
+            circuit: what to copy.
+            and_drop: give the circuit's memory back once it is copied.
+        """
         begun, before = time.perf_counter(), held(self.device)
         try:
             with at_most(self.limits["peer"]):
                 self.peer = peer_pyjuice.PyJuicePeer(circuit, self.batches, self.device)
                 self.row["peer_compile_seconds"] = round(self.peer.compile_seconds, 2)
-                self.row["peer_likelihood_before"] = float(
-                    self.peer.log_prob(self.batches[0]).double().mean()
-                )
+                if and_drop:
+                    before -= _drop(circuit)
+                    free(self.device)
+                start_peak(self.device)
                 self.peer.warm_up()
         except Exception as error:
             self.peer = None
-            self.row["peer_note"] = reason_of(error, time.perf_counter() - begun)
-            free(self.device)
-            return False
-        self.row |= {
-            "peer_note": None,
-            "peer_setting": self.peer.setting,
-            "peer_warm_seconds": round(self.peer.warm_seconds, 2),
-            "peer_peak_bytes": peak(self.device) - before,
-        }
-        return True
+            reason = reason_of(error, time.perf_counter() - begun)
+        else:
+            self.row |= {
+                "peer_note": None,
+                "peer_setting": self.peer.setting,
+                "peer_warm_seconds": round(self.peer.warm_seconds, 2),
+                "peer_peak_bytes": peak(self.device) - before,
+            }
+            return None
+        # Outside of the handler: the traceback no longer holds what it made.
+        free(self.device)
+        return reason
 
-    def _check(self, ours: OursGpu) -> None:
-        """The two sides are one model, until they train: compare before the peer's first step."""
+    def _check(self, expected: list[Tensor]) -> None:
+        """The two sides are one model: compare before the peer's first step."""
         assert self.peer is not None
-        errors = [relative_error(ours.log_prob(x), self.peer.log_prob(x)) for x in self.batches[:2]]
-        self.row["likelihood_error"] = float(f"{max(errors):.3g}")
-        if max(errors) > TOLERANCE:
-            self.row["peer_note"] = f"likelihoods differ by {max(errors):.2g} relative"
+        pairs = zip(self.batches, expected, strict=False)
+        error = max(relative_error(self.peer.log_prob(x), log_prob) for x, log_prob in pairs)
+        self.row["likelihood_error"] = float(f"{error:.3g}")
+        self.row["likelihoods_agree"] = error <= TOLERANCE
 
     def _peer_step(self) -> Callable[[], None]:
         assert self.peer is not None
@@ -138,26 +177,26 @@ class GpuCase:
 
     def _time(self, works: dict[str, Callable[[], object]]) -> None:
         taken = medians(works, self.device, self.rounds, self.limits["timing"])
-        step, spread = taken["ours"]
-        rate = step_flops(self.case) / step
-        moved = step_bytes(self.case, self.row["num_parameters"]) / step
-        self.row |= {
-            "step_ms": round(1e3 * step, 4),
-            "step_spread_ms": round(1e3 * spread, 4),
-            "tflops": round(rate / 1e12, 3),
-            "fraction_of_gemm": round(rate / 1e12 / self.ceilings["bf16_tflops"], 4),
-            "fraction_of_bandwidth": round(moved / 1e9 / self.ceilings["copy_gbs"], 4),
-            "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        if "ours" in taken:
+            step, spread = taken["ours"]
+            rate = step_flops(self.case) / step
+            moved = step_bytes(self.case, self.row["num_parameters"]) / step
+            self.row |= {
+                "step_ms": round(1e3 * step, 4),
+                "step_spread_ms": round(1e3 * spread, 4),
+                "tflops": round(rate / 1e12, 3),
+                "fraction_of_gemm": round(rate / 1e12 / self.ceilings["bf16_tflops"], 4),
+                "fraction_of_bandwidth": round(moved / 1e9 / self.ceilings["copy_gbs"], 4),
+                "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
         if "peer" in taken:
             theirs, spread = taken["peer"]
+            memory = self.row["peer_peak_bytes"] / max(1, self.row["peak_bytes"])
             self.row |= {
                 "peer_step_ms": round(1e3 * theirs, 4),
                 "peer_step_spread_ms": round(1e3 * spread, 4),
-                "ratio_to_peer": round(theirs / step, 3),
-                "ratio_of_memory": round(
-                    self.row["peer_peak_bytes"] / max(1, self.row["peak_bytes"]), 3
-                ),
+                "ratio_to_peer": round(1e3 * theirs / self.row["step_ms"], 3),
+                "ratio_of_memory": round(memory, 3),
             }
 
 
@@ -181,9 +220,22 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def reason_of(error: Exception, seconds: float) -> str:
     """Why PyJuice has no figure."""
     if is_out_of_memory(error):
-        return f"{peer_pyjuice.NAME} cannot hold it: out of memory beside our side"
+        return OUT_OF_MEMORY
     if isinstance(error, TooSlow):
         return f"skipped: compilation and first steps of {peer_pyjuice.NAME} {error}"
     if isinstance(error, ImportError):
         return f"{peer_pyjuice.NAME} is not installed"
-    return f"{type(error).__name__} after {seconds:.0f} s: {str(error)[:300]}"
+    return f"after {seconds:.0f} s: {_short(error)}"
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _drop(circuit: Circuit) -> int:
+    """Give back the memory of a circuit's parameters, which it loses; bytes."""
+    size = 0
+    for parameter in circuit.parameters():
+        size += parameter.numel() * parameter.element_size()
+        parameter.data = parameter.data.new_empty(0)
+    return size

@@ -21,18 +21,25 @@ class TooSlow(Exception):
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise `TooSlow` inside once the time is over; a running kernel ends first."""
+    """Raise `TooSlow` inside once the time is over; a running kernel ends first. May be nested."""
 
     def give_up(number: int, frame: FrameType | None) -> None:
         raise TooSlow(f"not done within {seconds:.0f} s")
 
+    begun = time.perf_counter()
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, min(seconds, _left()))
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        left = max(0.01, outer - (time.perf_counter() - begun)) if outer else 0.0
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+
+def _left() -> float:
+    """Seconds until an outer limit is reached."""
+    return signal.getitimer(signal.ITIMER_REAL)[0] or float("1e9")
 
 
 def seconds(work: Work, device: str) -> float:
@@ -80,20 +87,31 @@ def free(device: str) -> None:
 
 
 def held(device: str) -> int:
-    """Bytes that tensors hold on the device; the high-water mark starts anew from here."""
+    """Bytes that tensors hold on the device."""
     if device == "cpu":
         return 0
     gc.collect()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    start_peak(device)
     return torch.cuda.memory_allocated()
 
 
+def start_peak(device: str) -> None:
+    """Let the high-water mark start anew."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak(device: str) -> int:
-    """The high-water mark since `held`."""
+    """The high-water mark since `held` or `start_peak`."""
     return 0 if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a size did not fit, whoever says so."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()
+    words = str(error).lower()
+    return (
+        isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+        or "out of memory" in words
+        or "can't allocate memory" in words
+    )

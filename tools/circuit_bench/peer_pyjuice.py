@@ -41,6 +41,8 @@ class PyJuicePeer:
     """
 
     def __init__(self, circuit: Circuit, batches: Sequence[Tensor], device: str) -> None:
+        import pyjuice  # noqa: F401
+
         begun = time.perf_counter()
         self.model = compiled(circuit, device)
         self.compile_seconds = time.perf_counter() - begun
@@ -72,9 +74,14 @@ class PyJuicePeer:
             self.model(x, record_cudagraph=True).mean().backward()
             torch.cuda.synchronize()
             self.graphs = True
-            self.optimizer.zero_flows()
+            # Not `zero_flows`, which multiplies by 0 what may be infinite.
+            for flows in (self.model.param_flows, *self._input_flows()):
+                flows.zero_()
             self.model._cum_flow = 0.0
         self.warm_seconds = time.perf_counter() - begun
+
+    def _input_flows(self) -> list[Tensor]:
+        return [layer.param_flows for layer in self.model.input_layer_group]
 
     def parameters(self) -> list[Tensor]:
         """Its own, to be read or written in place."""

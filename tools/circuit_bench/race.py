@@ -102,6 +102,11 @@ def linear(first: float, last: float) -> Callable[[float], float]:
     return lambda share: first + (last - first) * share
 
 
+def geometric(first: float, last: float) -> Callable[[float], float]:
+    """A step size that falls by the same factor in equal times."""
+    return lambda share: float(first * (last / first) ** share)
+
+
 def tutorial(share: float) -> float:
     """PyJuice's tutorial: .9 falling to .1 over the first 100 of 350 epochs, to .05 at the end."""
     turn = 100 / 350
