@@ -106,7 +106,8 @@ def _narrow(x: Tensor) -> Tensor:
     """Samples (N, V), int64 or float32 with NaN, as integers with -1 of the narrowest type."""
     codes = torch.where(x.isnan(), MISSING, x) if x.is_floating_point() else x
     least, largest = int(codes.min()), int(codes.max())
-    for dtype in (torch.uint8, torch.int16, torch.int32):
+    # Signed types: -1 is a missing value wherever samples are counted.
+    for dtype in (torch.int8, torch.int16, torch.int32):
         limits = torch.iinfo(dtype)
         if limits.min <= least and largest <= limits.max:
             return codes.to(dtype)
