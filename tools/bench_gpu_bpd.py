@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from circuit_bench import bpd_data
+from circuit_bench import bpd_data, gpu_turn
 from circuit_bench.gpu_clock import at_most, free
 from circuit_bench.gpu_table import machine
 from circuit_bench.race import Racer, geometric, linear, race, seconds_to, tutorial
@@ -206,6 +206,7 @@ def main() -> None:
     if options.make:
         bpd_data.make(options.make, options.folder, options.cifar, options.sets)
         return
+    gpu_turn.take()
     rows: list[dict[str, Any]] = []
     begun = time.perf_counter()
     for name, data in bpd_data.load(options.data).items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from circuit_bench import gpu_turn
 from circuit_bench.cases import Case
 from circuit_bench.ceilings import ceilings
 from circuit_bench.gpu_bench import GpuCase, Row, key_of
@@ -38,6 +39,7 @@ TIMING_SECONDS = 6.0
 
 def run_gpu(options: argparse.Namespace) -> None:
     """Measure the cases that have no row yet; see `bench_circuit.py --help`."""
+    gpu_turn.take()
     table = Table(options.json)
     words = options.vocabulary or (100 if options.quick else VOCABULARY)
     sizes = options.batch or BATCH, options.dtype or DTYPE, words

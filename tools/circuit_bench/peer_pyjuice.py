@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuit_bench import gpu_turn
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exchange.pyjuice import skeleton
 
@@ -112,15 +113,15 @@ def compiled(circuit: Circuit, device: str) -> Any:
         """Leaves parameters empty, to be copied into."""
 
         def _init_parameters(self, perturbation: float = 4.0, pseudocount: float = 0.0) -> None:
-            values = torch.zeros(self.num_sum_params, device=device)
-            self.params = torch.nn.Parameter(values, requires_grad=False)
+            self.params = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     _compare_scopes_fast()
     records, regions = skeleton(circuit, MAX_BLOCK_SIZE)
-    root = deserialize_nodes(records)
-    with redirect_stdout(StringIO()):
+    with gpu_turn.aside(), redirect_stdout(StringIO()):
+        root = deserialize_nodes(records)
         model = OnDevice(root, verbose=False)
     model.to(torch.device(device))
+    model.params.data = torch.zeros(model.num_sum_params, device=device)
     owners = {number: node for number, node in _numbered(root, records) if number in regions}
     _copy_inputs(model, circuit, {owners[n]: r for n, r in regions.items()})
     for number, region in regions.items():

@@ -236,6 +236,7 @@ def learn_sums(layout: Layout, tables: Tables, step_size: Tensor, tile: Tile | N
         layout.u,
         layout.y,
         step_size,
+        layout.seed,
         tables.at,
         tables.u_at,
         tables.ratio_at,
@@ -253,6 +254,7 @@ def learn_sums(layout: Layout, tables: Tables, step_size: Tensor, tile: Tile | N
         EVEN=not (rows % tile.m or units % tile.n or layout.batch % tile.b),
         PARTS=tile.parts,
         PREFETCH=_prefetches(tile),
+        AT_RANDOM=layout.at_random,
         **tile.options,
     )
     torch.reciprocal(row_sums.sum(-1), out=tables.inverse)

@@ -143,12 +143,23 @@ class Layout:
         batch: B.
         dtype: of messages and weights.
         chunk: values of a leaf that one program of its update owns.
+        at_random: keep the statistics of sums in the weights alone, in bfloat16 rounded at random;
+            the circuit's own are out of date then.
+
+    Attributes:
+        seed: (1,) int32 of the rounding, another one for each step.
     """
 
     def __init__(
-        self, circuit: Circuit, plan: Plan, batch: int, dtype: torch.dtype, chunk: int
+        self,
+        circuit: Circuit,
+        plan: Plan,
+        batch: int,
+        dtype: torch.dtype,
+        chunk: int,
+        at_random: bool = False,
     ) -> None:
-        self.plan, self.batch, self.dtype = plan, batch, dtype
+        self.plan, self.batch, self.dtype, self.at_random = plan, batch, dtype, at_random
         self.device = circuit.device
         nodes = plan.nodes
         self.is_aligned = all(n.shape[1] % ALIGN == 0 for n in nodes)
@@ -158,6 +169,7 @@ class Layout:
         self.u = torch.zeros(u_at[-1], dtype=dtype, device=self.device)
         self.v = torch.zeros_like(self.u)
         self.y = torch.zeros(y_at[-1], dtype=dtype, device=self.device)
+        self.seed = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.log_top = torch.zeros(len(nodes), batch, device=self.device)
         self.codes = torch.full(
             (circuit.num_variables, batch), -1, dtype=torch.int32, device=self.device

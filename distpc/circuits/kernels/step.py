@@ -45,6 +45,9 @@ class FastStep:
         batch_size: B.
         dtype: of messages and weights, bfloat16 or float32.
         graph: whether steps are recorded as CUDA graphs; on CUDA alone.
+        statistics: type that statistics of sums are kept in between steps. bfloat16 rounds them at
+            random, right on average, and saves 6 of the 10 bytes an entry that the update moves;
+            `write` then brings the circuit's own up to date. CUDA alone.
 
     Raises:
         ValueError: the circuit is not covered.
@@ -57,6 +60,7 @@ class FastStep:
         *,
         dtype: torch.dtype = torch.bfloat16,
         graph: bool = True,
+        statistics: torch.dtype = torch.float32,
     ) -> None:
         reason = why_not(circuit)
         if reason is not None:
@@ -66,7 +70,10 @@ class FastStep:
         largest = max((c or 0 for c in circuit.num_categories), default=0)
         chunk = _CHUNKS[0] if largest <= 512 else _CHUNKS[1]
         chunk = min(chunk, max(16, 1 << (largest - 1).bit_length()))
-        self.layout = Layout(circuit, make_plan(circuit), batch_size, dtype, chunk)
+        at_random = statistics == torch.bfloat16
+        if at_random and not launch.uses_triton(circuit.device):
+            raise ValueError("statistics are rounded at random on CUDA alone")
+        self.layout = Layout(circuit, make_plan(circuit), batch_size, dtype, chunk, at_random)
         self.step_size = torch.zeros(1, device=self.layout.device)
         self.log_prob = torch.zeros(batch_size, device=self.layout.device)
         is_cuda = self.layout.device.type == "cuda"
@@ -85,6 +92,16 @@ class FastStep:
             leaves.read_totals()
             self._invert(leaves.totals, leaves.pseudocount, leaves.inverse)
 
+    @torch.no_grad()
+    def write(self) -> None:
+        """Bring the circuit's statistics up to date: needed where they are kept in bfloat16."""
+        if not self.layout.at_random:
+            return
+        for tables in self.layout.tables.values():
+            for table in range(tables.count):
+                weights = tables.weights[table].float()
+                tables.statistics_of(table).copy_((weights - tables.floor).clamp_min_(0.0))
+
     def step(self, x: Tensor, step_size: float) -> Tensor:
         """Train on a batch.
 
@@ -96,6 +113,7 @@ class FastStep:
             Log-likelihoods (B,) before the update, nats; overwritten by the next call.
         """
         self.step_size.fill_(step_size)
+        self.layout.seed.add_(0x2545F491)
         return self._run(x, learns=True)
 
     def evaluate(self, x: Tensor) -> Tensor:

@@ -17,25 +17,53 @@ def prefetch(address):
 
 
 @triton.jit
+def round_at_random(values, entry, seed):
+    """Positive float32 values to ones that bfloat16 holds: up or down, right on average.
+
+    16 pseudo-random bits are added to those that are cut off. The bits are an integer hash of the
+    entry and the seed (the mixer of MurmurHash3, A. Appleby), so that a run can be repeated.
+    """
+    h = entry.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
+    h ^= h >> 16
+    h *= 0x85EBCA6B
+    h ^= h >> 13
+    h *= 0xC2B2AE35
+    h ^= h >> 16
+    bits = values.to(tl.uint32, bitcast=True) + (h & 0xFFFF)
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def update(
-    statistics, weights, total, m, n, rate, share, floor,
-    M: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr,
+    statistics, weights, total, m, n, rate, share, floor, seed,
+    M: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, AT_RANDOM: tl.constexpr,
 ):  # fmt: skip
-    """Part of a tile: S <- (1 - rate) S + rate * share * (S + eps) * total, W; its row sums."""
+    """Part of a tile: S <- (1 - rate) S + rate * share * (S + eps) * total, W; its row sums.
+
+    AT_RANDOM: S is kept in W alone, rounded at random.
+    """
     entry = m[:, None] * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
+    source = weights if AT_RANDOM else statistics
     if EVEN:
-        old = tl.load(statistics + entry)
+        old = tl.load(source + entry).to(tl.float32)
     else:
-        old = tl.load(statistics + entry, mask=inside, other=0.0)
+        old = tl.load(source + entry, mask=inside, other=0.0).to(tl.float32)
+    if AT_RANDOM:
+        old -= floor
     new = old * (1.0 - rate) + (rate * share) * ((old + floor) * total)
-    rounded = (new + floor).to(weights.dtype.element_ty)
+    if AT_RANDOM:
+        rounded = round_at_random(new + floor, entry, seed).to(weights.dtype.element_ty)
+    else:
+        rounded = (new + floor).to(weights.dtype.element_ty)
     if EVEN:
-        tl.store(statistics + entry, new)
+        if not AT_RANDOM:
+            tl.store(statistics + entry, new)
         tl.store(weights + entry, rounded)
         sums = tl.sum(rounded.to(tl.float32), 1)
     else:
-        tl.store(statistics + entry, new, mask=inside)
+        if not AT_RANDOM:
+            tl.store(statistics + entry, new, mask=inside)
         tl.store(weights + entry, rounded, mask=inside)
         sums = tl.sum(tl.where(inside, rounded.to(tl.float32), 0.0), 1)
     return sums
@@ -51,12 +79,13 @@ def halves(values):
 
 @triton.jit
 def learn_sums(
-    statistics, weights, row_sums, u, ratio, step_size,
+    statistics, weights, row_sums, u, ratio, step_size, seed,
     table_at, u_at, ratio_at, lengths, floor, share,
     M: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
     GROUP_M: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     EVEN: tl.constexpr, PARTS: tl.constexpr, PREFETCH: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
 ):  # fmt: skip
     """One tile of one table a program.
 
@@ -85,7 +114,7 @@ def learn_sums(
     left_at = ratio + b[:, None] * M + m[None, :]
     right_at = u + b[:, None] * N + n[None, :]
     statistics += tl.multiple_of(tl.load(table_at + table), ALIGN)
-    if PREFETCH and EVEN:
+    if PREFETCH and EVEN and not AT_RANDOM:
         line = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 32) * 32
         prefetch(statistics + m[:, None] * N + line[None, :])
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -102,9 +131,12 @@ def learn_sums(
         right_at += BLOCK_B * N
 
     rate = tl.load(step_size)
+    number = tl.load(seed) + table * 0x3C6EF35F
     weights += table.to(tl.int64) * (M * N)
     if PARTS == 1:
-        sums = update(statistics, weights, total, m, n, rate, share, floor, M, N, EVEN)
+        sums = update(
+            statistics, weights, total, m, n, rate, share, floor, number, M, N, EVEN, AT_RANDOM
+        )
     else:
         sums = tl.zeros((BLOCK_M,), tl.float32)
         part = tl.arange(0, BLOCK_N // PARTS)
@@ -113,13 +145,41 @@ def learn_sums(
             for i in tl.static_range(2):
                 n = tile_n * BLOCK_N + i * (BLOCK_N // 2) + part
                 values = one if i == 0 else two
-                sums += update(statistics, weights, values, m, n, rate, share, floor, M, N, EVEN)
+                sums += update(
+                    statistics,
+                    weights,
+                    values,
+                    m,
+                    n,
+                    rate,
+                    share,
+                    floor,
+                    number,
+                    M,
+                    N,
+                    EVEN,
+                    AT_RANDOM,
+                )
         else:
             for i in tl.static_range(4):
                 n = tile_n * BLOCK_N + i * (BLOCK_N // 4) + part
                 first, second = halves(one if i < 2 else two)
                 values = first if i % 2 == 0 else second
-                sums += update(statistics, weights, values, m, n, rate, share, floor, M, N, EVEN)
+                sums += update(
+                    statistics,
+                    weights,
+                    values,
+                    m,
+                    n,
+                    rate,
+                    share,
+                    floor,
+                    number,
+                    M,
+                    N,
+                    EVEN,
+                    AT_RANDOM,
+                )
     tl.store(row_sums + (table.to(tl.int64) * M + m) * num_n + tile_n, sums, mask=m < M)
 
 
