@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,10 @@ EXAMPLES = """examples:
   distpc compare configs/digits_compare.yaml
   distpc plan configs/fashion_mnist.yaml --nodes 1 --gpus-per-node 8 --gpu-memory-gib 80
   distpc finetune configs/digits.yaml
+  distpc run configs/digits.yaml artifacts.url=s3://bucket/digits
+  distpc run configs/digits.yaml --out runs/second --reuse runs/digits --reuse s3://bucket/digits
+  distpc catalogue s3://bucket/digits
+  distpc index --check runs/digits
   distpc sample runs/digits/model --num 64 --out samples.png
   distpc inpaint runs/digits/model --mask left --out completions.png
   distpc query runs/digits/model --data rows.npy
@@ -93,6 +98,16 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _add_config(stage)
         stage.set_defaults(command=_run, stage=name)
+        if name == "index":
+            stage.add_argument(
+                "--check",
+                action="store_true",
+                help="read all shards and finished stages of a run (its config or its folder) or "
+                "of a place (folder or URL) and compare sizes, checksums and fingerprints; ends "
+                "with 0 only if all hold",
+            )
+            stage.epilog = f"{stage.epilog}  distpc index --check runs/digits\n"
+    _add_catalogue(commands)
     _add_compare(commands)
     _add_plan(commands)
     _add_sample(commands)
@@ -104,16 +119,44 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML file of the run, see docs/config.md")
+    parser.add_argument("config", type=_path, help="YAML file of the run, see docs/config.md")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="fields to change"
     )
     parser.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     parser.add_argument(
+        "--reuse",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help="run folder, folder or s3://bucket/prefix: stages that are finished there, with the "
+        "same fingerprint, are taken instead of computed (may be repeated)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved config, the circuit's size, bytes per rank and what would run",
     )
+
+
+def _path(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
+
+
+def _add_catalogue(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "catalogue",
+        help="the finished stages at a place: fingerprint, size, date, what they were made from",
+        epilog="examples:\n"
+        "  distpc catalogue runs/digits\n"
+        "  distpc catalogue s3://bucket/digits --stage features\n"
+        "  distpc catalogue s3://bucket/digits --json\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("place", help="run folder, folder of published stages, or its URL")
+    parser.add_argument("--stage", choices=list(STAGE_HELP), help="list this stage alone")
+    parser.add_argument("--json", action="store_true", help="print JSON, with all that is known")
+    parser.set_defaults(command=_catalogue)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -368,7 +411,10 @@ def _add_decompress(commands: argparse._SubParsersAction) -> None:
 def _load(options: argparse.Namespace) -> tuple[RunConfig, Path]:
     from distpc.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    overrides = list(options.overrides)
+    if options.reuse:
+        overrides.append(f"artifacts.reuse={json.dumps(options.reuse)}")
+    config = load_config(Path(options.config), overrides)
     return config, options.out or Path("runs") / config.name
 
 
@@ -377,6 +423,11 @@ def _run(options: argparse.Namespace) -> None:
     from distpc.pipeline.describe import describe, summarize
     from distpc.pipeline.runner import Pipeline
 
+    if getattr(options, "check", False):
+        from distpc.pipeline.verify import check_command
+
+        check_command(options.config, options.overrides, options.out)
+        return
     config, folder = _load(options)
     pipeline = Pipeline(config, folder)
     if options.dry_run:
@@ -390,6 +441,12 @@ def _run(options: argparse.Namespace) -> None:
         report = pipeline.run()
         if report is not None:
             print(summarize(report, pipeline.folder))
+
+
+def _catalogue(options: argparse.Namespace) -> None:
+    from distpc.pipeline.catalogue_command import catalogue
+
+    print(catalogue(options.place, options.stage, as_json=options.json))
 
 
 def _compare(options: argparse.Namespace) -> None:

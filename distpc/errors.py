@@ -104,3 +104,7 @@ class TrainingError(DistpcError):
 
 class ResourceError(DistpcError):
     """The cluster, the machine or the disk has less than the run asks for."""
+
+
+class PlaceError(DistpcError):
+    """A folder or object store by URL is missing, refuses, does not answer, or lacks a file."""

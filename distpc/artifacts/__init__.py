@@ -1,6 +1,7 @@
 """Artifacts: fingerprinted stage results that are complete or absent."""
 
 from distpc.artifacts.files import (
+    as_json,
     atomic_path,
     file_digest,
     fingerprint,
@@ -19,6 +20,7 @@ __all__ = [
     "RunLock",
     "Stage",
     "StageContext",
+    "as_json",
     "atomic_path",
     "file_digest",
     "fingerprint",

@@ -100,6 +100,11 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def as_json(value: Any) -> Any:
+    """`value` as it is read back from JSON: tuples as lists, what JSON lacks as text."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def fingerprint(value: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of `value` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)

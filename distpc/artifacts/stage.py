@@ -39,6 +39,13 @@ class StageContext:
     tensorboard: Path
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Whoever works on a stage, in whatever process, keeps copies where the config says.
+        from distpc.artifacts.cache import Cache, use
+
+        places = self.config.artifacts
+        use(Cache(places.cache_folder, places.cache_bytes))
+
     def input(self, stage: str) -> Artifact:
         """The artifact of an upstream stage.
 
@@ -90,6 +97,8 @@ class Stage:
             outside of the configuration the result depends on; `folder` is the stage's own.
         applies: whether this configuration needs the stage at all.
         unread: those of `inputs` that this configuration's result does not depend on.
+        refresh: `module:function(config, folder)` that brings up to date what lies beside a
+            finished result without being part of it.
         version: raised when the stage's code changes what it writes.
     """
 
@@ -100,4 +109,5 @@ class Stage:
     applies: Callable[[RunConfig], bool] = lambda config: True
     unread: Callable[[RunConfig], tuple[str, ...]] = lambda config: ()
     identity: str | None = None
+    refresh: str | None = None
     version: int = 1

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distpc.config.compare import CompareConfig
+from distpc.config.places import ArtifactsConfig
 from distpc.config.sources import Section, Source
 from distpc.config.teachers import TeacherConfig
 
@@ -33,7 +34,8 @@ class DataConfig(Section):
     """Source, splits, shards and what a value means."""
 
     source: Source
-    """Where the samples come from; `kind` is digits, idx, image_folder, text or arrays."""
+    """Where the samples come from; `kind` is digits, idx, image_folder, text, arrays or
+    shards."""
     split: SplitConfig = SplitConfig()
     """Shares of train, valid and test."""
     split_seed: int | None = Field(default=None, ge=0)
@@ -293,6 +295,8 @@ class RunConfig(Section):
     """The final figures and pictures."""
     parallel: ParallelConfig = ParallelConfig()
     """Processes of the run."""
+    artifacts: ArtifactsConfig = ArtifactsConfig()
+    """Places of finished stages besides the run folder, and the cache of object stores."""
     compare: CompareConfig = CompareConfig()
     """Variants, seeds, sizes and budget of `distpc compare`; nothing else reads it."""
 

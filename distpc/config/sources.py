@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from distpc.config.urls import require_place
+
 
 class Section(BaseModel):
     """Base of all config sections: unknown keys are refused, values cannot change later."""
@@ -83,6 +85,21 @@ class ArraysSource(Section):
     """Values of every integer column are 0 .. num_categories - 1; default: found in the data."""
 
 
+class ShardsSource(Section):
+    """Shards that exist already, for example those of another run; they are read where they lie.
+    Splits, shard sizes and bad samples are theirs: data.split and its like are not used."""
+
+    kind: Literal["shards"]
+    url: str
+    """Folder or s3://bucket/prefix that holds dataset.json and train-000000.tar ..., valid-...,
+    test-...; credentials come from the environment."""
+
+    @model_validator(mode="after")
+    def _is_place(self) -> ShardsSource:
+        require_place(self.url)
+        return self
+
+
 class SizesSource(Section):
     """Sizes without samples, for `distpc plan` alone: what a run would take, before data exist."""
 
@@ -96,6 +113,12 @@ class SizesSource(Section):
 
 
 Source = Annotated[
-    DigitsSource | IdxSource | ImageFolderSource | TextSource | ArraysSource | SizesSource,
+    DigitsSource
+    | IdxSource
+    | ImageFolderSource
+    | TextSource
+    | ArraysSource
+    | ShardsSource
+    | SizesSource,
     Field(discriminator="kind"),
 ]

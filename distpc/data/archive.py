@@ -20,7 +20,7 @@ MAX_EXPANSION = 100
 """Images hardly shrink; a .tar.gz that unpacks to more than this many times its size is refused."""
 
 
-def regular_members(handle: IO[bytes], path: Path) -> Iterator[tarfile.TarInfo]:
+def regular_members(handle: IO[bytes], path: Path | str) -> Iterator[tarfile.TarInfo]:
     """The regular files of an uncompressed tar, in order; folders are passed over.
 
     Args:
@@ -51,7 +51,7 @@ def regular_members(handle: IO[bytes], path: Path) -> Iterator[tarfile.TarInfo]:
         raise _cut(path, f"no end mark after byte {end} of {size}", "two blocks of zeros")
 
 
-def _check_member(member: tarfile.TarInfo, path: Path) -> None:
+def _check_member(member: tarfile.TarInfo, path: Path | str) -> None:
     where = f"{path}, member {member.name!r}"
     parts = PurePosixPath(member.name)
     if parts.is_absolute() or ".." in parts.parts or "\\" in member.name or "\0" in member.name:
@@ -72,7 +72,7 @@ def _check_member(member: tarfile.TarInfo, path: Path) -> None:
         )
 
 
-def _cut(path: Path, found: object, expected: str) -> DataError:
+def _cut(path: Path | str, found: object, expected: str) -> DataError:
     return DataError(
         "a tar archive is cut or broken",
         where=path,

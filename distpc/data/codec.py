@@ -51,7 +51,7 @@ class SampleCodec:
             return self._header + values.astype(self.dtype).tobytes()
         return encode_png(values.astype(np.uint8).reshape(self.spec.image_shape))
 
-    def decode(self, files: Sequence[bytes], keys: Sequence[str], shard: Path) -> np.ndarray:
+    def decode(self, files: Sequence[bytes], keys: Sequence[str], shard: Path | str) -> np.ndarray:
         """(N, V) values of N samples' files, in the data set's colour space and checked.
 
         Raises:
@@ -92,7 +92,7 @@ class SampleCodec:
         pixels = stored.reshape(len(stored), *self.spec.image_shape)
         return from_rgb(pixels, self.spec.color).reshape(stored.shape)
 
-    def _check_range(self, values: np.ndarray, keys: Sequence[str], shard: Path) -> None:
+    def _check_range(self, values: np.ndarray, keys: Sequence[str], shard: Path | str) -> None:
         bad = out_of_range(values, self._tops)
         if self.spec.has_missing:
             bad &= ~(np.isnan(values) if values.dtype.kind == "f" else values == MISSING)

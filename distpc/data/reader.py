@@ -47,7 +47,8 @@ def read_shard(entry: ShardEntry, spec: DatasetSpec) -> Shard:
         DataError: it is missing or has changed since it was indexed.
     """
     try:
-        content = entry.path.read_bytes()
+        with entry.local() as path:
+            content = path.read_bytes()
     except OSError as error:
         raise _changed(entry, error) from error
     digest = hashlib.sha256(content).hexdigest()
@@ -58,7 +59,7 @@ def read_shard(entry: ShardEntry, spec: DatasetSpec) -> Shard:
         content[offset : offset + size]
         for offset, size in zip(table.offsets.tolist(), table.sizes.tolist(), strict=True)
     ]
-    x = SampleCodec(spec).decode(files, table.keys, entry.path)
+    x = SampleCodec(spec).decode(files, table.keys, entry.where)
     return Shard(entry.name, table.keys, x)
 
 
@@ -70,7 +71,8 @@ def read_rows(entry: ShardEntry, codec: SampleCodec, rows: np.ndarray) -> np.nda
     """
     table = entry.samples()
     try:
-        descriptor = os.open(entry.path, os.O_RDONLY)
+        with entry.local() as path:
+            descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise _changed(entry, error) from error
     try:
@@ -79,7 +81,7 @@ def read_rows(entry: ShardEntry, codec: SampleCodec, rows: np.ndarray) -> np.nda
         files = [os.pread(descriptor, size, offset) for size, offset in extents]
     finally:
         os.close(descriptor)
-    return codec.decode(files, [table.keys[row] for row in rows.tolist()], entry.path)
+    return codec.decode(files, [table.keys[row] for row in rows.tolist()], entry.where)
 
 
 def iterate_split(
@@ -134,7 +136,7 @@ def _check_content(entry: ShardEntry, descriptor: int) -> None:
 def _changed(entry: ShardEntry, found: object) -> DataError:
     return DataError(
         "a shard is missing or has changed since it was indexed",
-        where=entry.path,
+        where=entry.where,
         found=found,
         expected=f"{entry.bytes} bytes with SHA-256 {entry.sha256}",
         fix="remove the shards and index stages' folders and run the same command again",

@@ -20,7 +20,8 @@ from distpc.artifacts.files import atomic_path, fingerprint, read_json, write_js
 from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
 from distpc.config.schema import DataConfig, RunConfig
-from distpc.config.sources import ImageFolderSource
+from distpc.config.sources import ImageFolderSource, ShardsSource
+from distpc.data import existing
 from distpc.data.codec import SampleCodec
 from distpc.data.color import NUM_CATEGORIES
 from distpc.data.plan import seeded_permutation
@@ -45,6 +46,9 @@ def run(ctx: StageContext) -> None:
         ResourceError: the disk is full, or certain to become so.
     """
     data = ctx.config.data
+    if isinstance(data.source, ShardsSource):
+        existing.take_over(ctx, data.source)
+        return
     source = open_source(data.source, ctx.out)
     try:
         spec = colored(source.spec, data.color)
@@ -74,6 +78,8 @@ def source_identity(config: RunConfig, folder: Path) -> dict[str, Any]:
         DataError: neither a readable source nor finished shards.
     """
     try:
+        if isinstance(config.data.source, ShardsSource):
+            return existing.identity(config.data.source)
         if isinstance(config.data.source, ImageFolderSource):
             return image_identity(config.data.source)
         with tempfile.TemporaryDirectory() as scratch:
@@ -95,6 +101,8 @@ def source_spec(data: DataConfig) -> DatasetSpec:
     Raises:
         ConfigError, DataError: as `run`, as far as opening the source shows it.
     """
+    if isinstance(data.source, ShardsSource):
+        return existing.load_spec(data.source, data.color)
     with tempfile.TemporaryDirectory() as scratch:
         source = open_source(data.source, Path(scratch))
         try:

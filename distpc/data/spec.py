@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from distpc.errors import ArtifactError
 
+DATASET = "dataset.json"
+"""The file of a data set's description, beside its shards."""
 MISSING = -1
 """Integer that marks a missing value; real columns use NaN."""
 
@@ -82,11 +84,11 @@ class DatasetSpec:
         # distpc.artifacts needs.
         from distpc.artifacts.files import write_json
 
-        write_json(folder / "dataset.json", self.to_json())
+        write_json(folder / DATASET, self.to_json())
 
     @classmethod
     def load(cls, folder: Path) -> DatasetSpec:
         """Read dataset.json from `folder`."""
         from distpc.artifacts.files import read_json
 
-        return cls.from_json(read_json(folder / "dataset.json"))
+        return cls.from_json(read_json(folder / DATASET))

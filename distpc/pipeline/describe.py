@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distpc.config import dump_config
+from distpc.pipeline.sharing import where_finished
 
 if TYPE_CHECKING:
     from distpc.pipeline.runner import Pipeline
@@ -24,6 +25,8 @@ def describe(pipeline: Pipeline, stage: str | None = None) -> str:
             continue
         verb = {"done": "skip", "not needed": "-", "interrupted": "continue"}.get(step.state, "run")
         reason = step.reason.splitlines()[0] if step.reason else step.state
+        if step.state != "done" and (place := where_finished(config.artifacts, step)):
+            verb, reason = "take", f"from {place}"
         lines.append(f"  {name:<10} {verb:<9} {reason}")
     lines.append(f"run folder: {pipeline.folder}")
     return "\n".join(lines)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from distpc.artifacts import Artifact
 from distpc.config import RunConfig
+from distpc.config.sources import ShardsSource
+from distpc.data import existing
 from distpc.data.patches import PatchGrid
-from distpc.data.shards import colored, split_positions
+from distpc.data.shards import colored, source_spec, split_positions
 from distpc.data.sources import open_source
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, DataError
@@ -40,7 +42,7 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
     if config.teacher.training is not None:
         batches[f"teacher.{config.teacher.kind}.batch_size"] = config.teacher.training.batch_size
     for field, size in batches.items():
-        if size > num_train:
+        if num_train is not None and size > num_train:
             raise DataError(
                 "the training split has fewer samples than one batch",
                 where=field,
@@ -66,12 +68,14 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
             check_machine(config.parallel)
 
 
-def _read(shards: Artifact) -> tuple[DatasetSpec, int]:
-    return DatasetSpec.load(shards.path), shards.metadata["num_samples"]["train"]
+def _read(shards: Artifact) -> tuple[DatasetSpec, int | None]:
+    return DatasetSpec.load(shards.path), shards.metadata.get("num_samples", {}).get("train")
 
 
-def _open(config: RunConfig) -> tuple[DatasetSpec, int]:
-    """The data set's spec and the size of its training split."""
+def _open(config: RunConfig) -> tuple[DatasetSpec, int | None]:
+    """The data set's spec and the size of its training split, where it is known."""
+    if isinstance(config.data.source, ShardsSource):
+        return source_spec(config.data), existing.num_samples(config.data.source).get("train")
     with tempfile.TemporaryDirectory() as scratch:
         source = open_source(config.data.source, Path(scratch))
         try:

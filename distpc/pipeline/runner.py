@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,15 @@ from distpc.artifacts import (
     RunLock,
     Stage,
     StageContext,
+    as_json,
     fingerprint,
     read_json,
     remove_partials,
     write_bytes,
     write_json,
 )
+from distpc.artifacts.manifest import MANIFEST
+from distpc.artifacts.place import Place
 from distpc.config import RunConfig, dump_config
 from distpc.errors import ArtifactError, FormatVersionError
 from distpc.parallel.greeting import code_fingerprint
@@ -46,6 +49,7 @@ class Step:
     fingerprint: str
     state: State
     reason: str = ""
+    made_from: Any = None
 
 
 class Pipeline:
@@ -75,16 +79,19 @@ class Pipeline:
         fingerprints: dict[str, str] = {}
         steps = []
         for stage in self.stages.values():
-            made_from = {
-                "stage": stage.name,
-                "stage_version": stage.version,
-                "format_version": FORMAT_VERSION,
-                "fields": stage.fields(self.config),
-                "identity": self._identity(stage),
-                "inputs": {name: fingerprints[name] for name in self._inputs(stage)},
-            }
+            made_from = as_json(
+                {
+                    "stage": stage.name,
+                    "stage_version": stage.version,
+                    "format_version": FORMAT_VERSION,
+                    "fields": stage.fields(self.config),
+                    "identity": self._identity(stage),
+                    "inputs": {name: fingerprints[name] for name in self._inputs(stage)},
+                }
+            )
             fingerprints[stage.name] = fingerprint(made_from)
-            steps.append(self._step(stage, fingerprints[stage.name]))
+            step = self._step(stage, fingerprints[stage.name])
+            steps.append(replace(step, made_from=made_from))
         return steps
 
     def run(self) -> dict[str, Any] | None:
@@ -106,10 +113,13 @@ class Pipeline:
 
         Raises:
             ConfigError, DataError, ResourceError: see `check_run`.
+            PlaceError: see `check_places`.
             ArtifactError: the run folder holds what no stage left there.
         """
         from distpc.pipeline.preflight import check_run
+        from distpc.pipeline.sharing import check_places
 
+        check_places(self.config.artifacts, self.folder)
         steps = self.steps()
         if "shards" in self.stages and any(step.state != "done" for step in steps):
             is_written = steps[0].state == "done"
@@ -236,8 +246,10 @@ class Pipeline:
         with RunLock(self.folder):
             for trash in self.folder.glob(f"{TRASH}*"):
                 shutil.rmtree(trash)
-            for name in self.stages:
+            for name, stage in self.stages.items():
                 remove_partials(self.folder / name)
+                if (self.folder / name / MANIFEST).is_file():
+                    self._refresh(stage)
             write_bytes(self.folder / RESOLVED, dump_config(self.config).encode())
             yield
 
@@ -246,13 +258,15 @@ class Pipeline:
         if step.state == "done":
             self._skipped[name] = True
             _say(f"{name}: done before, skipped")
-            return Artifact.open(step.folder)
+            return self._publish(Artifact.open(step.folder))
         if step.state == "stale":
             _say(f"{name}: redone ({step.reason})")
             self._discard(step.folder)
         if step.state != "interrupted":
             shutil.rmtree(self.folder / "tb" / name, ignore_errors=True)
             write_json(step.folder / ATTEMPT, {"fingerprint": step.fingerprint})
+        if (taken := self._take(step)) is not None:
+            return taken
         _say(f"{name}: {'continued' if step.state == 'interrupted' else 'started'}")
         context = StageContext(
             config=self.config,
@@ -266,11 +280,44 @@ class Pipeline:
         begun = time.monotonic()
         _function(step.stage.run)(context)
         seconds = time.monotonic() - begun
-        artifact = Artifact.seal(step.folder, name, step.fingerprint, seconds, context.metadata)
+        artifact = Artifact.seal(
+            step.folder, name, step.fingerprint, seconds, context.metadata, step.made_from
+        )
         (step.folder / ATTEMPT).unlink()
         self._skipped[name] = False
         _say(f"{name}: finished in {seconds:.1f} s")
+        return self._publish(artifact)
+
+    def _take(self, step: Step) -> Artifact | None:
+        """The stage's result from elsewhere, where the configuration names a place that has it."""
+        from distpc.pipeline.sharing import take_from
+
+        for place in self.config.artifacts.reuse:
+            try:
+                taken = take_from(Place.of(place), step.stage.name, step)
+            except ArtifactError as error:
+                _say(f"{step.stage.name}: not taken from {place}, damaged there: {error}")
+                self._discard(step.folder)
+                write_json(step.folder / ATTEMPT, {"fingerprint": step.fingerprint})
+                continue
+            if taken is not None:
+                (step.folder / ATTEMPT).unlink()
+                self._refresh(step.stage)
+                self._skipped[step.stage.name] = True
+                return self._publish(taken)
+        return None
+
+    def _publish(self, artifact: Artifact) -> Artifact:
+        places = self.config.artifacts
+        if places.url and (places.publish is None or artifact.stage in places.publish):
+            from distpc.pipeline.sharing import publish_to
+
+            publish_to(Place.of(places.url), artifact)
         return artifact
+
+    def _refresh(self, stage: Stage) -> None:
+        if stage.refresh is not None:
+            _function(stage.refresh)(self.config, self.folder / stage.name)
 
     def _discard(self, folder: Path) -> None:
         """Remove a stage's folder; renamed first, so that it is never found half removed."""
@@ -292,6 +339,9 @@ class Pipeline:
             "num_ranks": self.config.parallel.num_ranks,
             "configured": self.configured_ranks,
         }
+        for name in self.stages:
+            if (place := Artifact.open(self.folder / name).taken_from) is not None:
+                report["stages"][name]["taken_from"] = place
         write_report(self.folder / "report.json", report)
         return report
 

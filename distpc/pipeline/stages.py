@@ -10,6 +10,7 @@ from typing import Any
 
 from distpc.artifacts import Stage
 from distpc.config import RunConfig
+from distpc.config.sources import ShardsSource
 
 
 def _values(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -17,6 +18,9 @@ def _values(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _shards(config: RunConfig) -> Any:
+    if isinstance(config.data.source, ShardsSource):
+        # Where they lie is no part of what they are.
+        return config.data.source.kind, config.data.color
     without = ("patch_size_pixels", "cache_bytes", "split_seed")
     return _values(config.data, without=without), config.split_seed
 
@@ -76,6 +80,7 @@ STAGES: tuple[Stage, ...] = (
         (),
         _shards,
         identity="distpc.data.shards:source_identity",
+        refresh="distpc.data.existing:note_place",
     ),
     Stage("index", "distpc.data.index:run", ("shards",), lambda config: None),
     Stage(

@@ -14,7 +14,7 @@ def test_every_stage_has_a_command() -> None:
     assert [stage.name for stage in STAGES] == list(STAGE_HELP)
 
 
-@pytest.mark.parametrize("command", ["run", *STAGE_HELP, "sample", "inpaint", "query"])
+@pytest.mark.parametrize("command", ["run", *STAGE_HELP, "catalogue", "sample", "query"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

@@ -9,6 +9,7 @@ from distpc.config.sources import (
     DigitsSource,
     IdxSource,
     ImageFolderSource,
+    ShardsSource,
     SizesSource,
     TextSource,
 )
@@ -19,7 +20,13 @@ __all__ = ["BadSampleError", "Source", "open_source"]
 
 
 def open_source(
-    config: DigitsSource | IdxSource | ImageFolderSource | TextSource | ArraysSource | SizesSource,
+    config: DigitsSource
+    | IdxSource
+    | ImageFolderSource
+    | TextSource
+    | ArraysSource
+    | ShardsSource
+    | SizesSource,
     scratch: Path,
 ) -> Source:
     """The source that `data.source` describes, checked as far as its headers go.
@@ -53,6 +60,13 @@ def open_source(
             where="data.source.kind",
             found="sizes",
             fix="plan it with distpc plan; to run, name a source of samples",
+        )
+    if isinstance(config, ShardsSource):
+        raise DataError(
+            "shards that exist already are no source of single samples",
+            where="data.source.kind",
+            found="shards",
+            fix="run the stages; or name what the shards were written from",
         )
     from distpc.data.sources.arrays import Arrays
 
