@@ -374,7 +374,7 @@ class _Export:
         record["edge_ids"] = np.indices(num_blocks).reshape(2, -1)
 
         def blocks() -> np.ndarray:
-            parts = dense().reshape(num_blocks[0], rows, num_blocks[1], columns)
+            parts: np.ndarray = dense().reshape(num_blocks[0], rows, num_blocks[1], columns)
             parts = parts.transpose(0, 2, 1, 3).reshape(-1, rows, columns)
             return np.ascontiguousarray(parts, dtype=np.float32)
 

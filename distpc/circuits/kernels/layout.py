@@ -89,7 +89,12 @@ class Leaves:
         factors: for each table the (node, variable) that read it, equally many.
         chunk: values that one program owns.
         is_sorted: whether a table has many chunks, so that tokens are sorted by value.
+        inverse: 1 / (sums over values + pseudocount), (T, K).
+        factor_at: where the flow of each factor begins in `v`.
     """
+
+    inverse: Tensor
+    factor_at: Tensor
 
     def __init__(
         self,
