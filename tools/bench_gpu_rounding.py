@@ -4,8 +4,8 @@
     python tools/bench_gpu_bpd.py --make bpd.npz                      once, on any machine
     python tools/bench_gpu_rounding.py --data bpd.npz --json rounding.json
 
-`distpc.fit` by the ordinary engine in float32, by the fused step in float32, and by the fused step in
-bfloat16, its default on a GPU. Test bits per dimension of each circuit by the ordinary engine.
+`distpc.fit` by the ordinary engine in float32, by the fused step in float32, and by the fused step
+in bfloat16, its default on a GPU. Test bits per dimension of each circuit by the ordinary engine.
 """
 
 from __future__ import annotations

@@ -118,6 +118,8 @@ def compiled(circuit: Circuit, device: str) -> Any:
     _compare_scopes_fast()
     records, regions = skeleton(circuit, MAX_BLOCK_SIZE)
     with gpu_turn.aside(), redirect_stdout(StringIO()):
+        # Built here, if it was not before: in its first step others would wait for the compiler.
+        has_cutlass()
         root = deserialize_nodes(records)
         model = OnDevice(root, verbose=False)
     model.to(torch.device(device))
