@@ -44,7 +44,7 @@ def samples(circuit: Circuit, batch: int, seed: int = 0) -> torch.Tensor:
     limit = circuit.num_categories[0]
     x = torch.randint(0, limit, (batch, circuit.num_variables), generator=generator)
     x[0, 1] = x[-1, 0] = -1
-    return x
+    return x.to(circuit.device)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -79,6 +79,37 @@ CASES = {
 }
 
 
+def check_rounding_at_random(seeds: int = 40) -> None:
+    """Statistics kept in bfloat16: each is one of the two numbers around the exact one, and their
+    mean over many seeds is the exact one."""
+    exact = tree(16)
+    FastStep(exact, 8, dtype=torch.float32).step(samples(exact, 8), STEP_SIZE)
+    circuit = tree(16)
+    fast = FastStep(circuit, 8, dtype=torch.float32, statistics=torch.bfloat16)
+    (tables,) = (t for t in fast.layout.tables.values() if t.shape == (16, 16))
+    start = [parameter.detach().clone() for parameter in circuit.parameters()]
+    found = []
+    for seed in range(seeds):
+        with torch.no_grad():
+            for parameter, value in zip(circuit.parameters(), start, strict=True):
+                parameter.copy_(value)
+        fast.read()
+        fast.layout.seed.fill_(seed)
+        fast.step(samples(circuit, 8), STEP_SIZE)
+        found.append(tables.weights.clone())
+    expected = torch.stack([exact.bank_list[b].statistics[t] for b, t in tables.owners])
+    expected = expected.detach() + tables.floor
+    for weights in found:
+        assert torch.equal(weights, weights.bfloat16().float())
+        assert bool(((weights - expected).abs() <= expected * 2.0**-7).all())
+    error = float((torch.stack(found).mean(0) - expected).norm() / expected.norm())
+    assert error < 2.0**-8 / seeds**0.5, error
+    assert not torch.equal(found[0], found[1])
+    fast.write()
+    again = torch.stack([circuit.bank_list[b].statistics[t] for b, t in tables.owners])
+    torch.testing.assert_close(again.detach(), found[-1] - tables.floor, rtol=1e-6, atol=0)
+
+
 def main() -> None:
     """Every case, by the kernels."""
     for name, make in CASES.items():
@@ -87,6 +118,7 @@ def main() -> None:
         assert launch.uses_triton(circuit.device)
         check_steps(circuit, fast, 1e-6)
         print(name)
+    check_rounding_at_random()
 
 
 if __name__ == "__main__":

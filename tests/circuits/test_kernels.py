@@ -36,6 +36,20 @@ def test_a_step_is_that_of_the_ordinary_engine(name):
     check_steps(circuit, fast, 1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_on_a_gpu_is_that_of_the_ordinary_engine(name, dtype):
+    circuit = CASES[name]().cuda()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-3
+    check_steps(circuit, FastStep(circuit, 8, dtype=dtype), tolerance)
+
+
+def test_statistics_in_bfloat16_want_a_gpu():
+    with pytest.raises(ValueError, match="on CUDA alone"):
+        FastStep(tree(8), 8, statistics=torch.bfloat16)
+
+
 def test_the_kernels_do_what_plain_pytorch_does():
     done = subprocess.run(
         [sys.executable, "-m", "tests.circuits.fused_steps"],

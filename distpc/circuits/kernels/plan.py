@@ -20,6 +20,8 @@ from distpc.circuits.sums import SumBank
 SUM_FLOOR = 1e-16
 """eps, in uses per sample, that keeps a unit of a sum above 1e-20 of its child's largest: far above
 what rounds to 0 in a message whose maximum is 1."""
+MAX_ENTRIES = 2**31
+"""Kernels count within a table by 32 bits."""
 LEAF_FLOOR = 1e-14
 """The same of a leaf's entry; a leaf times a sum stays above 1e-38."""
 
@@ -104,6 +106,9 @@ def why_not(circuit: Circuit) -> str | None:
 
 
 def _bank_why_not(bank: Bank) -> str | None:
+    entries = bank.statistics[0].numel() if isinstance(bank, SumBank) else bank.statistics.numel()
+    if entries >= MAX_ENTRIES:
+        return "a table of 2^31 entries or more"
     if isinstance(bank, SumBank):
         if bank.blocks.count > 1:
             return "block-diagonal sums"

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -77,17 +77,23 @@ class FastStep:
         self.step_size = torch.zeros(1, device=self.layout.device)
         self.log_prob = torch.zeros(batch_size, device=self.layout.device)
         is_cuda = self.layout.device.type == "cuda"
-        self._side = torch.cuda.Stream() if is_cuda else None
+        self._side = torch.cuda.Stream(self.layout.device) if is_cuda else None
         self._uses_graph = graph and is_cuda
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._number_stages()
         self.read()
 
+    def _here(self) -> AbstractContextManager[object]:
+        """Inside, launches go to the circuit's device, whichever is the current one."""
+        device = self.layout.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
     @torch.no_grad()
     def read(self) -> None:
         """Take the weights from the circuit's statistics; needed after those were changed."""
-        for tables in self.layout.tables.values():
-            launch.read_weights(self.layout, tables)
+        with self._here():
+            for tables in self.layout.tables.values():
+                launch.read_weights(self.layout, tables)
         for leaves in self.layout.leaves:
             leaves.read_totals()
             self._invert(leaves.totals, leaves.pseudocount, leaves.inverse)
@@ -122,6 +128,10 @@ class FastStep:
 
     @torch.no_grad()
     def _run(self, x: Tensor, *, learns: bool) -> Tensor:
+        with self._here():
+            return self._run_here(x, learns)
+
+    def _run_here(self, x: Tensor, learns: bool) -> Tensor:
         self.layout.codes.copy_(x.t())
         if not self._uses_graph:
             self._work(learns)
