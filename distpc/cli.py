@@ -234,9 +234,6 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         default=50.0,
         help="TFLOP/s that a device reaches in matrix products (default 50: float32 of an H100)",
     )
-    parser.add_argument(
-        "--bfloat16", action="store_true", help="count messages inside sums as two bytes an entry"
-    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every layout")
     parser.set_defaults(command=_plan)
 
@@ -480,7 +477,6 @@ def _plan(options: argparse.Namespace) -> None:
     text = plan_command(
         load_config(options.config, options.overrides),
         cluster,
-        bfloat16=options.bfloat16,
         as_json=options.json,
     )
     print(text)

@@ -14,6 +14,7 @@ from distpc.circuits import families, queries
 from distpc.circuits.bank import Bank
 from distpc.circuits.compiled import MAX_FOLD_BYTES, compile_graph
 from distpc.circuits.evidence import Evidence, EvidenceReader
+from distpc.circuits.footprint import footprint
 from distpc.circuits.gaussian import GaussianBank
 from distpc.circuits.schedule import BankPlan
 from distpc.circuits.step import Exchange
@@ -61,6 +62,8 @@ class Circuit(nn.Module):
             every pass: set it to an all-reduce there.
         units: those that each step of the schedule yields in this process.
         exchange: with processes that own other units, see `sharding`; None: all are here.
+        stretches: of steps, whose messages training computes again in the backward pass instead of
+            keeping them, see `recompute`; None: all are kept.
         last_impossible: number of samples of the last forward with likelihood 0 or NaN.
     """
 
@@ -85,14 +88,7 @@ class Circuit(nn.Module):
                 for number, plan in enumerate(self.schedule.banks)
             }
         )
-        variables = [-1 if r.variable is None else r.variable for r in graph.regions]
-        self.step_list = [
-            build_step(plan, fanout, self.schedule.banks, variables)
-            for plan, fanout in zip(self.schedule.steps, self.schedule.fanouts, strict=True)
-        ]
-        self.steps = nn.ModuleList(self.step_list)
-        units = [graph.regions[p.regions[0]].num_units for p in self.schedule.steps]
-        self.units = [range(count) for count in units]
+        self._build_steps()
         self._tables = {
             owner: (number, table)
             for number, plan in enumerate(self.schedule.banks)
@@ -107,6 +103,7 @@ class Circuit(nn.Module):
         self.reader = EvidenceReader(self.num_categories, self.latent_sizes)
         self.any_rank: Callable[[bool], bool] = bool
         self.exchange: Exchange | None = None
+        self.stretches: Sequence[range] | None = None
         self.smoothing = (0.0, 0.0, 1)
         self.last_impossible = torch.zeros((), dtype=torch.int64)
         self.dataset: dict[str, Any] = {}
@@ -358,7 +355,32 @@ class Circuit(nn.Module):
             in_logs=in_logs,
             keep=keep,
             exchange=self.exchange,
+            stretches=self.stretches if torch.is_grad_enabled() and not keep else None,
         )
+
+    def recompute_messages_(self) -> None:
+        """Let training keep some messages only, and compute the others again in the backward pass.
+
+        Likelihoods and flows stay what they are, to the rounding of sums. Call it before
+        `share_units_`.
+        """
+        self.schedule = compile_graph(
+            self.graph, self.num_categories, self.max_fold_bytes, late_inputs=True
+        )
+        self._build_steps()
+        self.steps.to(self.device)
+        self.stretches = footprint(self.graph, self.schedule, recompute=True).stretches
+
+    def _build_steps(self) -> None:
+        regions = self.graph.regions
+        variables = [-1 if r.variable is None else r.variable for r in regions]
+        self.step_list = [
+            build_step(plan, fanout, self.schedule.banks, variables)
+            for plan, fanout in zip(self.schedule.steps, self.schedule.fanouts, strict=True)
+        ]
+        self.steps = nn.ModuleList(self.step_list)
+        units = [regions[plan.regions[0]].num_units for plan in self.schedule.steps]
+        self.units = [range(count) for count in units]
 
     def _init(self, seed: int, noise: float, device: torch.device) -> None:
         if device.type != "cpu":

@@ -13,7 +13,7 @@ cost a zero-filled copy of the whole message in backward.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from distpc.circuits.families import BAGGED, family_of
 from distpc.circuits.packing import pack_tables
@@ -45,6 +45,8 @@ def compile_graph(
     graph: RegionGraph,
     num_categories: Sequence[int | None],
     max_fold_bytes: int = MAX_FOLD_BYTES,
+    *,
+    late_inputs: bool = False,
 ) -> Schedule:
     """Compile a region graph.
 
@@ -52,11 +54,13 @@ def compile_graph(
         graph: the circuit's structure.
         num_categories: for each variable its number of categories, None for a real one.
         max_fold_bytes: bound on the float32 parameters of a fold (one matrix may exceed it).
+        late_inputs: evaluate inputs just before what reads them, in more and smaller steps,
+            instead of all of them first. Parameters are the same.
 
     Raises:
         StructureError: tied regions differ in shape, or a region is not below the root.
     """
-    return _Compiler(graph, num_categories, max_fold_bytes).schedule()
+    return _Compiler(graph, num_categories, max_fold_bytes).schedule(late_inputs)
 
 
 class _Compiler:
@@ -90,21 +94,30 @@ class _Compiler:
         self.order = Order(len(self.regions))
         self.banks: list[BankPlan] = []
 
-    def schedule(self) -> Schedule:
+    def schedule(self, late_inputs: bool) -> Schedule:
         # Folds are found from the root down, because a row's place follows from its consumers';
-        # they run the other way round, after all inputs.
+        # they run the other way round.
         folds: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
         for members in self.members:
             folds += self._folds(members)
-        inputs = self._input_plans()
         folds.reverse()
+        reader = self._first_readers(folds) if late_inputs else {}
+        inputs = self._input_plans(reader)
         places: list[tuple[int, int] | None] = [None] * len(self.regions)
-        rows_of_steps = [plan.regions for plan in inputs] + [rows for _, rows, _ in folds]
-        for step, rows in enumerate(rows_of_steps):
+        # Inputs of a fold, then the fold.
+        order: list[tuple[int, InputPlan | tuple[str, tuple[int, ...], tuple[int, int]]]]
+        order = [(reader.get(plan.regions[0], -1), plan) for plan in inputs]
+        order += list(enumerate(folds))
+        order.sort(key=lambda entry: (entry[0], not isinstance(entry[1], InputPlan)))
+        in_order = [entry for _, entry in order]
+        for step, entry in enumerate(in_order):
+            rows = entry.regions if isinstance(entry, InputPlan) else entry[1]
             for row, region in enumerate(rows):
                 places[region] = (step, row)
-        steps: list[StepPlan] = [*inputs]
-        steps += [self._plan(kind, rows, detail, places) for kind, rows, detail in folds]
+        steps = [
+            entry if isinstance(entry, InputPlan) else self._plan(*entry, places)
+            for entry in in_order
+        ]
         root = places[self.root]
         assert root is not None
         fanouts = deal(steps)
@@ -257,7 +270,19 @@ class _Compiler:
         )
         return len(self.banks) - 1
 
-    def _input_plans(self) -> list[InputPlan]:
+    def _first_readers(
+        self, folds: Sequence[tuple[str, tuple[int, ...], tuple[int, int]]]
+    ) -> dict[int, int]:
+        """For each region that a fold reads, the first such fold."""
+        readers: dict[int, int] = {}
+        for number, (_, rows, _) in enumerate(folds):
+            for row in rows:
+                for child in self.regions[row].children:
+                    readers.setdefault(child, number)
+        return readers
+
+    def _input_plans(self, reader: Mapping[int, int]) -> list[InputPlan]:
+        """Steps of inputs, apart where they have other readers."""
         rows = [index for index, is_input in enumerate(self.is_input) if is_input]
         rows.sort(key=self.order.key)
         bags = [self.regions[row].children if self.is_bag[row] else (row,) for row in rows]
@@ -273,9 +298,10 @@ class _Compiler:
             max_bytes=self.max_fold_bytes,
         )
         self.banks += [self._input_bank([owners[t] for t in tables]) for tables in tables_of_bank]
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for position, bag in enumerate(bags):
-            groups[first_bank + bank_of_row[position], len(bag)].append(position)
+            read_by = reader.get(rows[position], -1)
+            groups[first_bank + bank_of_row[position], len(bag), read_by].append(position)
         return [
             InputPlan(
                 regions=tuple(rows[position] for position in members),
@@ -283,7 +309,7 @@ class _Compiler:
                 bags=tuple(bags[position] for position in members),
                 latents=self._latents(rows[position] for position in members),
             )
-            for (bank, _), members in groups.items()
+            for (bank, _, _), members in groups.items()
         ]
 
     def _input_bank(self, owners: list[list[int]]) -> BankPlan:

@@ -21,6 +21,7 @@ from distpc.circuits.schedule import (
     SumPlan,
 )
 from distpc.circuits.sharding import NodeTable, Reading, node_table
+from distpc.circuits.stretches import between, stretches
 from distpc.structures.region_graph import RegionGraph
 
 FLOAT_BYTES = 4
@@ -40,26 +41,29 @@ class StepCost:
     Attributes:
         bank: its parameters, None for steps without any.
         kept: bytes a sample that its forward pass leaves for the backward pass.
+        message: bytes a sample of what it yields, with its scale.
         flow: bytes a sample of the flow that arrives at it.
         passed: bytes a sample of the flows that it passes on.
         viewed: bytes of those that are the memory of its own flow.
         scratch: bytes a sample that its backward pass needs for a moment.
-        gathered: entries a sample of the message that a sum reads; 0 elsewhere.
         exchanged: entries a sample that ranks of the node axis gather or scatter, in a forward and
             backward pass; one that is all-reduced counts twice.
         exchanges: collectives that they do it in.
+        forward_exchanged, forward_exchanges: those of the forward pass.
         multiply_adds: a sample, of one pass.
     """
 
     bank: int | None
     kept: int = 0
+    message: int = 0
     flow: int = 0
     passed: int = 0
     viewed: int = 0
     scratch: int = 0
-    gathered: int = 0
     exchanged: int = 0
     exchanges: int = 0
+    forward_exchanged: int = 0
+    forward_exchanges: int = 0
     multiply_adds: int = 0
 
 
@@ -72,6 +76,7 @@ class Footprint:
         banks: entries of each parameter.
         state_units: units of the smallest wide region: shares of states are cut from these.
         steps: in order of evaluation.
+        stretches: of steps whose messages the backward pass computes again; empty: all are kept.
     """
 
     graph: RegionGraph
@@ -79,6 +84,7 @@ class Footprint:
     banks: tuple[int, ...]
     state_units: int
     steps: tuple[StepCost, ...]
+    stretches: tuple[range, ...] = ()
     _shares: dict[int, Footprint] = field(default_factory=dict, repr=False)
 
     @property
@@ -95,6 +101,8 @@ class Footprint:
     def num_exchanges(self) -> int:
         """Collectives of the node axis in a forward and backward pass."""
         own = sum(step.exchanges for step in self.steps)
+        if self.stretches:
+            own += sum(step.forward_exchanges for step in self.steps)
         return own + _AGREEMENTS if own else 0
 
     @property
@@ -108,15 +116,24 @@ class Footprint:
         return sum(step.multiply_adds for step in self.steps)
 
     @property
-    def gathered(self) -> int:
-        """Entries a sample of all messages that sums read."""
-        return sum(step.gathered for step in self.steps)
-
-    @property
     def exchanged(self) -> int:
         """Entries a sample that these move."""
         own = sum(step.exchanged for step in self.steps)
+        if self.stretches:
+            own += sum(step.forward_exchanged for step in self.steps)
         return own + 2 * _AGREEMENTS if own else 0
+
+    @property
+    def num_passes(self) -> int:
+        """Products of matrices a sum and step: forward, backward two; and forward once more."""
+        return 4 if self.stretches else 3
+
+    @property
+    def between(self) -> int:
+        """Bytes a sample that pass from a stretch to another, which are kept."""
+        return between(
+            [step.message for step in self.steps], _readers(self.schedule), self.stretches
+        )
 
     @property
     def kept(self) -> int:
@@ -124,13 +141,17 @@ class Footprint:
         return sum(step.kept for step in self.steps)
 
 
-def footprint(graph: RegionGraph, schedule: Schedule, num_ranks: int = 1) -> Footprint:
+def footprint(
+    graph: RegionGraph, schedule: Schedule, num_ranks: int = 1, *, recompute: bool = False
+) -> Footprint:
     """The sizes of a compiled region graph.
 
     Args:
         graph: the structure.
         schedule: of `compile_graph`.
         num_ranks: R of the node axis; sizes are those of one of them.
+        recompute: whether messages are computed again in the backward pass, in the stretches that
+            are best for one rank that holds all.
     """
     table = node_table(schedule, num_ranks)
     whole = [graph.regions[plan.regions[0]].num_units for plan in schedule.steps]
@@ -151,12 +172,15 @@ def footprint(graph: RegionGraph, schedule: Schedule, num_ranks: int = 1) -> Foo
         steps.append(
             replace(
                 cost,
+                message=FLOAT_BYTES * len(plan.regions) * (units[number] + _SCALE_ENTRIES),
                 scratch=cost.scratch + FLOAT_BYTES * sum(read.scratch for read in reads),
                 flow=arrived[number],
                 passed=FLOAT_BYTES * sum(flow.entries for flow in passed[number]),
                 viewed=FLOAT_BYTES * sum(flow.entries for flow in passed[number] if flow.is_view),
                 exchanged=sum(read.exchanged for read in reads),
                 exchanges=sum(read.exchanges for read in reads),
+                forward_exchanged=sum(read.forward for read in reads),
+                forward_exchanges=sum(read.forward > 0 for read in reads),
             )
         )
     wide = [count for count in whole if count > 1]
@@ -164,10 +188,15 @@ def footprint(graph: RegionGraph, schedule: Schedule, num_ranks: int = 1) -> Foo
         _entries(plan) // (line.split.parts if line.split else 1)
         for plan, line in zip(schedule.banks, table.banks, strict=True)
     )
-    return Footprint(graph, schedule, banks, min(wide, default=1), tuple(steps))
+    costs = Footprint(graph, schedule, banks, min(wide, default=1), tuple(steps))
+    if not recompute:
+        return costs
+    whole_costs = costs if num_ranks == 1 else footprint(graph, schedule)
+    kept, messages = zip(*((step.kept, step.message) for step in whole_costs.steps), strict=True)
+    return replace(costs, stretches=stretches(kept, messages, _readers(schedule)))
 
 
-def shared(costs: Footprint, ranks: int, message_bytes: int = FLOAT_BYTES) -> Footprint:
+def shared(costs: Footprint, ranks: int) -> Footprint:
     """The share of one of several ranks that own rows of every sum, and as many states.
 
     A rank computes its share of messages, and gathers whole what its sums read.
@@ -175,18 +204,11 @@ def shared(costs: Footprint, ranks: int, message_bytes: int = FLOAT_BYTES) -> Fo
     Args:
         costs: of the whole circuit.
         ranks: on the node axis.
-        message_bytes: of one entry of a message that sums read: 4, or 2 in bfloat16.
     """
     if ranks not in costs._shares:
-        costs._shares[ranks] = footprint(costs.graph, costs.schedule, ranks)
-    of_rank = costs._shares[ranks]
-    if message_bytes == FLOAT_BYTES:
-        return of_rank
-    steps = tuple(
-        replace(step, kept=max(0, step.kept - (FLOAT_BYTES - message_bytes) * step.gathered))
-        for step in of_rank.steps
-    )
-    return replace(of_rank, steps=steps)
+        again = bool(costs.stretches)
+        costs._shares[ranks] = footprint(costs.graph, costs.schedule, ranks, recompute=again)
+    return costs._shares[ranks]
 
 
 def backward_peak(
@@ -205,12 +227,15 @@ def backward_peak(
             once, in buckets that are not counted here.
         has_flows: whether those of an earlier micro-batch are there already.
     """
-    messages = costs.kept * batch
+    messages = (costs.between if costs.stretches else costs.kept) * batch
+    begun_at = {numbers[-1]: numbers for numbers in costs.stretches}
     flows = FLOAT_BYTES * costs.num_parameters if has_flows and keeps_flows else 0
     arrived = FLOAT_BYTES * batch
     seen: set[int] = set()
     peak = messages + flows
-    for step in reversed(costs.steps):
+    for number, step in reversed(list(enumerate(costs.steps))):
+        again = begun_at.get(number, range(0))
+        messages += sum(costs.steps[inner].kept for inner in again) * batch
         bank = 0 if step.bank is None else FLOAT_BYTES * costs.banks[step.bank]
         moment = messages + flows + arrived + (step.scratch + step.passed - step.viewed) * batch
         peak = max(peak, moment + bank_copies * bank)
@@ -220,6 +245,11 @@ def backward_peak(
             flows += bank
             seen.add(step.bank)
     return peak
+
+
+def _readers(schedule: Schedule) -> list[list[int]]:
+    """For each step the steps that read its message."""
+    return [[number for number, _, _ in fanout.consumers] for fanout in schedule.fanouts]
 
 
 def _outputs_that_sums_keep(schedule: Schedule, table: NodeTable) -> set[int]:
@@ -241,6 +271,7 @@ class _Read(NamedTuple):
         is_copy: whether it is another tensor than the one that its source made.
         exchanged, exchanges: see `StepCost`.
         scratch: that its backward pass needs for a moment.
+        forward: of `exchanged`, those of the forward pass.
     """
 
     entries: int
@@ -248,6 +279,7 @@ class _Read(NamedTuple):
     exchanged: int = 0
     exchanges: int = 0
     scratch: int = 0
+    forward: int = 0
 
 
 def _reads(
@@ -260,10 +292,10 @@ def _reads(
             with_scales = every + _SCALE_ENTRIES * rows * ranks
             reading = table.readings[number, request, place]
             if reading is Reading.GATHER:
-                yield _Read(every, True, with_scales, 1, every)
+                yield _Read(every, True, with_scales, 1, every, with_scales)
             elif reading is Reading.GATHER_SHARED:
                 # The flow, its parts side by side, and those of other ranks.
-                yield _Read(every, True, with_scales + every, 2, 3 * every)
+                yield _Read(every, True, with_scales + every, 2, 3 * every, with_scales)
             elif reading is Reading.CUT:
                 yield _Read(every // ranks, True, every, 1, 2 * every)
             elif reading is Reading.SHARE:
@@ -350,6 +382,5 @@ def _step_cost(
         # Its own message too, and the one that it reads where that is a copy.
         kept=message + (FLOAT_BYTES * read if is_copy else 0),
         scratch=scratch + message,
-        gathered=read if bank.num_units > 1 else 0,
         multiply_adds=rows * units[number] * bank.sizes[0],
     )

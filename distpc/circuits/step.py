@@ -28,6 +28,28 @@ class Message(NamedTuple):
     is_weak: Tensor | None = None
 
 
+Place = tuple[int, int, int]
+"""Where a message is read: step, request, piece."""
+
+
+class Stretch(NamedTuple):
+    """What consecutive steps made.
+
+    Attributes:
+        sent: messages for later steps, by (step, request, piece).
+        is_weak: (B,) bool, samples to evaluate again in logs.
+        outputs: the message values of every step, where they are kept.
+        added: log-scales that enter the likelihood without being routed.
+        root: the root's message, if it is among them.
+    """
+
+    sent: dict[Place, Message]
+    is_weak: Tensor
+    outputs: list[Tensor]
+    added: list[Tensor]
+    root: Message | None
+
+
 class Exchange(Protocol):
     """With other processes, each of which evaluates a share of the units; see `sharding`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from distpc.circuits.layers import (
     RootFunction,
 )
 from distpc.circuits.lost import MAX_NATS, Scale, is_untrustworthy, mix
+from distpc.circuits.recompute import again_in_backward
 from distpc.circuits.schedule import (
     BankPlan,
     Fanout,
@@ -32,7 +34,7 @@ from distpc.circuits.schedule import (
     StepPlan,
     SumPlan,
 )
-from distpc.circuits.step import Exchange, Message, Step, seal
+from distpc.circuits.step import Exchange, Message, Place, Step, Stretch, seal
 from distpc.circuits.sums import SumBank
 
 
@@ -194,6 +196,7 @@ def run_steps(
     in_logs: bool,
     keep: bool,
     exchange: Exchange | None = None,
+    stretches: Sequence[range] | None = None,
 ) -> Pass:
     """Evaluate every step, children first.
 
@@ -205,20 +208,83 @@ def run_steps(
         in_logs: the domain.
         keep: keep the message of every step.
         exchange: with processes that share the units; None where all of them are here.
+        stretches: of steps, whose inner messages backward computes again, see `recompute`.
     """
-    inbox: dict[int, dict[tuple[int, int], Message]] = defaultdict(dict)
+
+    def run(numbers: range, arrived: dict[Place, Message]) -> Stretch:
+        return _run_stretch(
+            schedule, steps, banks, units, evidence, numbers, arrived, in_logs, keep, exchange
+        )
+
+    waiting: dict[Place, Message] = {}
     is_weak = torch.zeros(evidence.codes.shape[1], dtype=torch.bool, device=evidence.codes.device)
     outputs: list[Tensor] = []
     added: list[Tensor] = []
     root: Message | None = None
-    for number, step in enumerate(steps):
-        arrived = inbox.pop(number, {})
+    for numbers in stretches or [range(len(steps))]:
+        arrived = {place: waiting.pop(place) for place in list(waiting) if place[0] in numbers}
+        of_stretch = partial(run, numbers)
+        if stretches:
+            read = _parameters(schedule, banks, numbers)
+            made = again_in_backward(of_stretch, arrived, read)
+        else:
+            made = of_stretch(arrived)
+        waiting |= made.sent
+        is_weak |= made.is_weak
+        outputs += made.outputs
+        added += made.added
+        root = made.root or root
+    assert root is not None
+    row = schedule.root[1]
+    values = root.values[row, :, 0]
+    if root.scale is None:
+        return Pass(RootFunction.apply(values, None), is_weak, outputs)
+    is_weak |= ~(values.detach() >= WEAK)
+    if root.scale.lost is not None:
+        is_weak |= is_untrustworthy(root.scale.lost[row], values.detach())
+    if exchange is not None:
+        is_weak = exchange.agree(is_weak)
+    log_scale = root.scale.log[row] if root.scale.log is not None else torch.cat(added).sum(0)
+    return Pass(RootFunction.apply(values, log_scale), is_weak, outputs)
+
+
+def _parameters(
+    schedule: Schedule, banks: Sequence[nn.Module], numbers: range
+) -> list[nn.Parameter]:
+    """Those that steps read."""
+    plans = [schedule.steps[number] for number in numbers]
+    used = {plan.bank for plan in plans if isinstance(plan, InputPlan | SumPlan)}
+    return [parameter for number in sorted(used) for parameter in banks[number].parameters()]
+
+
+def _run_stretch(
+    schedule: Schedule,
+    steps: Sequence[Step],
+    banks: Sequence[nn.Module],
+    units: Sequence[range],
+    evidence: Evidence,
+    numbers: range,
+    arrived: dict[Place, Message],
+    in_logs: bool,
+    keep: bool,
+    exchange: Exchange | None,
+) -> Stretch:
+    """Evaluate some consecutive steps; see `run_steps`."""
+    inbox: dict[int, dict[tuple[int, int], Message]] = defaultdict(dict)
+    for (number, request, piece), message in arrived.items():
+        inbox[number][request, piece] = message
+    is_weak = torch.zeros(evidence.codes.shape[1], dtype=torch.bool, device=evidence.codes.device)
+    outputs: list[Tensor] = []
+    added: list[Tensor] = []
+    root: Message | None = None
+    for number in numbers:
+        step, read = steps[number], inbox.pop(number, {})
         if exchange is not None:
-            arrived = {place: exchange.bring(m, number, *place) for place, m in arrived.items()}
-            for message in arrived.values():
+            read = {place: exchange.bring(m, number, *place) for place, m in read.items()}
+            for message in read.values():
                 is_weak |= False if message.is_weak is None else message.is_weak
         requests = [
-            [arrived[request, piece] for piece in range(count)]
+            [read[request, piece] for piece in range(count)]
             for request, count in enumerate(step.num_pieces)
         ]
         plan = schedule.steps[number]
@@ -239,15 +305,5 @@ def run_steps(
             inbox[consumer[0]][consumer[1:]] = part
         if number == schedule.root[0]:
             root = message
-    assert root is not None
-    row = schedule.root[1]
-    values = root.values[row, :, 0]
-    if root.scale is None:
-        return Pass(RootFunction.apply(values, None), is_weak, outputs)
-    is_weak |= ~(values.detach() >= WEAK)
-    if root.scale.lost is not None:
-        is_weak |= is_untrustworthy(root.scale.lost[row], values.detach())
-    if exchange is not None:
-        is_weak = exchange.agree(is_weak)
-    log_scale = root.scale.log[row] if root.scale.log is not None else torch.cat(added).sum(0)
-    return Pass(RootFunction.apply(values, log_scale), is_weak, outputs)
+    sent = {(number, *place): m for number, box in inbox.items() for place, m in box.items()}
+    return Stretch(sent, is_weak, outputs, added, root)

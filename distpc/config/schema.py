@@ -62,6 +62,15 @@ class LatentsConfig(Section):
     max_samples: int | None = Field(default=None, ge=1)
     """Training samples whose features and latents are made, the first shards up to this many;
     default: all. What was used is recorded."""
+    max_bad_samples: int = Field(default=0, ge=0)
+    """Training samples that may be left out because they cannot be encoded (features that are not
+    finite, a sample that kills every worker). All are named in the stage's folder and log."""
+    keep_features: bool = True
+    """Keep the features of all samples on the disk. Otherwise k-means is fitted to those of some
+    shards only, spread over all, and features become latents as they are made."""
+    fit_samples: int | None = Field(default=None, ge=1)
+    """Samples that k-means is fitted to where features are not kept, by whole shards; default: as
+    many as give 1,024 features a cluster."""
     num_rounds: int = Field(default=30, ge=0)
     """Most Lloyd rounds of one restart; 0 leaves the first centroids as they are."""
     num_restarts: int = Field(default=1, ge=1)
@@ -137,6 +146,14 @@ class StructureConfig(Section):
     """Bins that ordered values are put into when mutual information is counted."""
     pseudocount: float = Field(default=0.1, ge=0)
     """Added to every cell of the pairwise count tables."""
+    max_fold_mib: float = Field(default=64.0, gt=0)
+    """Bound on the parameters that are evaluated, and under parallel.zero_stage 3 gathered,
+    together; one matrix may exceed it. Smaller ones save memory there."""
+
+    @property
+    def max_fold_bytes(self) -> int:
+        """The bound in bytes."""
+        return int(self.max_fold_mib * 2**20)
 
     @model_validator(mode="after")
     def _consistent(self) -> StructureConfig:
@@ -253,10 +270,26 @@ class ParallelConfig(Section):
     node_parallel: int = Field(default=1, ge=1)
     """Ranks that share the rows of every sum, for the same samples (the node axis); must divide the
     number of ranks, and the others are replicas for different samples (the data axis)."""
+    offload: bool = False
+    """Keep in the host's memory what zero_stage 1 to 3 shard: a second copy of the statistics that
+    the optimizer steps, and under 3 the statistics themselves."""
+    recompute_messages: bool = False
+    """Compute most messages again in the backward pass instead of keeping them for it: less memory
+    for long chains and deep trees, and a third more products. Not with zero_stage 3."""
     check_replicas_every_steps: int = Field(default=50, ge=0)
     """Steps between two comparisons, bit by bit, of what ranks must hold alike; 0: never."""
+    measure_every_steps: int = Field(default=100, ge=0)
+    """Steps between two of which every rank measures computing, communication, waiting for data
+    and the fraction of the device's speed; the second step is measured too. 0: none."""
     num_workers: int = Field(default=2, ge=1)
-    """Ray actors for features, k-means, assignment and distillation."""
+    """Ray actors for features, k-means, assignment and distillation; a cluster with less room is
+    refused."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """Ray actors that there may be while the cluster has free places: they join when machines join
+    it. Default: num_workers."""
+    prefetch_shards: int = Field(default=1, ge=0)
+    """Shards that a worker reads and decodes while its teacher encodes another one; each is held in
+    its memory."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that Ray reserves for one worker."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
@@ -270,6 +303,17 @@ class ParallelConfig(Section):
     ranks end."""
     wait_seconds: float = Field(default=86400.0, gt=0)
     """Time that the other ranks wait for rank 0 to finish one stage that it runs alone."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParallelConfig:
+        if self.recompute_messages and self.zero_stage == 3:
+            raise ValueError(
+                "recompute_messages does not go with zero_stage 3, which lets go of the parameters "
+                "that are read again: take zero_stage 0 to 2, or smaller micro-batches"
+            )
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload is of what ZeRO shards: take zero_stage 1 to 3 with it")
+        return self
 
 
 class RunConfig(Section):

@@ -126,6 +126,15 @@ class CausalLmConfig(AttentionConfig):
     """Transformer blocks."""
 
 
+class MaskedLmConfig(MaskedConfig):
+    """Transformer that predicts hidden tokens."""
+
+    mask_ratio_max: float = Field(default=0.5, gt=0, lt=1)
+    """Upper end of the masking ratio."""
+    num_blocks: int = Field(default=2, ge=1)
+    """Transformer blocks."""
+
+
 class PretrainedConfig(Section):
     """A model that was trained elsewhere, read from a local folder."""
 
@@ -154,6 +163,7 @@ class TeacherConfig(Section):
         "vae",
         "data2vec",
         "causal_lm",
+        "masked_lm",
         "hf_vision",
         "efficientnet",
         "hf_text",
@@ -164,7 +174,7 @@ class TeacherConfig(Section):
     ] = "mae"
     """Trained here, of images: `mae`: masked autoencoder; `vqvae`: two-level vector-quantised
     autoencoder; `vae`: variational autoencoder; `data2vec`: self-distillation. Trained here, of
-    text: `causal_lm`: transformer language model. Pretrained: `hf_vision`: a Hugging
+    text: `causal_lm`, `masked_lm`: transformer language models. Pretrained: `hf_vision`: a Hugging
     Face vision model; `efficientnet`: EfficientNet-Lite0; `hf_text`: a Hugging Face language model
     or encoder. Controls: `pixels`: the patch itself; `random`: a random projection of it; `onehot`:
     the token itself. `none`: no distillation (structures without latents of a teacher)."""
@@ -187,12 +197,17 @@ class TeacherConfig(Section):
     """Used when kind is data2vec."""
     causal_lm: CausalLmConfig = CausalLmConfig()
     """Used when kind is causal_lm."""
+    masked_lm: MaskedLmConfig = MaskedLmConfig()
+    """Used when kind is masked_lm."""
     pretrained: PretrainedConfig = PretrainedConfig()
     """Used when kind is hf_vision, hf_text or efficientnet."""
     random_width: int = Field(default=16, ge=1)
     """Width of the random control's features."""
     extraction_batch_size: int = Field(default=256, ge=1)
-    """Images encoded at once during feature extraction."""
+    """Samples encoded at once during feature extraction."""
+    extraction_mixed_precision: bool = True
+    """On GPUs, multiply matrices in bfloat16 during feature extraction (torch.autocast); features
+    are kept in float16 anyway. CPUs always compute in float32."""
 
     @property
     def training(self) -> TrainingConfig | None:

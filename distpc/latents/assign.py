@@ -1,20 +1,32 @@
-"""Stage `assign`: features and centroids -> one shard of latent values a data shard, on Ray."""
+"""Stage `assign`: one shard of latent values a data shard, on Ray, and a report of their use.
+
+Latents are made of the stored features, or, with `latents.keep_features: false`, of the data: each
+shard is encoded, its features are replaced by the indices of their centroids, and forgotten.
+"""
 
 from __future__ import annotations
 
 import shutil
-import time
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import Any
 
 from distpc.artifacts.files import write_json
 from distpc.artifacts.stage import StageContext
+from distpc.data.index import ShardEntry, ShardIndex
 from distpc.errors import LatentError
+from distpc.latents.assigners import Codebook
+from distpc.latents.extract import (
+    SPLIT,
+    bad_of_finished,
+    first_shards,
+    is_finished,
+    settings,
+)
 from distpc.latents.fit import CENTROIDS, read_fit
-from distpc.latents.kmeans import assign_points
+from distpc.latents.looks import log_looks
 from distpc.latents.report import LatentReport, log_report, make_report, refuse_collapse
+from distpc.latents.shard_work import encode_shards
 from distpc.latents.store import (
     FORMAT_VERSION,
     feature_shards,
@@ -23,75 +35,11 @@ from distpc.latents.store import (
     read_shard,
     read_tensors,
     shard_path,
-    write_shard,
 )
 from distpc.parallel.cluster import Cluster
 
-WORKER = "distpc.latents.assign:Assigner"
-
-
-class Assigner:
-    """Ray worker: gives every feature of a shard the index of its nearest centroid.
-
-    Args:
-        features: folder of the features stage.
-        features_fingerprint: that its shards must carry.
-        centroids: file of the fit stage.
-        width: D of the features.
-        out: folder for latent shards.
-        fingerprint: that they get.
-        device: where distances are computed, `cpu` or `cuda`.
-    """
-
-    def __init__(
-        self,
-        features: str,
-        features_fingerprint: str,
-        centroids: str,
-        width: int,
-        out: str,
-        fingerprint: str,
-        device: str,
-    ) -> None:
-        self._features = Path(features)
-        self._features_fingerprint = features_fingerprint
-        self._centroids = read_centroids(
-            Path(centroids), features=features_fingerprint, width=width
-        ).to(device)
-        self._out = Path(out)
-        self._fingerprint = fingerprint
-
-    def __call__(self, name: str) -> float:
-        """Write (N, Z) int32 latents of shard `name` under its keys; returns the seconds."""
-        began = time.monotonic()
-        path = shard_path(self._features, name)
-        shard = read_shard(path, "features", fingerprint=self._features_fingerprint)
-        width = self._centroids.shape[1]
-        if shard.rows.ndim != 3 or shard.rows.shape[2] != width:
-            raise LatentError(
-                "the features have another width than the centroids",
-                where=path,
-                found=f"features of shape {tuple(shard.rows.shape)}",
-                expected=f"(samples, latents, {width})",
-                fix="run the features and fit stages again for this teacher",
-            )
-        labels, distances = assign_points(shard.rows.flatten(0, 1), self._centroids)
-        inertia = float(distances.double().sum())
-        if not np.isfinite(inertia):
-            raise LatentError("features are not finite", where=path, found=f"inertia {inertia}")
-        write_shard(
-            shard_path(self._out, name),
-            "latents",
-            labels.to(torch.int32).reshape(shard.rows.shape[:2]),
-            shard.keys,
-            {
-                "fingerprint": self._fingerprint,
-                "features": self._features_fingerprint,
-                "num_clusters": len(self._centroids),
-                "inertia": inertia,
-            },
-        )
-        return time.monotonic() - began
+WORKER = "distpc.latents.assigners:Assigner"
+FUSED_WORKER = "distpc.latents.assigners:FusedAssigner"
 
 
 def run(ctx: StageContext) -> None:
@@ -101,62 +49,102 @@ def run(ctx: StageContext) -> None:
         LatentError: centroids and features do not belong together, or the codebook collapsed.
         ResourceError: the cluster is too small, or keeps losing workers.
     """
-    features, fit = ctx.input("features"), ctx.input("fit")
-    names = feature_shards(features)
-    width = _feature_width(shard_path(features.path, names[0]), features.fingerprint)
-    read_centroids(fit.path / CENTROIDS, features=features.fingerprint, width=width)
-    missing = [name for name in names if not _is_finished(shard_path(ctx.out, name), ctx)]
-    kwargs = {
-        "features": str(features.path),
-        "features_fingerprint": features.fingerprint,
-        "centroids": str(fit.path / CENTROIDS),
-        "width": width,
-        "out": str(ctx.out),
-        "fingerprint": ctx.fingerprint,
-        "device": "cuda" if ctx.config.parallel.gpus_per_worker > 0 else "cpu",
-    }
-    seconds = 0.0
-    if missing:
-        with Cluster.connect(ctx.config.parallel) as cluster:
-            for _, spent in cluster.map(WORKER, kwargs, missing, label="assign"):
-                seconds += spent
+    codebook = _codebook(ctx)
+    if ctx.config.latents.keep_features:
+        names, facts = _of_stored(ctx, codebook)
+    else:
+        names, facts = _of_data(ctx, codebook)
     report = _report(ctx, names)
     write_json(
         ctx.out / "report.json",
-        {"format_version": FORMAT_VERSION, "features": features.fingerprint, **report.to_json()},
+        {
+            "format_version": FORMAT_VERSION,
+            "features": ctx.input("features").fingerprint,
+            **report.to_json(),
+        },
     )
     folder = ctx.tensorboard / "assign"
     shutil.rmtree(folder, ignore_errors=True)
     log_report(report, folder)
+    log_looks(ctx, names, report.usage, folder)
     refuse_collapse(report, ctx.config.latents, ctx.out / "report.json")
     ctx.metadata.update(
         {name: value for name, value in report.to_json().items() if name != "usage"},
-        seconds=round(seconds, 3),
         shards=len(names),
+        **facts,
     )
 
 
+def _codebook(ctx: StageContext) -> Codebook:
+    """Centroids that are known to belong to the features."""
+    features, path = ctx.input("features"), ctx.input("fit").path / CENTROIDS
+    first = shard_path(features.path, feature_shards(features)[0])
+    width = int(read_shard(first, "features", fingerprint=features.fingerprint).rows.shape[-1])
+    read_centroids(path, features=features.fingerprint, width=width)
+    return Codebook(
+        path=str(path),
+        features=features.fingerprint,
+        width=width,
+        out=str(ctx.out),
+        fingerprint=ctx.fingerprint,
+        device="cuda" if ctx.config.parallel.gpus_per_worker > 0 else "cpu",
+    )
+
+
+def _of_stored(ctx: StageContext, codebook: Codebook) -> tuple[list[str], dict[str, Any]]:
+    """Latents of all shards of features; their names, and facts for the metadata."""
+    features = ctx.input("features")
+    names = feature_shards(features)
+    missing = [name for name in names if not _is_whole(shard_path(ctx.out, name), ctx)]
+    seconds = 0.0
+    if missing:
+        kwargs = {"features": str(features.path), "codebook": codebook}
+        with Cluster.connect(ctx.config.parallel) as cluster:
+            for _, spent in cluster.map(WORKER, kwargs, missing, label="assign"):
+                seconds += spent
+    return names, {"seconds": round(seconds, 3)}
+
+
+def _of_data(ctx: StageContext, codebook: Codebook) -> tuple[list[str], dict[str, Any]]:
+    """Latents of all shards of data; their names, and facts for the metadata."""
+    index = ShardIndex.load(ctx.input("index").path)
+    entries = first_shards(index.shards(SPLIT), ctx.config.latents.max_samples)
+    missing = [entry for entry in entries if not is_finished(ctx, entry, "latents")]
+    kept = [entry for entry in entries if entry not in missing]
+    bad = bad_of_finished(ctx, kept, "latents")
+    spent = encode_shards(
+        ctx, FUSED_WORKER, settings(ctx), missing, bad, "assign_data", codebook=codebook
+    )
+    return [entry.name for entry in entries], {
+        "bad_samples": dict(sorted(bad.reasons.items())),
+        "feature_bytes_saved": _bytes_saved(ctx, entries),
+        **spent.to_json(),
+    }
+
+
+def _bytes_saved(ctx: StageContext, entries: Sequence[ShardEntry]) -> int:
+    """Bytes of disk that keeping all features would have taken beyond those that are kept."""
+    kept = ctx.input("features").metadata
+    all_samples = sum(entry.num_samples for entry in entries)
+    return round(kept["bytes"] / kept["samples"] * (all_samples - kept["samples"]))
+
+
 def _report(ctx: StageContext, names: list[str]) -> LatentReport:
-    features, fit = ctx.input("features"), ctx.input("fit")
     inertia = 0.0
     for name in names:
         _, noted = read_tensors(shard_path(ctx.out, name), "latents", ctx.fingerprint)
         inertia += float(noted["inertia"])
-    grid = features.metadata.get("grid")
+    grid = ctx.input("features").metadata.get("grid")
     return make_report(
         (load_latents(ctx.out, name)[1] for name in names),
         ctx.config.latents.num_clusters,
         None if grid is None else (int(grid[0]), int(grid[1])),
         inertia,
-        read_fit(fit.path)["feature_variance"],
+        read_fit(ctx.input("fit").path)["feature_variance"],
     )
 
 
-def _feature_width(path: Path, fingerprint: str) -> int:
-    return int(read_shard(path, "features", fingerprint=fingerprint).rows.shape[-1])
-
-
-def _is_finished(path: Path, ctx: StageContext) -> bool:
+def _is_whole(path: Path, ctx: StageContext) -> bool:
     """Whether an interrupted attempt of this very stage left the whole shard."""
     try:
         read_shard(path, "latents", fingerprint=ctx.fingerprint)

@@ -1,125 +1,93 @@
-"""Stage `features`: one data shard in, one shard of teacher features out, on Ray workers."""
+"""Stage `features`: one data shard in, one shard of teacher features out, on Ray workers.
+
+With `latents.keep_features: false` only the shards that k-means is fitted to are kept: some, spread
+evenly over all. Images are put into shards by a random permutation, so that these are a uniform
+sample; text stays in its documents, which are permuted, so that these are of many documents. The
+stage `assign` then encodes all shards and keeps latents only.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import Tensor
 
 from distpc.artifacts.stage import StageContext
 from distpc.data.index import ShardEntry, ShardIndex
-from distpc.data.reader import read_shard as read_data_shard
+from distpc.data.patches import PatchGrid
 from distpc.errors import LatentError
-from distpc.latents.store import SUFFIX, read_shard, shard_path, write_shard
-from distpc.parallel.cluster import Cluster
-from distpc.teachers import load_teacher
+from distpc.latents.encode import Encoder, EncoderSettings
+from distpc.latents.shard_work import BAD_SAMPLES, BadSamples, Spent, encode_shards
+from distpc.latents.store import SUFFIX, read_shard, read_tensors, shard_path, write_shard
 
 WORKER = "distpc.latents.extract:Extractor"
 SPLIT = "train"
-_MOST_KEYS_NAMED = 5
+FIT_POINTS_PER_CLUSTER = 1024
+"""Four times what faiss draws for each cluster; a centroid's standard error is then 1/32 of its
+cluster's spread."""
 
 
-class Extractor:
-    """Ray worker: loads the teacher once, then encodes one shard after the other.
+class Extractor(Encoder):
+    """Ray worker: keeps features, (N, Z, D) float16 under the samples' keys."""
 
-    Args:
-        index: folder of the index stage.
-        teacher: folder of the teacher stage.
-        out: folder for feature shards.
-        fingerprint: that they get.
-        teacher_fingerprint: of the teacher stage, noted in every shard.
-        patch_size: side of a patch in pixels that latents are to have.
-        batch_size: samples encoded at once.
-        device: where the teacher runs, `cpu` or `cuda`.
-    """
-
-    def __init__(
-        self,
-        index: str,
-        teacher: str,
-        out: str,
-        fingerprint: str,
-        teacher_fingerprint: str,
-        patch_size: int,
-        batch_size: int,
-        device: str,
+    def write(
+        self, name: str, features: Tensor, keys: Sequence[str], notes: dict[str, Any]
     ) -> None:
-        self._spec = ShardIndex.load(Path(index)).spec
-        self._teacher = load_teacher(Path(teacher), device=device)
-        self._teacher.check_data(self._spec, patch_size)
-        self._teacher_fingerprint = teacher_fingerprint
-        self._out = Path(out)
-        self._fingerprint = fingerprint
-        self._batch_size = batch_size
-
-    def __call__(self, entry: ShardEntry) -> dict[str, float]:
-        """Write a data shard's features: (N, Z, D) float16 under the samples' keys.
-
-        Returns:
-            seconds spent on reading, encoding and writing.
-        """
-        began = time.monotonic()
-        shard = read_data_shard(entry, self._spec)
-        read = time.monotonic()
-        features = self._encode(torch.from_numpy(shard.x).long())
-        _refuse_not_finite(features, shard.keys, entry.name)
-        encoded = time.monotonic()
-        grid = self._teacher.grid
-        write_shard(
-            shard_path(self._out, entry.name),
-            "features",
-            features,
-            shard.keys,
-            {
-                "fingerprint": self._fingerprint,
-                "teacher": self._teacher_fingerprint,
-                "split": SPLIT,
-                "grid": [grid.rows, grid.columns],
-            },
-        )
-        written = time.monotonic()
-        return {"read": read - began, "encode": encoded - read, "write": written - encoded}
-
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, V) integers -> (N, Z, D) float16."""
-        parts = [
-            self._teacher.encode(batch).to("cpu", torch.float16)
-            for batch in x.split(self._batch_size)
-        ]
-        return torch.cat(parts)
+        """A feature shard."""
+        write_shard(shard_path(self._out, name), "features", features, keys, notes)
 
 
 def run(ctx: StageContext) -> None:
     """Encode the training split's first shards; finished ones of a killed attempt are kept.
 
     Raises:
-        LatentError: the teacher gave features that are not finite.
+        LatentError: more samples than latents.max_bad_samples cannot be encoded, or all features
+            are alike.
         ResourceError: the cluster is too small, or keeps losing workers.
     """
-    index, teacher = ctx.input("index"), ctx.input("teacher")
-    entries = ShardIndex.load(index.path).shards(SPLIT)
-    used = first_shards(entries, ctx.config.latents.max_samples)
+    entries = ShardIndex.load(ctx.input("index").path).shards(SPLIT)
+    latents = ctx.config.latents
+    wanted = first_shards(entries, latents.max_samples)
+    used = wanted if latents.keep_features else spread_shards(wanted, samples_to_fit(ctx))
     _remove_others(ctx.out, {entry.name for entry in used})
-    missing = [entry for entry in used if not _is_finished(ctx, entry)]
-    kwargs = {
-        "index": str(index.path),
-        "teacher": str(teacher.path),
-        "out": str(ctx.out),
-        "fingerprint": ctx.fingerprint,
-        "teacher_fingerprint": teacher.fingerprint,
-        "patch_size": ctx.config.data.patch_size_pixels,
-        "batch_size": ctx.config.teacher.extraction_batch_size,
-        "device": "cuda" if ctx.config.parallel.gpus_per_worker > 0 else "cpu",
-    }
-    seconds = {"read": 0.0, "encode": 0.0, "write": 0.0}
-    if missing:
-        with Cluster.connect(ctx.config.parallel) as cluster:
-            for _, spent in cluster.map(WORKER, kwargs, missing, label="features"):
-                for name, value in spent.items():
-                    seconds[name] += value
-    _describe(ctx, used, len(used) - len(missing), seconds)
+    missing = [e for e in used if not is_finished(ctx, e, "features")]
+    kept = [entry for entry in used if entry not in missing]
+    bad = bad_of_finished(ctx, kept, "features")
+    spent = encode_shards(ctx, WORKER, settings(ctx), missing, bad, "features")
+    _describe(ctx, used, wanted, len(kept), bad, spent)
+
+
+def settings(ctx: StageContext) -> EncoderSettings:
+    """What the encoders of a stage are told."""
+    teacher, config = ctx.input("teacher"), ctx.config
+    return EncoderSettings(
+        index=str(ctx.input("index").path),
+        teacher=str(teacher.path),
+        teacher_fingerprint=teacher.fingerprint,
+        out=str(ctx.out),
+        fingerprint=ctx.fingerprint,
+        patch_size=config.data.patch_size_pixels,
+        batch_size=config.teacher.extraction_batch_size,
+        device="cuda" if config.parallel.gpus_per_worker > 0 else "cpu",
+        mixed=config.teacher.extraction_mixed_precision,
+        max_bad=config.latents.max_bad_samples,
+        cache_folder=config.artifacts.cache_folder,
+        cache_bytes=config.artifacts.cache_bytes,
+    )
+
+
+def samples_to_fit(ctx: StageContext) -> int:
+    """Samples that k-means is fitted to where features are not kept."""
+    latents = ctx.config.latents
+    if latents.fit_samples is not None:
+        return latents.fit_samples
+    spec = ShardIndex.load(ctx.input("index").path).spec
+    per_sample = spec.num_variables
+    if spec.kind != "text":
+        per_sample = PatchGrid.of(spec, ctx.config.data.patch_size_pixels).num_patches
+    return -(-latents.num_clusters * FIT_POINTS_PER_CLUSTER // per_sample)
 
 
 def first_shards(entries: Sequence[ShardEntry], max_samples: int | None) -> list[ShardEntry]:
@@ -137,34 +105,76 @@ def first_shards(entries: Sequence[ShardEntry], max_samples: int | None) -> list
     return used
 
 
+def spread_shards(entries: Sequence[ShardEntry], max_samples: int) -> list[ShardEntry]:
+    """Shards at even distances with about `max_samples` samples together, but at least one."""
+    samples = sum(entry.num_samples for entry in entries)
+    number = min(len(entries), max(1, max_samples * len(entries) // samples))
+    return [entries[position * len(entries) // number] for position in range(number)]
+
+
+def is_finished(ctx: StageContext, entry: ShardEntry, holds: str) -> bool:
+    """Whether an interrupted attempt of this very stage left the whole shard."""
+    path = shard_path(ctx.out, entry.name)
+    try:
+        found = read_shard(path, holds, fingerprint=ctx.fingerprint)
+    except LatentError:
+        return False
+    left_out = found.metadata.get("bad", {})
+    return found.keys == [key for key in entry.samples().keys if key not in left_out]
+
+
+def bad_of_finished(ctx: StageContext, kept: Sequence[ShardEntry], holds: str) -> BadSamples:
+    """The samples that finished shards lack.
+
+    Raises:
+        LatentError: there are more than allowed now.
+    """
+    (ctx.out / BAD_SAMPLES).unlink(missing_ok=True)
+    bad = BadSamples(ctx)
+    for entry in kept:
+        _, noted = read_tensors(shard_path(ctx.out, entry.name), holds, ctx.fingerprint)
+        bad.add(noted.get("bad", {}))
+    return bad
+
+
 def _describe(
-    ctx: StageContext, used: Sequence[ShardEntry], kept: int, seconds: dict[str, float]
+    ctx: StageContext,
+    used: Sequence[ShardEntry],
+    wanted: Sequence[ShardEntry],
+    num_kept: int,
+    bad: BadSamples,
+    spent: Spent,
 ) -> None:
-    """Note in the metadata what was made."""
+    """Note in the metadata what was made.
+
+    Raises:
+        LatentError: the teacher gives every patch of every sample the same features.
+    """
     first = read_shard(shard_path(ctx.out, used[0].name), "features")
     _, num_latents, width = first.rows.shape
+    paths = [shard_path(ctx.out, entry.name) for entry in used]
+    if not any(read_tensors(path, "features", None)[1]["spread"] for path in paths):
+        raise LatentError(
+            "the teacher's features have no variance: there is nothing to cluster",
+            where=ctx.out,
+            found="all features are alike",
+            expected="features that differ from patch to patch, or token to token",
+            fix="look at the teacher's loss curve, or try another teacher.pretrained.layer",
+        )
     ctx.metadata.update(
-        samples=sum(entry.num_samples for entry in used),
+        samples=sum(entry.num_samples for entry in used) - len(bad.reasons),
         shards=len(used),
-        kept_shards=kept,
+        kept_shards=num_kept,
         latents_per_sample=num_latents,
         feature_width=width,
         grid=first.metadata["grid"],
         split=SPLIT,
         teacher=first.metadata["teacher"],
-        bytes=sum(shard_path(ctx.out, entry.name).stat().st_size for entry in used),
-        seconds={name: round(value, 3) for name, value in seconds.items()},
+        bytes=sum(path.stat().st_size for path in paths),
+        all_samples=sum(entry.num_samples for entry in wanted),
+        bad_samples=dict(sorted(bad.reasons.items())),
+        **spent.to_json(),
     )
-
-
-def _is_finished(ctx: StageContext, entry: ShardEntry) -> bool:
-    """Whether an interrupted attempt of this very stage left the whole shard."""
-    path = shard_path(ctx.out, entry.name)
-    try:
-        read_shard(path, "features", fingerprint=ctx.fingerprint, keys=entry.samples().keys)
-    except LatentError:
-        return False
-    return True
 
 
 def _remove_others(folder: Path, names: set[str]) -> None:
@@ -172,18 +182,3 @@ def _remove_others(folder: Path, names: set[str]) -> None:
     for path in folder.glob(f"*{SUFFIX}"):
         if path.stem not in names:
             path.unlink()
-
-
-def _refuse_not_finite(features: torch.Tensor, keys: Sequence[str], name: str) -> None:
-    bad = torch.nonzero(~torch.isfinite(features).flatten(1).all(1)).flatten().tolist()
-    if not bad:
-        return
-    named = ", ".join(f"'{keys[row]}'" for row in bad[:_MOST_KEYS_NAMED])
-    more = len(bad) - _MOST_KEYS_NAMED
-    raise LatentError(
-        "the teacher gave features that are not finite in float16",
-        where=f"data shard {name}",
-        found=f"{len(bad)} samples: {named}" + (f" and {more} more" if more > 0 else ""),
-        expected="finite values of at most 65504 in size",
-        fix="train the teacher again with a smaller learning rate; see its loss curve",
-    )

@@ -176,6 +176,16 @@ def load_latents(
     return shard.keys, latents
 
 
+def left_out_keys(folder: Path, shard_name: str) -> set[str]:
+    """Samples of a data shard that have no latents, because they could not be encoded.
+
+    Raises:
+        LatentError: the latent shard is missing or cut.
+    """
+    _, metadata = read_tensors(shard_path(folder, shard_name), "latents", None)
+    return set(metadata.get("bad", {}))
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> int:
     """Write named tensors and notes, whole or not at all; returns the bytes written.
 

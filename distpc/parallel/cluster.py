@@ -19,10 +19,12 @@ import torch
 from distpc.config.schema import ParallelConfig
 from distpc.errors import ResourceError
 from distpc.parallel import reaper
+from distpc.parallel.gauges import Gauges
 from distpc.parallel.mesh import RANK_VARIABLES
 from distpc.parallel.placement import RankHosts
 from distpc.parallel.pool import Pool
 from distpc.parallel.processes import python_path
+from distpc.parallel.room import count_places
 from distpc.parallel.worker import WorkerHost
 
 _KNOCK_SECONDS = 5.0
@@ -80,9 +82,14 @@ class Cluster:
             if shared is not None:
                 shared.close()
 
-    def pool(self, worker: str, kwargs: dict[str, Any]) -> Pool:
-        """Workers that keep living, with what they cached, over several `map` calls."""
-        return Pool(_ray(), _Host, worker, kwargs, self.parallel)
+    def pool(self, worker: str, kwargs: dict[str, Any], *, ahead: int = 0) -> Pool:
+        """Workers that keep living, with what they cached, over several `map` calls.
+
+        Args:
+            ahead: items that a worker is given beside the one that it works on; then its methods
+                are called from several threads at a time.
+        """
+        return Pool(_ray(), _Host, worker, kwargs, self.parallel, ahead, _ask_autoscaler)
 
     def map(
         self,
@@ -101,7 +108,7 @@ class Cluster:
             kwargs: of the constructor; handles of `put` arrive as their values.
         """
         with contextlib.closing(self.pool(worker, kwargs)) as pool:
-            yield from pool.map(items, method=method, label=label, retries=retries)
+            yield from pool.map(items, method=method, label=label, retries=retries, release=True)
 
     def put(self, value: Any) -> Any:
         """Store `value` once for all workers; the handle goes inside items or kwargs."""
@@ -110,6 +117,12 @@ class Cluster:
     def rank_hosts(self, num_ranks: int, num_cpus: int, seconds: float) -> RankHosts:
         """Places for `num_ranks` training ranks of `num_cpus` CPUs each; see `RankHosts`."""
         return RankHosts(_ray(), num_ranks, num_cpus, seconds)
+
+    def gauges(self, path: Path, stage: str) -> Gauges:
+        """What shows the figures that ranks leave in a file in Ray's dashboard; see `Gauges`."""
+        from ray.util.metrics import Gauge
+
+        return Gauges(Gauge, path, stage)
 
     def address(self) -> str:
         """The address of this machine by which others of the cluster reach it."""
@@ -165,6 +178,13 @@ class Cluster:
 class _Host(WorkerHost):
     def gpu_ids(self) -> list[Any]:
         return _ray().get_gpu_ids()
+
+
+def _ask_autoscaler(places: list[dict[str, float]]) -> None:
+    """Say what room is wanted in all; without an autoscaler nobody listens."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=places)
 
 
 def _start(parallel: ParallelConfig) -> Cluster:
@@ -258,12 +278,7 @@ def check_room(parallel: ParallelConfig, nodes: list[dict[str, float]], place: s
         ResourceError: fewer workers fit than are asked for.
     """
     cpus, gpus = parallel.cpus_per_worker, parallel.gpus_per_worker
-    room = 0
-    for node in nodes:
-        by_cpu = node.get("CPU", 0) / cpus
-        by_gpu = node.get("GPU", 0) / gpus if gpus else by_cpu
-        # The small number forgives rounding: 0.3 / 0.1 is less than 3.
-        room += int(min(by_cpu, by_gpu) + 1e-6)
+    room = count_places(parallel, nodes)
     if room >= parallel.num_workers:
         return
     total_cpus = sum(node.get("CPU", 0) for node in nodes)

@@ -14,6 +14,7 @@ from torch import nn
 
 from distpc.errors import TrainingError
 from distpc.parallel import collectives
+from distpc.parallel.memory import MOST_BUCKET
 from distpc.parallel.mesh import Mesh
 from distpc.parallel.places import Place, Split, places_of
 
@@ -58,6 +59,8 @@ class Engine:
         zero_stage: 0 replicates everything; 1 shards optimizer state, 2 also gradients, 3 also
             parameters.
         reduce_bucket: elements that are reduced, gathered or kept alive at once.
+        offload: keep in the host's memory what ZeRO shards: under ZeRO 1 and 2 the master copy,
+            which the optimizer steps there, under 2 flows too, and under 3 also parameters.
         splits: names of parameters and buffers of which the model holds the node rank's part. The
             model itself sees to what ranks of a node axis have to tell each other.
     """
@@ -69,7 +72,8 @@ class Engine:
         *,
         mesh: Mesh,
         zero_stage: int = 0,
-        reduce_bucket: int = 50_000_000,
+        reduce_bucket: int = MOST_BUCKET,
+        offload: bool = False,
         splits: Mapping[str, Split] | None = None,
     ) -> None:
         collectives.start(mesh)
@@ -78,7 +82,7 @@ class Engine:
         self.optimizer = optimizer
         self.mesh = mesh
         self.zero_stage = zero_stage
-        self.config_json = deepspeed_config(zero_stage, reduce_bucket)
+        self.config_json = deepspeed_config(zero_stage, reduce_bucket, offload=offload)
         # It warns of every optimizer that is not on its list; ours are element-wise and tested.
         log = logging.getLogger("DeepSpeed")
         level = log.level
@@ -292,8 +296,14 @@ class ModelParallelUnit:
         return list(self._data.ranks)
 
 
-def deepspeed_config(zero_stage: int, reduce_bucket: int) -> dict[str, Any]:
+def deepspeed_config(
+    zero_stage: int, reduce_bucket: int, *, offload: bool = False
+) -> dict[str, Any]:
     """DeepSpeed's JSON for a float32 engine whose caller scales losses and owns the boundary."""
+    place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    offloaded = {"offload_optimizer": place} if offload and zero_stage > 0 else {}
+    if offload and zero_stage == 3:
+        offloaded["offload_param"] = place
     return {
         # Nominal: `backward` divides by the true global count, `step` ends the global batch.
         "train_micro_batch_size_per_gpu": 1,
@@ -310,10 +320,13 @@ def deepspeed_config(zero_stage: int, reduce_bucket: int) -> dict[str, Any]:
             "reduce_bucket_size": reduce_bucket,
             "allgather_bucket_size": reduce_bucket,
             "overlap_comm": False,
-            # The defaults of the following keep a whole circuit of 1e9 parameters on every rank.
+            # The defaults of the following keep a whole circuit of 1e9 parameters on every rank,
+            # and copy all flows of a rank before the optimizer steps.
+            "sub_group_size": reduce_bucket,
             "stage3_prefetch_bucket_size": reduce_bucket,
             "stage3_max_live_parameters": reduce_bucket,
             "stage3_max_reuse_distance": reduce_bucket,
             "stage3_param_persistence_threshold": min(10_000, reduce_bucket),
+            **offloaded,
         },
     }

@@ -23,6 +23,7 @@ from distpc.config.schema import ParallelConfig
 from distpc.errors import DistpcError
 from distpc.parallel.failures import Failure, first_own, first_rank, rank_failed, read_failure
 from distpc.parallel.mesh import check_devices, is_rank, launcher_name
+from distpc.parallel.meter import FIGURES
 from distpc.parallel.processes import python_path
 from distpc.parallel.rank import error_file, import_target, joined_mesh, log_file
 from distpc.parallel.world import World
@@ -176,8 +177,10 @@ def _run_on_cluster(job: _Job, join_seconds: float) -> dict[int, int]:
             output = log_file(job.log_folder, rank) if rank > 0 else spoken
             ranks.append(hosts.start(job.arguments(rank), environment, output.absolute()))
             stack.callback(ranks[-1].end)
+        gauges = cluster.gauges(job.log_folder / FIGURES, job.log_folder.parent.name)
         with _Relay(spoken) as relay:
-            failed = _wait(ranks, relay.pass_on)
+            failed = _wait(ranks, relay.pass_on, gauges.pass_on)
+        gauges.lost(list(failed))
         del store
     return failed
 
@@ -243,7 +246,7 @@ class _Relay:
         self.pass_on()
 
 
-def _wait(ranks: Sequence[_Rank], meanwhile: Callable[[], None] | None = None) -> dict[int, int]:
+def _wait(ranks: Sequence[_Rank], *meanwhile: Callable[[], None]) -> dict[int, int]:
     """Wait until all ranks succeeded or one failed; exit codes of the failed, by rank."""
     deadline = None
     while True:
@@ -256,8 +259,8 @@ def _wait(ranks: Sequence[_Rank], meanwhile: Callable[[], None] | None = None) -
             deadline = time.monotonic() + _GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             return failed
-        if meanwhile is not None:
-            meanwhile()
+        for action in meanwhile:
+            action()
         time.sleep(_POLL_SECONDS)
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 FLOAT_BYTES = 4
 _ZERO_0_BUCKET = 500_000_000
 """Elements that DeepSpeed flattens at once to reduce them, where it shards nothing."""
+MOST_BUCKET = 50_000_000
+_LEAST_BUCKET = 1_000_000
+_BUCKETS = 64
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,14 @@ class Layout:
         zero_stage: 0 replicates everything; 1 shards optimizer state, 2 also flows, 3 also
             statistics.
         reduce_bucket: elements that are reduced, gathered or kept alive at once.
+        offload: what ZeRO shards lies in the host's memory.
     """
 
     node_axis: int = 1
     data_axis: int = 1
     zero_stage: int = 0
-    reduce_bucket: int = 50_000_000
+    reduce_bucket: int = MOST_BUCKET
+    offload: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -40,6 +45,19 @@ class Layout:
 def share(amount: int, ranks: int) -> int:
     """The largest of nearly equal shares."""
     return -(-amount // ranks)
+
+
+def fitting_bucket(num_parameters: int, largest: int) -> int:
+    """Elements to reduce, gather or keep alive at once: what a few matrices take, not the circuit.
+
+    Several buckets are in memory at a time, so that each is a 64th of the circuit; but no smaller
+    than a parameter, which is gathered as a whole anyway, nor than what is worth an operation.
+
+    Args:
+        num_parameters: entries of the statistics on one rank of the node axis.
+        largest: entries of the largest parameter there.
+    """
+    return min(MOST_BUCKET, max(num_parameters // _BUCKETS, largest, _LEAST_BUCKET))
 
 
 def bytes_per_rank(num_parameters: int, layout: Layout, *, state_copies: int = 0) -> dict[str, int]:
@@ -59,12 +77,14 @@ def bytes_per_rank(num_parameters: int, layout: Layout, *, state_copies: int = 0
     own = FLOAT_BYTES * num_parameters
     part = share(own, layout.data_axis)
     stage = layout.zero_stage
+    # Of the shards, those on the device.
+    here = 0 if layout.offload and stage > 0 else part
     return {
-        "statistics": part if stage == 3 else own,
-        "master_copy": part if stage > 0 else 0,
-        "kept_flows": part if stage == 3 else 0,
+        "statistics": here if stage == 3 else own,
+        "master_copy": here if stage > 0 else 0,
+        "kept_flows": here if stage == 3 else 0,
         "bucket": min(FLOAT_BYTES * layout.reduce_bucket, own) if stage == 3 else 0,
-        "optimizer_state": state_copies * (own if stage == 0 else part),
+        "optimizer_state": state_copies * (own if stage == 0 else here),
     }
 
 
@@ -99,4 +119,6 @@ def engine_bytes(
     # with what is scattered of them.
     gathered = min(max(2 * setting, bank), own)
     scattered = bucket + (bucket // layout.data_axis if layout.data_axis > 1 else 0)
-    return gathered + max(scattered, 2 * bank), part
+    # The optimizer steps group by group, each with a copy of its flows.
+    group = min(part, setting + share(bank, layout.data_axis))
+    return gathered + max(scattered, 2 * bank), group

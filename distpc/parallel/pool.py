@@ -1,47 +1,48 @@
-"""Workers of a cluster that share out items, and what happens when one of them dies."""
+"""Workers of a cluster that share out items: they join and leave with the cluster, and may die."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from distpc.config.schema import ParallelConfig
-from distpc.errors import DistpcError, ResourceError
+from distpc.errors import DistpcError
+from distpc.parallel import losses
+from distpc.parallel.items import ItemQueue
 from distpc.parallel.progress import Progress
-from distpc.parallel.worker import WorkerHost, shown, split
+from distpc.parallel.room import count_places
+from distpc.parallel.worker import WorkerHost, split
 
 _PATIENCE_SECONDS = 30.0
+_LOOK_SECONDS = 2.0
+"""Time between two looks at what the cluster has."""
 
 
-class ItemQueue:
-    """Items that wait, and which worker takes which.
+@dataclass(frozen=True)
+class Lost:
+    """In place of a result: every worker that was given the item died.
 
-    A worker takes first the items that it had before (it may have cached what they need), then
-    new ones, then the last of the worker with most left.
+    Attributes:
+        deaths: how many.
+        cause: what the cluster says of the last.
     """
 
-    def __init__(self, num_items: int, homes: dict[int, int]) -> None:
-        self._new: deque[int] = deque()
-        self._own: dict[int, deque[int]] = {}
-        for index in range(num_items):
-            if index in homes:
-                self._own.setdefault(homes[index], deque()).append(index)
-            else:
-                self._new.append(index)
+    deaths: int
+    cause: str
 
-    def next_for(self, worker: int) -> int | None:
-        """Remove and return the index of the next item for `worker`; None when all are taken."""
-        own = self._own.get(worker)
-        if own:
-            return own.popleft()
-        if self._new:
-            return self._new.popleft()
-        longest = max(self._own.values(), key=len, default=None)
-        return longest.pop() if longest else None
+
+@dataclass
+class _Worker:
+    """A worker process: `starting` is the answer that it owes until it runs."""
+
+    actor: Any
+    starting: Any
+    held: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -51,8 +52,32 @@ class _Task:
     held: Any = None
 
 
+@dataclass
+class _Job:
+    """One call of `map`."""
+
+    items: Sequence[Any]
+    method: str
+    queue: ItemQueue
+    retries: int
+    ahead: int
+    hold: bool
+    release: bool
+    deaths: Counter[int] = field(default_factory=Counter)
+    running: dict[Any, _Task] = field(default_factory=dict)
+
+    @property
+    def unfinished(self) -> int:
+        """Items without a result."""
+        return len(self.queue) + len(self.running)
+
+
 class Pool:
     """Worker processes that live until `close`, started when the first items come.
+
+    There are `parallel.num_workers`, and up to `parallel.max_workers` while the cluster has free
+    places: new ones join between two items when machines have joined the cluster, and those of
+    machines that left are not replaced before there is room again.
 
     Args:
         ray: the ray module, connected.
@@ -60,6 +85,8 @@ class Pool:
         worker: `module:Class`.
         kwargs: of its constructor; may hold handles.
         parallel: how many workers, of what size.
+        ahead: items that a worker may hold beside the one that it works on.
+        ask: tells the cluster's autoscaler the places that are wanted in all.
     """
 
     def __init__(
@@ -69,22 +96,35 @@ class Pool:
         worker: str,
         kwargs: dict[str, Any],
         parallel: ParallelConfig,
+        ahead: int,
+        ask: Callable[[list[dict[str, float]]], None],
     ) -> None:
         self._ray = ray
         self._worker = worker
         self._kwargs = kwargs
         self._parallel = parallel
+        self._ahead = ahead
+        self._ask = ask
+        self._asked_places = 0
         self._actor_class = ray.remote(host).options(
             num_cpus=parallel.cpus_per_worker,
             num_gpus=parallel.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
+            max_concurrency=1 + ahead,
         )
-        self._actors: list[Any] = []
-        self._ready: dict[int, Any] = {}
+        self._workers: dict[int, _Worker] = {}
         self._homes: dict[int, int] = {}
         self._told = False
         self._cause = ""
+        self._stillborn = 0
+        self._looked = 0.0
+        self._homeless: float | None = None
+        self.most_workers = 0
+        """Workers that ran side by side, at most."""
+        self.ready_seconds: float | None = None
+        """Time from the first request to the first worker that runs."""
+        self._asked = 0.0
 
     def map(
         self,
@@ -94,6 +134,9 @@ class Pool:
         label: str = "",
         retries: int | None = None,
         hold: bool = False,
+        ahead: int | None = None,
+        release: bool = False,
+        lost: Literal["raise", "yield"] = "raise",
     ) -> Iterator[tuple[int, Any]]:
         """Yield (index, result) of every item as it is finished.
 
@@ -110,46 +153,49 @@ class Pool:
                 (default: parallel.max_worker_restarts).
             hold: the method returns a pair; the second of it stays in the cluster's object store,
                 and a handle comes in its place, to go inside later items.
+            ahead: items that a worker holds beside its own, at most the pool's (the default).
+            release: let workers go as soon as nothing is left for them to take.
+            lost: what to do about an item whose workers all died: raise an error, or yield `Lost`
+                in place of its result.
 
         Raises:
             DistpcError: the worker's code raised it, or raised something else, which it names;
                 not tried again.
-            ResourceError: one item's workers died `retries` + 1 times.
+            ResourceError: one item's workers died `retries` + 1 times, workers die before they
+                are given any, or the cluster has had no room for one for parallel.join_seconds.
         """
-        if retries is None:
-            retries = self._parallel.max_worker_restarts
-        queue = ItemQueue(len(items), self._homes)
-        deaths: Counter[int] = Counter()
-        running: dict[Any, _Task] = {}
-        self._grow(min(self._parallel.num_workers, len(items)))
-        for worker in range(len(self._actors)):
-            self._give(worker, queue.next_for(worker), items, method, running, hold)
+        job = _Job(
+            items,
+            method,
+            ItemQueue(len(items), self._homes),
+            self._parallel.max_worker_restarts if retries is None else retries,
+            self._ahead if ahead is None else min(ahead, self._ahead),
+            hold,
+            release,
+        )
+        self._looked = 0.0
+        self._asked = self._asked or time.monotonic()
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(Progress(label, len(items))) if label else None
-            while running:
-                task, outcome = self._next(running)
+            for task, outcome in self._results(job):
                 if outcome is None:
-                    deaths[task.index] += 1
-                    if deaths[task.index] > retries:
-                        raise _lost(items[task.index], task, deaths[task.index], self._cause)
-                    _tell(f"worker {task.worker} died over item {task.index}: replaced")
-                    self._actors[task.worker] = self._new_actor(task.worker)
-                    self._give(task.worker, task.index, items, method, running, hold)
+                    if not self._try_again(job, task, lost):
+                        yield task.index, Lost(job.deaths[task.index], self._cause)
                     continue
-                if outcome.error is not None:
-                    raise outcome.error
-                self._homes[task.index] = task.worker
-                self._give(task.worker, queue.next_for(task.worker), items, method, running, hold)
                 if progress is not None:
                     progress.advance()
                 yield task.index, (outcome.value, task.held) if hold else outcome.value
 
+    @property
+    def num_workers(self) -> int:
+        """Workers that run or are being started."""
+        return len(self._workers)
+
     def close(self) -> None:
         """End the workers. Idempotent."""
-        for actor in self._actors:
-            self._ray.kill(actor, no_restart=True)
-        self._actors.clear()
-        self._ready.clear()
+        self._ask_for(0)
+        for number in list(self._workers):
+            self._dismiss(number)
         self._homes.clear()
 
     def __enter__(self) -> Pool:
@@ -158,50 +204,168 @@ class Pool:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _grow(self, num_workers: int) -> None:
-        while len(self._actors) < num_workers:
-            self._actors.append(self._new_actor(len(self._actors)))
+    def _results(self, job: _Job) -> Iterator[tuple[_Task, Any]]:
+        """Tasks with their outcomes, until no item is left; None as outcome when a worker died.
 
-    def _new_actor(self, worker: int) -> Any:
+        Raises:
+            DistpcError: a worker's.
+        """
+        while job.unfinished:
+            self._fit_to_cluster(job)
+            self._hand_out(job)
+            for task, outcome in self._ended(job):
+                if outcome is not None:
+                    if outcome.error is not None:
+                        raise outcome.error
+                    self._homes[task.index] = task.worker
+                    # Before the caller computes with the result: no worker should wait for that.
+                    self._hand_out(job)
+                yield task, outcome
+
+    def _fit_to_cluster(self, job: _Job) -> None:
+        """Start workers where some are missing, and more where the cluster has free places."""
+        useful = self._useful(job)
+        least = min(self._parallel.num_workers, useful)
+        most = min(self._parallel.max_workers or least, useful)
+        self._ask_for(most if most > self._parallel.num_workers else 0)
+        runs = any(worker.starting is None for worker in self._workers.values())
+        if runs and len(self._workers) >= max(least, most):
+            return
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        first, self._looked = self._looked == 0.0, now
+        # A cluster was found large enough before the pool was made.
+        room = least if first else self._room()
+        while len(self._workers) < min(least, room):
+            self._start_worker()
+        if most > least and not any(worker.starting for worker in self._workers.values()):
+            free = count_places(self._parallel, [self._ray.available_resources()])
+            for _ in range(min(most - len(self._workers), self._room() - len(self._workers), free)):
+                self._start_worker()
+        self._refuse_to_wait_for_ever(runs or room > 0, now)
+
+    def _refuse_to_wait_for_ever(self, is_hopeful: bool, now: float) -> None:
+        if is_hopeful:
+            self._homeless = None
+            return
+        if self._homeless is None:
+            self._homeless = now
+            _tell("no machine of the cluster has room for a worker: waiting for one to join")
+        if now - self._homeless > self._parallel.join_seconds:
+            raise losses.no_room(self._parallel, self._machines())
+
+    def _ask_for(self, num_workers: int) -> None:
+        """Let an autoscaler know for how many workers there should be room; 0 takes it back."""
+        if num_workers != self._asked_places:
+            place = {"CPU": self._parallel.cpus_per_worker, "GPU": self._parallel.gpus_per_worker}
+            self._ask([{k: v for k, v in place.items() if v}] * num_workers)
+            self._asked_places = num_workers
+
+    def _room(self) -> int:
+        """Workers that fit on the cluster as it is now, were it empty."""
+        return count_places(self._parallel, self._machines())
+
+    def _machines(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _start_worker(self) -> None:
+        number = next(n for n in range(len(self._workers) + 1) if n not in self._workers)
         handles: list[Any] = []
         kwargs = split(self._kwargs, self._ray.ObjectRef, handles)
         threads = max(1, int(self._parallel.cpus_per_worker))
         gpus = self._parallel.gpus_per_worker
         actor = self._actor_class.remote(self._worker, kwargs, threads, gpus, *handles)
-        self._ready[worker] = actor.ready.remote()
-        return actor
+        self._workers[number] = _Worker(actor, actor.ready.remote())
 
-    def _give(
-        self,
-        worker: int,
-        index: int | None,
-        items: Sequence[Any],
-        method: str,
-        running: dict[Any, _Task],
-        hold: bool,
-    ) -> None:
+    def _dismiss(self, number: int) -> None:
+        self._ray.kill(self._workers.pop(number).actor, no_restart=True)
+
+    def _hand_out(self, job: _Job) -> None:
+        """Give every worker that runs as many items as it may hold; one each first."""
+        for depth in range(1 + job.ahead):
+            for number, worker in self._workers.items():
+                if worker.starting is None and len(worker.held) == depth:
+                    self._give(job, number, worker)
+        if job.release and not len(job.queue):
+            for number, worker in list(self._workers.items()):
+                if not worker.held:
+                    self._dismiss(number)
+
+    def _give(self, job: _Job, number: int, worker: _Worker) -> None:
+        index = job.queue.next_for(number, worker.held)
         if index is None:
             return
         handles: list[Any] = []
-        item = split(items[index], self._ray.ObjectRef, handles)
-        actor = self._actors[worker]
-        if hold:
-            outcome, held = actor.run_and_hold.options(num_returns=2).remote(method, item, *handles)
+        item = split(job.items[index], self._ray.ObjectRef, handles)
+        actor = worker.actor
+        if job.hold:
+            method = actor.run_and_hold.options(num_returns=2)
+            outcome, held = method.remote(job.method, item, *handles)
         else:
-            outcome, held = actor.run.remote(method, item, *handles), None
-        running[outcome] = _Task(worker, index, held)
+            outcome, held = actor.run.remote(job.method, item, *handles), None
+        worker.held.append(index)
+        job.running[outcome] = _Task(number, index, held)
 
-    def _next(self, running: dict[Any, _Task]) -> tuple[_Task, Any]:
-        """The next task to end and its outcome; None as outcome when its worker died."""
-        errors = self._ray.exceptions
-        done: list[Any] = []
-        while not done:
-            done, _ = self._ray.wait(list(running), num_returns=1, timeout=_PATIENCE_SECONDS)
-            if not done:
-                self._tell_who_waits()
-        task = running.pop(done[0])
+    def _ended(self, job: _Job) -> Iterator[tuple[_Task, Any]]:
+        """Tasks that ended, with their outcomes; None as outcome when their worker died.
+
+        Workers that began to run meanwhile are noted; there may be no task at all.
+        """
+        starting = {w.starting: n for n, w in self._workers.items() if w.starting is not None}
+        seconds = _LOOK_SECONDS if self._may_change(job) else _PATIENCE_SECONDS
+        waited_for = [*job.running, *starting]
+        if not waited_for:
+            time.sleep(_LOOK_SECONDS)
+            return
+        done, _ = self._ray.wait(waited_for, num_returns=1, timeout=seconds)
+        if not done:
+            self._tell_who_waits(len(starting))
+        for reference in done:
+            if reference in starting:
+                self._note_start(starting[reference])
+                continue
+            task = job.running.pop(reference)
+            outcome = self._outcome(task, reference)
+            if outcome is None:
+                yield from self._of_the_dead(job, task)
+            else:
+                self._workers[task.worker].held.remove(task.index)
+                yield task, outcome
+
+    def _may_change(self, job: _Job) -> bool:
+        """Whether there may be more workers soon than there are."""
+        wanted = max(self._parallel.num_workers, self._parallel.max_workers or 0)
+        nobody_runs = all(worker.starting is not None for worker in self._workers.values())
+        return nobody_runs or len(self._workers) < min(wanted, self._useful(job))
+
+    def _useful(self, job: _Job) -> int:
+        """Workers that would have something to do."""
+        return len(job.queue) + sum(bool(worker.held) for worker in self._workers.values())
+
+    def _note_start(self, number: int) -> None:
+        worker = self._workers[number]
         try:
-            return task, self._ray.get(done[0])
+            self._ray.get(worker.starting)
+        except self._ray.exceptions.RayError as error:
+            self._cause = " ".join(str(error).split())
+            self._dismiss(number)
+            self._stillborn += 1
+            self._looked = min(self._looked, time.monotonic() - _LOOK_SECONDS)
+            if self._stillborn > self._parallel.max_worker_restarts:
+                raise losses.at_start(self._worker, self._stillborn, self._cause) from error
+            return
+        worker.starting = None
+        self._stillborn = 0
+        running = sum(worker.starting is None for worker in self._workers.values())
+        self.most_workers = max(self.most_workers, running)
+        if self.ready_seconds is None:
+            self.ready_seconds = time.monotonic() - self._asked
+
+    def _outcome(self, task: _Task, reference: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reference)
         except errors.RayTaskError as error:
             raise DistpcError(
                 "a worker's result or item cannot travel between processes",
@@ -211,34 +375,45 @@ class Pool:
             ) from error
         except errors.RayError as error:
             self._cause = " ".join(str(error).split())
-            # It may be cut off rather than dead.
-            self._ray.kill(self._actors[task.worker], no_restart=True)
-            return task, None
+            return None
 
-    def _tell_who_waits(self) -> None:
+    def _of_the_dead(self, job: _Job, task: _Task) -> Iterator[tuple[_Task, Any]]:
+        """All that the dead worker of `task` held."""
+        # It may be cut off rather than dead.
+        self._dismiss(task.worker)
+        self._looked = min(self._looked, time.monotonic() - _LOOK_SECONDS)
+        yield task, None
+        for reference, other in list(job.running.items()):
+            if other.worker == task.worker:
+                del job.running[reference]
+                yield other, None
+
+    def _try_again(self, job: _Job, task: _Task, lost: str) -> bool:
+        """Let the item of a dead worker wait again; False when it has had its chances.
+
+        Raises:
+            ResourceError: it has, and that is to be an error.
+        """
+        job.deaths[task.index] += 1
+        deaths = job.deaths[task.index]
+        if deaths <= job.retries:
+            _tell(f"worker {task.worker} died over item {task.index}: it is tried again")
+            job.queue.put_back(task.index)
+            return True
+        if lost == "raise":
+            raise losses.of_item(task.index, job.items[task.index], deaths, self._cause)
+        return False
+
+    def _tell_who_waits(self, waiting: int) -> None:
         """Say once that a shared cluster has not given all workers their place."""
-        ready, waiting = self._ray.wait(
-            list(self._ready.values()), num_returns=len(self._ready), timeout=0
-        )
-        if waiting and not self._told:
+        if waiting and not self._told and time.monotonic() - self._asked > _PATIENCE_SECONDS:
             self._told = True
             free = self._ray.available_resources().get("CPU", 0)
             _tell(
-                f"{len(waiting)} of {len(ready) + len(waiting)} workers wait for a place in the "
+                f"{waiting} of {len(self._workers)} workers wait for a place in the "
                 f"cluster; free now: {free:g} CPUs"
             )
 
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _lost(item: Any, task: _Task, deaths: int, cause: str) -> ResourceError:
-    return ResourceError(
-        f"{deaths} workers in a row died over the same item",
-        where=f"item {task.index}: {shown(item)}",
-        found=cause,
-        expected="a worker that lives to finish it",
-        fix="most often memory: lower parallel.num_workers or the size of a shard, then run the "
-        "same command again: finished items are kept",
-    )

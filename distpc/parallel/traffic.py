@@ -88,7 +88,6 @@ def traffic(
     *,
     local_batch: int,
     num_micro_batches: int,
-    message_bytes: int = FLOAT_BYTES,
     scatters: bool = True,
 ) -> Traffic:
     """What one rank sends in a step.
@@ -104,7 +103,6 @@ def traffic(
         layout: of the ranks.
         local_batch: samples of a step on this rank.
         num_micro_batches: pieces that they are cut into.
-        message_bytes: of one entry of a message: 4, or 2 in bfloat16.
         scatters: whether flows can be scattered; gloo, on CPUs, all-reduces them instead.
     """
     own = FLOAT_BYTES * costs.num_parameters
@@ -124,7 +122,7 @@ def traffic(
         3: pieces * (2 * costs.num_banks + buckets),
     }[stage]
     # Forward gathers the product below each sum, backward scatters the flow that comes back.
-    messages = message_bytes * costs.exchanged * local_batch * (m - 1) // m
+    messages = FLOAT_BYTES * costs.exchanged * local_batch * (m - 1) // m
     return Traffic(
         parameters=payload * (n - 1) // n,
         messages=messages,

@@ -33,22 +33,25 @@ def describe(pipeline: Pipeline, stage: str | None = None) -> str:
 
 
 def _circuit(pipeline: Pipeline) -> list[str]:
-    from distpc.circuits.compiled import compile_graph
-    from distpc.circuits.footprint import footprint
     from distpc.data.shards import source_spec
-    from distpc.parallel.memory import Layout, share
+    from distpc.parallel.memory import share
     from distpc.parallel.mesh import check_node_axis
-    from distpc.training.needs import peak_bytes, state_copies
+    from distpc.training.needs import layout_of, peak_bytes, planned_costs, state_copies
     from distpc.training.structure import sketch
 
     config = pipeline.config
     spec = source_spec(config.data)
     graph = sketch(config, spec)
-    costs = footprint(graph, compile_graph(graph, spec.num_categories))
+    costs = planned_costs(config, graph, spec.num_categories)
     parallel, finetune = config.parallel, config.finetune
     check_node_axis(parallel.num_ranks, parallel.node_parallel)
-    layout = Layout(
-        parallel.node_parallel, parallel.num_ranks // parallel.node_parallel, parallel.zero_stage
+    replicas = parallel.num_ranks // parallel.node_parallel
+    layout = layout_of(
+        costs,
+        parallel.node_parallel,
+        replicas,
+        parallel.zero_stage,
+        offload=parallel.offload,
     )
     local = share(finetune.batch_size, layout.data_axis)
     pieces = share(local, finetune.micro_batch_size)

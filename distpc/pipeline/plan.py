@@ -10,7 +10,7 @@ from distpc.circuits.footprint import Footprint, shared
 from distpc.errors import ResourceError
 from distpc.parallel.memory import Layout, share
 from distpc.parallel.traffic import Links, traffic
-from distpc.training.needs import peak_bytes
+from distpc.training.needs import layout_of, peak_bytes
 
 SLACK = 1.05
 """Of layouts within this factor of the fastest, the simplest is taken."""
@@ -61,7 +61,7 @@ class Job:
         state_copies: tensors of a parameter's size that the training rule keeps.
         needs_whole_rows: whether the rule cannot work on shards of ZeRO.
         needs_whole_circuit: whether it cannot work on shares of the node axis either.
-        message_bytes: of one entry of a message inside sums: 4, or 2 in bfloat16.
+        offload: whether what ZeRO shards lies in the host's memory.
     """
 
     costs: Footprint
@@ -69,7 +69,7 @@ class Job:
     state_copies: int = 0
     needs_whole_rows: bool = False
     needs_whole_circuit: bool = False
-    message_bytes: int = 4
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,11 @@ def _layouts(job: Job, num_ranks: int) -> Iterator[Layout]:
         data_axis = num_ranks // node_axis
         if data_axis > job.batch or (job.needs_whole_circuit and node_axis > 1):
             continue
-        stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(4)
+        # Messages are not computed again under ZeRO 3, see `recompute`.
+        last = 2 if job.costs.stretches else 3
+        stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(last + 1)
         for stage in stages:
-            yield Layout(node_axis, data_axis, stage)
+            yield layout_of(job.costs, node_axis, data_axis, stage, offload=job.offload)
 
 
 def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
@@ -228,7 +230,6 @@ def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
             micro_batch=micro_batch,
             num_micro_batches=pieces,
             state_copies=job.state_copies,
-            message_bytes=job.message_bytes,
         )
         fits = sum(memory.values()) <= cluster.memory_bytes
         if fits or micro_batch == 1:
@@ -240,10 +241,9 @@ def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
         layout,
         local_batch=local,
         num_micro_batches=pieces,
-        message_bytes=job.message_bytes,
     )
-    # A multiply-add is two operations; backward takes two products for forward's one.
-    operations = 6 * costs.multiply_adds * local
+    # A multiply-add is two operations.
+    operations = 2 * costs.num_passes * costs.multiply_adds * local
     return Option(
         layout,
         micro_batch,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from distpc.circuits.compiled import compile_graph
-from distpc.circuits.footprint import footprint
 from distpc.config import RunConfig
 from distpc.config.sources import SizesSource
 from distpc.data.shards import colored, source_spec
@@ -21,7 +19,7 @@ from distpc.pipeline.plan import (
     options,
     reason,
 )
-from distpc.training.needs import host_bytes, state_copies
+from distpc.training.needs import host_bytes, planned_costs, state_copies
 from distpc.training.structure import sketch
 
 _SHOWN = 12
@@ -32,7 +30,6 @@ def plan_command(
     config: RunConfig,
     cluster: Cluster,
     *,
-    bfloat16: bool = False,
     as_json: bool = False,
 ) -> str:
     """What `distpc plan` prints.
@@ -40,14 +37,13 @@ def plan_command(
     Args:
         config: of the run; its data need not exist where the source is `sizes`.
         cluster: to plan for.
-        bfloat16: messages between ranks, and those kept for backward, in two bytes an entry.
         as_json: print JSON instead of a table.
 
     Raises:
         ResourceError: no layout fits.
         ConfigError, DataError: of the config.
     """
-    job = job_of(config, 2 if bfloat16 else 4)
+    job = job_of(config)
     found = options(job, cluster)
     chosen = choose(found, cluster)
     if as_json:
@@ -55,7 +51,7 @@ def plan_command(
     return "\n".join(_lines(config, job, cluster, found, chosen))
 
 
-def job_of(config: RunConfig, message_bytes: int = 4) -> Job:
+def job_of(config: RunConfig) -> Job:
     """What a config trains, from its structure's sizes alone.
 
     Raises:
@@ -63,14 +59,13 @@ def job_of(config: RunConfig, message_bytes: int = 4) -> Job:
     """
     spec = planned_spec(config)
     graph = sketch(config, spec)
-    schedule = compile_graph(graph, spec.num_categories)
     return Job(
-        costs=footprint(graph, schedule),
+        costs=planned_costs(config, graph, spec.num_categories),
         batch=config.finetune.batch_size,
         state_copies=state_copies(config.finetune),
         needs_whole_rows=config.finetune.rule != "online_em",
         needs_whole_circuit=config.finetune.rule == "anemone",
-        message_bytes=message_bytes,
+        offload=config.parallel.offload,
     )
 
 
@@ -100,7 +95,7 @@ def _lines(
     lines = [
         f"circuit    {config.structure.kind}, {job.costs.num_parameters:,} parameters "
         f"({in_bytes(4 * job.costs.num_parameters)}), "
-        f"{_tera(6 * job.costs.multiply_adds * job.batch)} TFLOP a step "
+        f"{_tera(2 * job.costs.num_passes * job.costs.multiply_adds * job.batch)} TFLOP a step "
         f"of {job.batch:,} samples",
         f"cluster    {cluster.hosts} x {cluster.gpus_per_host} devices, "
         f"{in_bytes(cluster.memory_bytes)} usable each, {cluster.device_tflops:g} TFLOP/s, "

@@ -32,8 +32,22 @@ def _teacher(config: RunConfig) -> Any:
     return teacher.kind, teacher.of_kind(), size, config.seed, *shuffled
 
 
+def _features(config: RunConfig) -> Any:
+    latents, mixed = config.latents, config.teacher.extraction_mixed_precision
+    if latents.keep_features:
+        return latents.max_samples, mixed
+    return latents.max_samples, mixed, latents.fit_samples or f"of {latents.num_clusters} clusters"
+
+
 def _fit(config: RunConfig) -> Any:
-    report_fields = ("max_samples", "min_usage_entropy_fraction", "max_dead_fraction")
+    report_fields = (
+        "max_samples",
+        "max_bad_samples",
+        "keep_features",
+        "fit_samples",
+        "min_usage_entropy_fraction",
+        "max_dead_fraction",
+    )
     return _values(config.latents, without=report_fields), config.seed
 
 
@@ -95,7 +109,7 @@ STAGES: tuple[Stage, ...] = (
         "features",
         "distpc.latents.extract:run",
         (*DATA, "teacher"),
-        lambda config: config.latents.max_samples,
+        _features,
         has_teacher,
     ),
     Stage("fit", "distpc.latents.fit:run", ("features",), _fit, has_teacher),
@@ -103,8 +117,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "assign",
         "distpc.latents.assign:run",
-        ("features", "fit"),
-        lambda config: None,
+        (*DATA, "teacher", "features", "fit"),
+        lambda config: config.latents.keep_features,
         has_teacher,
     ),
     Stage(

@@ -10,7 +10,7 @@ import itertools
 from pathlib import Path
 
 from torch import Tensor, nn
-from torch.nn.functional import pad, relu6
+from torch.nn.functional import conv2d, pad, relu6
 
 from distpc.artifacts.tensors import read_tensors
 from distpc.config.teachers import PretrainedConfig
@@ -36,11 +36,20 @@ class _SameConv(nn.Conv2d):
     """Padded as TensorFlow does: ceil(n / stride) outputs, the odd pixel below and right."""
 
     def forward(self, x: Tensor) -> Tensor:
-        margins = []
-        for side, kernel, stride in zip(x.shape[:1:-1], self.kernel_size, self.stride, strict=True):
-            missing = max((-(-side // stride) - 1) * stride + kernel - side, 0)
-            margins += [missing // 2, missing - missing // 2]
-        return super().forward(pad(x, margins))
+        missing = [
+            max((-(-side // stride) - 1) * stride + kernel - side, 0)
+            for side, kernel, stride in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        ]
+        if any(pixels % 2 for pixels in missing):
+            x = pad(x, [side for pixels in missing[::-1] for side in _halves(pixels)])
+            missing = [0, 0]
+        # The convolution pads without a copy where both sides are alike.
+        padding = [pixels // 2 for pixels in missing]
+        return conv2d(x, self.weight, self.bias, self.stride, padding, groups=self.groups)
+
+
+def _halves(pixels: int) -> tuple[int, int]:
+    return pixels // 2, pixels - pixels // 2
 
 
 def _norm(width: int) -> nn.BatchNorm2d:

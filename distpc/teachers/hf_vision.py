@@ -193,4 +193,6 @@ class VisionTeacher(PretrainedImages):
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[2:]) == size:
         return maps
-    return interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=True)
+    # Enlarged maps are the same with and without antialiasing, which takes much longer.
+    shrinks = any(old > new for old, new in zip(maps.shape[2:], size, strict=True))
+    return interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=shrinks)

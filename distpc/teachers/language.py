@@ -1,7 +1,7 @@
-"""A transformer language model of text, trained here.
+"""Transformer language models of text, trained here: causal and masked.
 
 Tokens are what the data hold, bytes or ids. The figure is bits a token (`bpt`), for bytes bits a
-byte: of all tokens given those before (or behind) them.
+byte: of all tokens given those before (or behind) them, or of hidden tokens given the others.
 Shapes: B batch, V variables (tokens of a chunk), W width, C vocabulary.
 """
 
@@ -17,9 +17,12 @@ from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.errors import TeacherError
 from distpc.teachers.patch_nets import bits
-from distpc.teachers.texts import Sees, TextTeacher
-from distpc.teachers.trainable import Trainable, entropy_bits, histogram
+from distpc.teachers.texts import Sees, TextTeacher, windowed
+from distpc.teachers.trainable import Trainable, entropy_bits, histogram, masking_ratio
 from distpc.teachers.transformer import Block
+
+_MAX_TOKENS = 16384
+"""Tokens that are put through a masked model at once during encoding."""
 
 
 class _LanguageModel(TextTeacher, Trainable):
@@ -45,7 +48,7 @@ class _LanguageModel(TextTeacher, Trainable):
             "sees": sees,
         }
         causal = self.kind == "causal_lm"
-        # One more than the tokens: what a text starts from.
+        # One more than the tokens: what a causal model starts from, a masked one hides with.
         self.embed = nn.Embedding(self.vocabulary + 1, width)
         self.positions = nn.Parameter(torch.randn(spec.num_variables + 1, width) * 0.1)
         self.blocks = nn.ModuleList(
@@ -160,3 +163,37 @@ class CausalLanguageModel(_LanguageModel):
     def _run(self, ids: Tensor) -> Tensor:
         start = torch.full_like(ids[:, :1], self.vocabulary)
         return self.states(torch.cat([start, ids], dim=1))
+
+
+class MaskedLanguageModel(_LanguageModel):
+    """Sees all tokens; a side is hidden by showing it every prefix or suffix by itself.
+
+    The feature of a token is its state with nothing hidden.
+    """
+
+    kind = "masked_lm"
+
+    def draw(
+        self, num_samples: int, generator: torch.Generator, section: Any, training: bool
+    ) -> tuple[Tensor, ...]:
+        """(B, V) bool: tokens that are hidden, about the same share of each chunk."""
+        ratio = masking_ratio(generator, section, training)
+        scores = torch.rand(num_samples, self.spec.num_variables, generator=generator)
+        # The first of a chunk's hidden tokens is there in every batch: no loss is empty.
+        return (scores <= scores.min(dim=1, keepdim=True).values.clamp(min=ratio),)
+
+    def forward(self, x: Tensor, *drawn: Tensor) -> Tensor:
+        """x (B, V), hidden (B, V) -> (B, 3): mean bits of hidden tokens, their bits, number."""
+        ids, present = self.tokens(x)
+        hidden = drawn[0] & present
+        shown = torch.where(hidden, self.vocabulary, ids)
+        share = hidden.sum(dim=1).clamp(min=1)
+        return self._measured(self.states(shown, present), ids, hidden, share)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, V) integers -> (B, V, W) float32."""
+        ids, present = (part.to(self.positions.device) for part in self.tokens(x))
+        if not present.any():
+            return torch.zeros(*x.shape, self.feature_width, device=ids.device)
+        return windowed(self.states, ids, present, self._sees, False, _MAX_TOKENS)

@@ -17,6 +17,7 @@ _KINDS = {
     "hf_text": "distpc.teachers.hf_text:LanguageTeacher",
     "hf_vision": "distpc.teachers.hf_vision:VisionTeacher",
     "mae": "distpc.teachers.mae:MaskedAutoencoder",
+    "masked_lm": "distpc.teachers.language:MaskedLanguageModel",
     "onehot": "distpc.teachers.onehot:OneHotTeacher",
     "pixels": "distpc.teachers.pixels:PixelTeacher",
     "random": "distpc.teachers.random:RandomTeacher",

@@ -55,7 +55,12 @@ def run(ctx: StageContext) -> None:
                 pass
     counts, notes = collect(ctx, layout, pieces)
     spec = source.index.spec
-    circuit = Circuit(graph, spec.num_categories, seed=ctx.config.seed)
+    circuit = Circuit(
+        graph,
+        spec.num_categories,
+        seed=ctx.config.seed,
+        max_fold_bytes=ctx.config.structure.max_fold_bytes,
+    )
     assemble_(circuit, counts, ctx.config.distill, ctx.config.seed)
     facts = {
         "num_samples": counts.num_samples,

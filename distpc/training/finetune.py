@@ -9,16 +9,20 @@ from typing import Any
 from distpc.artifacts.files import fingerprint, read_json, write_json
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
+from distpc.circuits.footprint import footprint
 from distpc.circuits.io import DESCRIPTION, load_model, save_model
 from distpc.circuits.share_out import share_units_, splits_of
 from distpc.data.index import ShardIndex
 from distpc.data.loader import Loader
 from distpc.data.plan import LoaderState
 from distpc.data.spec import DatasetSpec
+from distpc.errors import DistpcError
 from distpc.parallel.collectives import axes, barrier
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
-from distpc.parallel.mesh import Mesh
+from distpc.parallel.memory import fitting_bucket
+from distpc.parallel.mesh import Mesh, is_main_process
+from distpc.parallel.meter import Meter
 from distpc.parallel.places import Split
 from distpc.structures.region_graph import RegionGraph
 from distpc.training.checkpoint import (
@@ -29,7 +33,7 @@ from distpc.training.checkpoint import (
     load_parameters,
 )
 from distpc.training.last_good import LAST_GOOD
-from distpc.training.monitor import Monitor
+from distpc.training.monitor import Monitor, note_stop
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.rules import Rule, Smoothing, make_rule, refuse_shards
 from distpc.training.samples import take_rows
@@ -40,6 +44,7 @@ from distpc.training.validation import Validation
 RESULTS = "training.json"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
 
 
 def run(ctx: StageContext) -> None:
@@ -55,14 +60,19 @@ def run(ctx: StageContext) -> None:
     """
     parallel = ctx.config.parallel
     if not _has_model(ctx):
-        run_ranks(
-            "distpc.training.finetune:train_rank",
-            ctx.to_json(),
-            num_ranks=parallel.num_ranks,
-            threads_per_rank=parallel.threads_per_rank,
-            log_folder=ctx.out / "logs",
-            join_seconds=parallel.join_seconds,
-        )
+        try:
+            run_ranks(
+                "distpc.training.finetune:train_rank",
+                ctx.to_json(),
+                num_ranks=parallel.num_ranks,
+                threads_per_rank=parallel.threads_per_rank,
+                log_folder=ctx.out / LOGS,
+                join_seconds=parallel.join_seconds,
+            )
+        except DistpcError as error:
+            if is_main_process():
+                note_stop(ctx.tensorboard / "finetune", error)
+            raise
     results = read_json(ctx.out / RESULTS)
     ctx.metadata.update(results)
     if Mesh.from_environment().is_main:
@@ -135,7 +145,11 @@ def starting_circuit(
     else:
         graph = RegionGraph.from_json(read_json(_graph_path(ctx)))
         circuit = Circuit(
-            graph, spec.num_categories, seed=ctx.config.seed, init_noise=config.init_noise
+            graph,
+            spec.num_categories,
+            seed=ctx.config.seed,
+            init_noise=config.init_noise,
+            max_fold_bytes=ctx.config.structure.max_fold_bytes,
         )
         if random_rows:
             start_near_data_(circuit, take_rows(index, "train", MARGINAL_SAMPLES))
@@ -172,14 +186,12 @@ def _assemble(
     facts: TrainingFacts,
 ) -> Parts:
     config, parallel = ctx.config.finetune, ctx.config.parallel
-    whole = circuit
-    if mesh.is_main and (parallel.zero_stage == 3 or mesh.node_parallel > 1):
-        whole = Circuit(circuit.graph, circuit.num_categories)
-        whole.load_state_dict(circuit.state_dict())
-        whole.set_smoothing(*circuit.smoothing)
-    splits: dict[str, Split] = {}
-    if mesh.node_parallel > 1:
-        splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))
+    if parallel.recompute_messages:
+        circuit.recompute_messages_()
+    costs = footprint(circuit.graph, circuit.schedule, mesh.node_parallel)
+    # A multiply-add is two operations; backward takes two products for forward's one.
+    flops = 6.0 * costs.multiply_adds
+    whole, splits = _shared(ctx, mesh, circuit)
     rule = rule_of(ctx, circuit, index)
     optimizer = CircuitOptimizer(
         circuit.parameter_groups(),
@@ -203,7 +215,15 @@ def _assemble(
         circuit=circuit,
         whole=whole,
         optimizer=optimizer,
-        engine=Engine(circuit, optimizer, mesh=mesh, zero_stage=parallel.zero_stage, splits=splits),
+        engine=Engine(
+            circuit,
+            optimizer,
+            mesh=mesh,
+            zero_stage=parallel.zero_stage,
+            reduce_bucket=fitting_bucket(costs.num_parameters, costs.largest_bank),
+            offload=parallel.offload,
+            splits=splits,
+        ),
         loader=loader,
         validation=Validation(
             index,
@@ -218,9 +238,24 @@ def _assemble(
         monitor=Monitor(
             ctx.tensorboard / "finetune", spec, enabled=mesh.is_main, first_step=facts.step + 1
         ),
+        meter=Meter(mesh, flops, parallel.measure_every_steps, ctx.out / LOGS),
         mesh=mesh,
         last_good=ctx.out.parent / LAST_GOOD,
     )
+
+
+def _shared(ctx: StageContext, mesh: Mesh, circuit: Circuit) -> tuple[Circuit, dict[str, Split]]:
+    """Keep this rank's units of the circuit; a circuit for whole parameters, and what is split."""
+    whole = circuit
+    if mesh.is_main and (ctx.config.parallel.zero_stage == 3 or mesh.node_parallel > 1):
+        whole = Circuit(
+            circuit.graph, circuit.num_categories, max_fold_bytes=circuit.max_fold_bytes
+        )
+        whole.load_state_dict(circuit.state_dict())
+        whole.set_smoothing(*circuit.smoothing)
+    if mesh.node_parallel == 1:
+        return whole, {}
+    return whole, splits_of(circuit, share_units_(circuit, axes(mesh).node))
 
 
 def _has_model(ctx: StageContext) -> bool:

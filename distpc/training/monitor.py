@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,6 +124,12 @@ class Monitor:
             self._writer.add_image(name, grid, step, dataformats="HWC")
 
 
+def note_stop(folder: Path, error: BaseException) -> None:
+    """Say in a training's event files what stopped it: a rank that was lost, for one."""
+    with contextlib.closing(open_writer(folder)) as writer:
+        writer.add_text("stopped", str(error))
+
+
 def completion_grid(circuit: Circuit, examples: np.ndarray, spec: DatasetSpec) -> np.ndarray | None:
     """Rows of: original, lower half hidden, completions drawn by the circuit.
 
@@ -174,14 +180,6 @@ def latent_usage(circuit: Circuit) -> torch.Tensor | None:
     width = max(set(widths), key=widths.count)
     usage = torch.stack([row for row in rows if len(row) == width])
     return usage / usage.sum(-1, keepdim=True).clamp_min(1e-30)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that this process held so far: of the accelerator if it uses one, else RAM."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    # Linux gives kibibytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _as_array(values: Any) -> np.ndarray:

@@ -6,9 +6,19 @@ meet in the phases of a step: the backward pass, and the reduction that follows 
 
 from __future__ import annotations
 
-from distpc.circuits.footprint import Footprint, backward_peak, shared
-from distpc.config.schema import FinetuneConfig
-from distpc.parallel.memory import FLOAT_BYTES, Layout, bytes_per_rank, engine_bytes
+from collections.abc import Sequence
+
+from distpc.circuits.compiled import compile_graph
+from distpc.circuits.footprint import Footprint, backward_peak, footprint, shared
+from distpc.config.schema import FinetuneConfig, RunConfig
+from distpc.parallel.memory import (
+    FLOAT_BYTES,
+    Layout,
+    bytes_per_rank,
+    engine_bytes,
+    fitting_bucket,
+)
+from distpc.structures.region_graph import RegionGraph
 
 _BUILDING_COPIES = 3
 """Copies of the largest parameter while random statistics are made and brought to scale."""
@@ -21,6 +31,25 @@ def state_copies(settings: FinetuneConfig) -> int:
     return 2 if settings.rule == "adam" else 0
 
 
+def planned_costs(
+    config: RunConfig, graph: RegionGraph, num_categories: Sequence[int | None]
+) -> Footprint:
+    """The sizes of a config's circuit, as training will evaluate it."""
+    again = config.parallel.recompute_messages
+    bound = config.structure.max_fold_bytes
+    schedule = compile_graph(graph, num_categories, bound, late_inputs=again)
+    return footprint(graph, schedule, recompute=again)
+
+
+def layout_of(
+    costs: Footprint, node_axis: int, data_axis: int, zero_stage: int, *, offload: bool = False
+) -> Layout:
+    """A layout with the buckets that training takes on it."""
+    own = shared(costs, node_axis)
+    bucket = fitting_bucket(own.num_parameters, own.largest_bank)
+    return Layout(node_axis, data_axis, zero_stage, bucket, offload)
+
+
 def peak_bytes(
     costs: Footprint,
     layout: Layout,
@@ -28,7 +57,6 @@ def peak_bytes(
     micro_batch: int,
     num_micro_batches: int = 1,
     state_copies: int = 0,
-    message_bytes: int = FLOAT_BYTES,
 ) -> dict[str, int]:
     """Most bytes that a rank holds at once in a step, by what they are for.
 
@@ -38,9 +66,8 @@ def peak_bytes(
         micro_batch: samples that the rank puts through the circuit at once.
         num_micro_batches: passes in a step.
         state_copies: tensors of a parameter's size that the rule keeps.
-        message_bytes: of one entry of a message: 4, or 2 in bfloat16.
     """
-    own = shared(costs, layout.node_axis, message_bytes)
+    own = shared(costs, layout.node_axis)
     sizes = bytes_per_rank(own.num_parameters, layout, state_copies=state_copies)
     flows_stay = layout.zero_stage < 2
     passing = backward_peak(

@@ -13,7 +13,7 @@ from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.reader import iterate_split, read_shard
 from distpc.errors import LatentError
 from distpc.latents import load_latents
-from distpc.latents.store import shard_path
+from distpc.latents.store import left_out_keys, shard_path
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class LatentSource:
         return found
 
     def latents(self, entry: ShardEntry) -> np.ndarray:
-        """(N, Z) latents of one shard.
+        """(N, Z) latents of one shard, without the samples that could not be encoded.
 
         Raises:
             LatentError: they are of other samples, of another grid, or of more clusters.
         """
         keys, latents = load_latents(self.folder, entry.name, self.fingerprint)
-        expected = entry.samples().keys
+        expected = self._keys(entry)
         if list(keys) != list(expected):
             raise self._strange(entry, _first_difference(keys, expected))
         if latents.shape != (len(keys), self.num_patches):
@@ -79,8 +79,17 @@ class LatentSource:
         return latents
 
     def read(self, entry: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
-        """(N, V) values and (N, Z) latents of one shard."""
-        return read_shard(entry, self.index.spec).x, self.latents(entry)
+        """(N, V) values and (N, Z) latents of one shard, without the samples that could not be
+        encoded."""
+        shard, latents = read_shard(entry, self.index.spec), self.latents(entry)
+        if len(latents) == len(shard.keys):
+            return shard.x, latents
+        kept = set(self._keys(entry))
+        return shard.x[[key in kept for key in shard.keys]], latents
+
+    def _keys(self, entry: ShardEntry) -> list[str]:
+        left_out = left_out_keys(self.folder, entry.name)
+        return [key for key in entry.samples().keys if key not in left_out]
 
     def _strange(self, entry: ShardEntry, difference: tuple[str, str]) -> LatentError:
         return LatentError(

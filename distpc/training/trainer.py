@@ -22,12 +22,13 @@ from distpc.parallel.collectives import broadcast_object, gather_objects, sum_ac
 from distpc.parallel.engine import Engine
 from distpc.parallel.heap import steady
 from distpc.parallel.mesh import Mesh
+from distpc.parallel.meter import Meter, by_rank, peak_memory_bytes
 from distpc.parallel.progress import Progress
 from distpc.training.checkpoint import Checkpoints, Piece, Saver, TrainingFacts, take_snapshot
 from distpc.training.figures import Figures, bits_per_value, tally
 from distpc.training.guard import Guard
 from distpc.training.last_good import with_last_good
-from distpc.training.monitor import Monitor, peak_memory_bytes
+from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.schedule import make_schedule
 from distpc.training.validation import Validation
@@ -54,6 +55,7 @@ class Parts:
     checkpoints: Checkpoints
     saver: Saver
     monitor: Monitor
+    meter: Meter
     mesh: Mesh
     last_good: Path
 
@@ -99,6 +101,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._started_at = time.monotonic()
         self._started_samples = facts.samples
+        self._waited = 0.0
 
     def run(self) -> None:
         """Train from where `facts` stand to the end; the last step is always validated.
@@ -123,7 +126,7 @@ class Trainer:
         if facts.best is None:
             self._validate(progress)
         for batch in parts.loader.batches(self.total):
-            figures, wants_checkpoint = self._update(batch)
+            figures, wants_checkpoint = self._measured_update(batch)
             facts.step += 1
             before, facts.samples = facts.samples, facts.samples + batch.global_size
             facts.loader = batch.state.to_json()
@@ -159,8 +162,21 @@ class Trainer:
             "waiting_fraction": self._waiting_fraction(),
             "peak_memory_bytes": max(memory),
             "peak_memory_bytes_by_rank": memory,
+            "ranks": self.parts.meter.figures,
             "num_ranks": mesh.world_size,
         }
+
+    def _measured_update(self, batch: Any) -> tuple[Figures, bool]:
+        """One global batch; on some steps also where each rank's time went."""
+        meter, step = self.parts.meter, self.facts.step + 1
+        waited = self.parts.loader.seconds_waiting
+        waiting, self._waited = waited - self._waited, waited
+        if not meter.is_due(step):
+            return self._update(batch)
+        with meter.step(len(batch.x), waiting):
+            outcome = self._update(batch)
+        self.parts.monitor.scalars(step, by_rank(meter.figures))
+        return outcome
 
     def _update(self, batch: Any) -> tuple[Figures, bool]:
         """One global batch: flows of this rank's share, then the step. Also: save now?"""

@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from distpc.config.load import dump_config
 from distpc.data import index as data_index
 from distpc.data import shards as data_shards
 from distpc.data.patches import PatchGrid
 from distpc.data.reader import read_shard as read_data_shard
 from distpc.errors import LatentError
-from distpc.latents import assign, extract, fit, load_latents
+from distpc.latents import assign, extract, fit, load_latents, shard_work
+from distpc.latents.kmeans import assign_points
 from distpc.latents.lloyd import FitState
 from distpc.latents.store import read_centroids, read_shard, shard_path, write_centroids
 from distpc.teachers import train as teacher_train
@@ -109,7 +112,9 @@ def test_features_are_the_teachers_and_keep_their_keys(finished, upstream):
     assert facts["samples"] == sum(entry.num_samples for entry in entries)
     assert facts["grid"] == [4, 4]
     assert (facts["shards"], facts["kept_shards"]) == (len(entries), 0)
-    assert set(facts["seconds"]) == {"read", "encode", "write"}
+    assert set(facts["seconds"]) == {"read", "wait", "encode", "write"}
+    assert facts["samples_per_second"] > 0 and facts["start_seconds"] > 0
+    assert facts["bad_samples"] == {} and facts["most_workers"] in (1, 2)
     assert facts["bytes"] > facts["samples"] * 16 * 4 * 2
 
 
@@ -185,12 +190,17 @@ def test_finished_shards_are_kept(finished, upstream, tmp_path, monkeypatch):
         def __exit__(self, *error):
             pass
 
-        def map(self, worker, kwargs, items, label):
-            made = extract.Extractor(**kwargs)
-            assert [entry.name for entry in items] == names[1:4]
-            return [(number, made(entry)) for number, entry in enumerate(items)]
+        ready_seconds, most_workers = 0.5, 1
 
-    monkeypatch.setattr(extract.Cluster, "connect", lambda parallel: Here())
+        def pool(self, worker, kwargs, ahead):
+            self.made = extract.Extractor(**kwargs)
+            return self
+
+        def map(self, tasks, **options):
+            assert [task.entry.name for task in tasks] == names[1:4]
+            return [(number, self.made(task)) for number, task in enumerate(tasks)]
+
+    monkeypatch.setattr(shard_work.Cluster, "connect", lambda parallel: Here())
     extract.run(ctx)
 
     assert whole.stat().st_mtime_ns == before
@@ -209,29 +219,76 @@ def test_max_samples_takes_the_first_shards(upstream, tmp_path):
     assert len(extract.first_shards(entries, 1)) == 1
 
 
-def test_features_that_are_not_finite_are_refused(upstream, tmp_path):
+def test_a_sample_that_kills_every_worker_is_named_and_left_out(upstream, tmp_path, monkeypatch):
+    entries = train_shards(upstream)[1]
+    killer = entries[1].samples().keys[100]
+    (tmp_path / "killer").write_text(killer)
+    monkeypatch.setattr(extract, "WORKER", stages.KILLED_EXTRACTOR)
+    workers = {**parallel(1), "max_worker_restarts": 0}
+    run = Run(tmp_path, upstream, latents={"max_bad_samples": 1}, parallel=workers)
+    facts = run.stage("features", extract.run).metadata
+    assert list(facts["bad_samples"]) == [killer]
+    assert "every worker that encodes it dies" in facts["bad_samples"][killer]
+    assert facts["samples"] == sum(entry.num_samples for entry in entries) - 1
+    # The whole shard once, then the part that holds the sample, then the sample alone.
+    assert (tmp_path / "deaths").read_text().split() == ["256", "16", "1"]
+    found = read_shard(shard_path(tmp_path / "features", entries[1].name), "features")
+    assert found.keys == [key for key in entries[1].samples().keys if key != killer]
+    listed = json.loads((tmp_path / "features" / shard_work.BAD_SAMPLES).read_text())
+    assert list(listed) == [killer]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb/features")).Reload()
+    assert events.Scalars("features/bad_samples")[0].value == 1
+    table = events.Tensors("features/bad_samples/text_summary")[0].tensor_proto.string_val[0]
+    assert f"| {killer} |" in table.decode()
+
+    # With none allowed, what is there already is refused without a worker.
+    strict = Run(tmp_path, upstream, parallel=workers)
+    monkeypatch.setattr(shard_work.Cluster, "connect", None)
+    with pytest.raises(LatentError, match="cannot be encoded") as caught:
+        extract.run(strict.context("features"))
+    assert f"'{killer}'" in caught.value.found
+
+
+def test_latents_without_kept_features_are_the_same(finished, upstream, tmp_path):
     _, entries = train_shards(upstream)
-    worker = extract.Extractor(
-        index=str(upstream["index"].path),
-        teacher=str(upstream["teacher"].path),
-        out=str(tmp_path),
-        fingerprint="f",
-        teacher_fingerprint="t",
-        patch_size=2,
-        batch_size=100,
-        device="cpu",
+    latents = {"num_clusters": 16, "num_rounds": 8, "keep_features": False, "fit_samples": 256}
+    run = Run(tmp_path, upstream, latents=latents, parallel=parallel(1))
+    features = run.stage("features", extract.run)
+    assert (features.metadata["shards"], features.metadata["samples"]) == (1, 256)
+    run.stage("fit", fit.run)
+    facts = run.stage("assign", assign.run).metadata
+    assert facts["samples"] == sum(entry.num_samples for entry in entries)
+    centroids = read_centroids(
+        tmp_path / "fit" / fit.CENTROIDS, features=features.fingerprint, width=4
     )
-    encode = worker._teacher.encode
-    worker._teacher.encode = lambda x: (
-        encode(x) * torch.where(x[:, 20] == 3, 1e9, 1.0)[:, None, None]
-    )
-    with pytest.raises(LatentError, match="not finite in float16") as caught:
-        worker(entries[1])
-    assert entries[1].name in caught.value.where
-    x = read_data_shard(entries[1], data_index.ShardIndex.load(upstream["index"].path).spec).x
-    bad = entries[1].samples().keys[int(np.flatnonzero(x[:, 20] == 3)[0])]
-    assert f"'{bad}'" in caught.value.found
-    assert not any(tmp_path.iterdir())
+    for entry in entries:
+        # From the features that another run kept.
+        kept = read_shard(shard_path(finished.folder / "features", entry.name), "features")
+        keys, found = load_latents(tmp_path / "assign", entry.name)
+        labels, _ = assign_points(kept.rows.flatten(0, 1), centroids)
+        assert keys == kept.keys
+        assert found.ravel().tolist() == labels.tolist()
+    whole = finished.artifacts["features"].metadata["bytes"]
+    assert facts["feature_bytes_saved"] + features.metadata["bytes"] == pytest.approx(whole, 0.01)
+    # Fitted to a fifth of the samples, the centroids serve all of them about as well.
+    report = json.loads((finished.folder / "assign/report.json").read_text())
+    assert facts["mean_squared_distance"] < 1.1 * report["mean_squared_distance"]
+
+
+def test_features_without_variance_are_refused(upstream, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "encode_shards", lambda *arguments: shard_work.Spent({}))
+    monkeypatch.setattr(extract, "first_shards", lambda entries, most: entries[:1])
+    run = Run(tmp_path, upstream)
+    ctx = run.context("features")
+    worker = extract.Extractor(extract.settings(ctx))
+    entry = train_shards(upstream)[1][0]
+    worker._teacher.encode = lambda x: torch.ones(len(x), 16, 4)
+    worker(shard_work.ShardTask(entry))
+    with pytest.raises(LatentError, match="no variance"):
+        extract.run(ctx)
 
 
 def test_centroids_do_not_depend_on_workers_or_deaths(finished, upstream):
@@ -315,3 +372,38 @@ def test_what_does_not_belong_together_is_refused(finished, tmp_path):
     run.seal(other, "features")
     with pytest.raises(LatentError, match="another run"):
         assign.run(run.context("assign"))
+
+
+def test_a_run_can_be_looked_at(finished, upstream, repository, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("features", "fit", "assign"):
+        (run / name).symlink_to(finished.folder / name)
+    for name in ("shards", "index"):
+        (run / name).symlink_to(upstream[name].path)
+    (run / "resolved_config.yaml").write_text(dump_config(finished.config))
+    command = [sys.executable, str(repository / "tools/inspect_latents.py"), str(run)]
+    done = subprocess.run([*command, "--clusters", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage entropy 3." in done.stdout
+    names = sorted(path.name for path in (run / "inspect").iterdir())
+    pictures = ["elbow.png", "members.png", "projection.png", "usage.png"]
+    assert names == sorted([*pictures, "latents.json"])
+    for name in pictures:
+        with Image.open(run / "inspect" / name) as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert pixels.std() > 5 and min(pixels.shape) > 100
+    figures = json.loads((run / "inspect/latents.json").read_text())
+    report = json.loads((finished.folder / "assign/report.json").read_text())
+    assert figures["usage"] == report["usage"]
+    assert len(figures["clusters_shown"]) == 3
+    held_out = [entry["held_out"] for entry in figures["elbow"]]
+    assert held_out == sorted(held_out, reverse=True) and 16 in [
+        entry["num_clusters"] for entry in figures["elbow"]
+    ]
+    assert (run / "tb/inspect").is_dir()
+
+    (run / "assign").unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ArtifactError" in done.stderr and "assign" in done.stderr

@@ -16,6 +16,7 @@ from torch import nn
 from distpc.errors import DataError
 from distpc.parallel import collectives
 from distpc.parallel.mesh import Mesh
+from distpc.parallel.meter import Meter
 
 GLOBAL_BATCH = 11
 STEPS = 4
@@ -69,10 +70,12 @@ def train_engine(payload: dict[str, Any], mesh: Mesh) -> None:
     from distpc.parallel.engine import Engine
 
     results = {}
-    for stage, kind, micro_batch in payload["cases"]:
+    for stage, kind, micro_batch, offload in payload["cases"]:
         model = Net()
         optimizer = make_optimizer(kind, model)
-        engine = Engine(model, optimizer, mesh=mesh, zero_stage=stage, reduce_bucket=20)
+        engine = Engine(
+            model, optimizer, mesh=mesh, zero_stage=stage, reduce_bucket=20, offload=offload
+        )
 
         def take_steps(engine: Engine, first: int, micro_batch: int = micro_batch) -> None:
             for step in range(first, first + STEPS):
@@ -94,7 +97,7 @@ def train_engine(payload: dict[str, Any], mesh: Mesh) -> None:
         take_steps(engine, STEPS)
         resumed = engine.full_state()
         assert mesh.is_main or (trained, loaded, resumed) == ({}, {}, {})
-        results[f"{stage} {kind} {micro_batch}"] = {
+        results[f"{stage} {kind} {micro_batch} {offload}"] = {
             "trained": _lists(trained),
             "loaded": _lists(loaded),
             "resumed": _lists(resumed),
@@ -207,6 +210,19 @@ class Adder:
         time.sleep(0.05)
         return os.getpid(), torch.get_num_threads()
 
+    def slow(self, item: dict[str, Any]) -> tuple[float, int]:
+        """The value, after a while, and this process; runs are noted in a folder."""
+        time.sleep(item["seconds"])
+        if "log" in item:
+            (Path(item["log"]) / f"{item['value']}-{os.getpid()}").touch()
+        return self(item), os.getpid()
+
+    def timed(self, item: dict[str, Any]) -> tuple[float, tuple[float, float]]:
+        """The value, and when it was worked on."""
+        began = time.monotonic()
+        value, _ = self.slow(item)
+        return value, (began, time.monotonic())
+
     def _leave_mark(self, mark: Path) -> None:
         """The first process to come here says who it is, and waits to be killed."""
         try:
@@ -215,3 +231,14 @@ class Adder:
         except FileExistsError:
             return
         time.sleep(600)
+
+
+def measure_steps(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Rank target: a step in which rank 0 takes longer to come to a collective of both."""
+    meter = Meter(mesh, 2e6, 1)
+    collectives.barrier(mesh)
+    with meter.step(3, 0.25):
+        if mesh.rank == 0:
+            time.sleep(0.3)
+        collectives.sum_across(torch.ones(10), mesh)
+    Path(payload["out"]).with_suffix(f".{mesh.rank}").write_text(json.dumps(meter.figures))

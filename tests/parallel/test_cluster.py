@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from parallel_processes import (
     wait_until,
 )
 
+from distpc.artifacts.files import write_json
 from distpc.config.schema import ParallelConfig
 from distpc.errors import DataError, DistpcError, ResourceError
 from distpc.parallel import reaper
 from distpc.parallel.cluster import Cluster, check_room
-from distpc.parallel.pool import ItemQueue
+from distpc.parallel.items import ItemQueue
 
 ADDER = "parallel_targets:Adder"
 
@@ -78,7 +80,7 @@ def test_a_pool_keeps_its_workers_and_their_items(
 def test_there_are_no_more_workers_than_items(cluster: Cluster, kwargs: dict[str, Any]) -> None:
     with cluster.pool(ADDER, kwargs) as pool:
         assert len(dict(pool.map([0], method="who"))) == 1
-        assert len(pool._actors) == 1
+        assert pool.num_workers == 1
     assert list(cluster.map(ADDER, kwargs, [])) == []
 
 
@@ -135,6 +137,17 @@ def test_a_request_beyond_this_machine_is_refused_at_once(monkeypatch: pytest.Mo
     assert f"{os.cpu_count()} CPUs" in str(caught.value.found)
     assert "4096 CPUs" in str(caught.value.expected)
     assert str(caught.value.fix) == f"set parallel.num_workers={os.cpu_count()}"
+
+
+def test_gpus_that_are_not_there_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    started = time.monotonic()
+    with pytest.raises(ResourceError) as caught:
+        Cluster.connect(ParallelConfig(num_workers=3, cpus_per_worker=0.1, gpus_per_worker=0.5))
+    assert time.monotonic() - started < 2
+    assert "and 1 GPUs on 1 machine(s): room for 2 workers" in str(caught.value.found)
+    assert "0.5 GPUs = 0.3 CPUs and 1.5 GPUs" in str(caught.value.expected)
 
 
 def test_room_is_counted_by_machine() -> None:
@@ -233,3 +246,32 @@ def test_an_existing_cluster_is_joined_and_left_alone(
     assert "2 CPUs" in refused.stdout
     assert "64 CPUs" in refused.stdout
     assert port in listening()
+
+
+@pytest.mark.slow
+def test_figures_of_ranks_reach_ray(cluster: Cluster, tmp_path: Path) -> None:
+    """As the metrics that a node of the cluster exports for Prometheus, half a minute later."""
+    import ray  # Not before the cluster has chosen how it asks who speaks to it.
+
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    path = tmp_path / "figures.json"
+    gauges = cluster.gauges(path, "finetune")
+    gauges.pass_on()
+    write_json(path, {"ranks": [{"tflops": 1.5}, {"tflops": 2.5}]})
+    gauges.pass_on()
+    gauges.lost([1])
+
+    def exported() -> list[str]:
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return [line for line in lines if line.startswith("ray_distpc_")]
+
+    wait_until(lambda: len(exported()) >= 3, 60, "the figures to be exported")
+    for name, rank, value in (("tflops", 0, 1.5), ("tflops", 1, 2.5), ("rank_lost", 1, 1.0)):
+        (line,) = [
+            line
+            for line in exported()
+            if line.startswith(f"ray_distpc_{name}") and f'rank="{rank}"' in line
+        ]
+        assert 'stage="finetune"' in line and float(line.split()[-1]) == value

@@ -8,9 +8,11 @@ from parallel_targets import GLOBAL_BATCH, STEPS, Net, global_batch, make_optimi
 
 from distpc.parallel.launch import run_ranks
 
-CASES = [(stage, kind, 2) for stage in range(4) for kind in ("online", "adamw")]
+CASES = [(stage, kind, 2, False) for stage in range(4) for kind in ("online", "adamw")]
 # Micro-batches of the whole share, and of one sample, where ranks get empty ones.
-CASES += [(0, "online", 6), (3, "online", 1), (2, "online", 1)]
+CASES += [(0, "online", 6, False), (3, "online", 1, False), (2, "online", 1, False)]
+# Offloaded to the memory of the host, with several micro-batches.
+CASES += [(stage, "online", 2, True) for stage in range(1, 4)]
 
 
 def plain_torch(kind: str, steps: int, halve_after: int) -> tuple[dict[str, torch.Tensor], float]:
@@ -50,8 +52,8 @@ def test_every_zero_stage_trains_like_plain_torch(
     )
     results = json.loads(out.read_text())
     assert len(results) == len(CASES)
-    for stage, kind, micro_batch in CASES:
-        case = f"{stage} {kind} {micro_batch}"
+    for stage, kind, micro_batch, offload in CASES:
+        case = f"{stage} {kind} {micro_batch} {offload}"
         result = results[case]
         trained, largest = plain_torch(kind, STEPS, STEPS)
         assert largest > 2, "gradients too small to notice clipping"
@@ -59,7 +61,12 @@ def test_every_zero_stage_trains_like_plain_torch(
         assert_same(result["loaded"], {k: v + 1 for k, v in trained.items()}, case)
         assert_same(result["resumed"], plain_torch(kind, 2 * STEPS, STEPS)[0], case)
         assert result["num_steps"] == 2 * STEPS
-        assert result["config"]["zero_optimization"]["stage"] == stage
+        zero = result["config"]["zero_optimization"]
+        assert zero["stage"] == stage
+        assert ("offload_optimizer" in zero, "offload_param" in zero) == (
+            offload,
+            offload and stage == 3,
+        )
     printed = "".join(capfd.readouterr())
     assert printed == "", "DeepSpeed is to be quiet"
 

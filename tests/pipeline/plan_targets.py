@@ -43,10 +43,11 @@ def measure(payload: dict[str, Any], mesh: Mesh) -> None:
 
 
 def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
-    """A few steps of an HCLT.
+    """A few steps of an HCLT; on one rank and with a case that says so, without any engine.
 
     Returns:
         peak_bytes: most that the process held in a step, above what it held before all;
+        sums_bytes: statistics and flows of its sums, at the end of a backward pass;
         sent_bytes: that all processes of this network namespace sent in a step;
         step_seconds: the fastest.
     """
@@ -56,35 +57,63 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     categories = [case["num_categories"]] * case["num_variables"]
     circuit = Circuit(graph, categories, max_fold_bytes=case["max_fold_bytes"])
     circuit.set_smoothing(1.0, 1.0, 1000)
+    if case.get("recompute"):
+        circuit.recompute_messages_()
     mesh = mesh.with_node_axis(case.get("node_axis", 1))
     splits = {}
     if mesh.node_parallel > 1:
         splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))
-    engine = Engine(
-        circuit,
-        CircuitOptimizer(circuit.parameter_groups()),
-        mesh=mesh,
-        zero_stage=case["zero_stage"],
-        reduce_bucket=case["reduce_bucket"],
-        splits=splits,
-    )
+    optimizer = CircuitOptimizer(circuit.parameter_groups())
+    engine: Engine | Plain = Plain(circuit, optimizer)
+    if not case.get("plain"):
+        engine = Engine(
+            circuit,
+            optimizer,
+            mesh=mesh,
+            zero_stage=case["zero_stage"],
+            reduce_bucket=case["reduce_bucket"],
+            splits=splits,
+        )
     _forget_peak()
     # The first pass under ZeRO 3 finds out in which order blocks are gathered.
-    seconds = [_step(engine, case, mesh, 0)]
+    seconds = [_step(engine, case, mesh, 0)[0]]
     barrier(mesh)
     before = _loopback_bytes()
-    seconds += [_step(engine, case, mesh, step) for step in range(1, STEPS)]
+    for step in range(1, STEPS):
+        took, sums = _step(engine, case, mesh, step)
+        seconds.append(took)
     barrier(mesh)
     sent = _loopback_bytes() - before
     return {
         "peak_bytes": _status("VmHWM") - idle,
+        "sums_bytes": sums,
         "sent_bytes": sent / (STEPS - 1),
         "step_seconds": min(seconds),
     }
 
 
-def _step(engine: Engine, case: dict[str, Any], mesh: Mesh, step: int) -> float:
-    """One global batch; its seconds."""
+class Plain:
+    """What an engine does, done by torch alone."""
+
+    def __init__(self, module: Circuit, optimizer: CircuitOptimizer) -> None:
+        self.module, self.optimizer = module, optimizer
+
+    def micro_batches(self, num_local: int, *, global_count: int, micro_batch: int) -> list[slice]:
+        return [slice(first, first + micro_batch) for first in range(0, num_local, micro_batch)]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+    def backward(self, loss: torch.Tensor, *, global_count: int) -> None:
+        (loss / global_count).backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _step(engine: Engine | Plain, case: dict[str, Any], mesh: Mesh, step: int) -> tuple[float, int]:
+    """One global batch; its seconds, and the bytes of statistics and flows of sums."""
     generator = torch.Generator().manual_seed(step)
     shape = case["batch"], case["num_variables"]
     x = torch.randint(case["num_categories"], shape, generator=generator)
@@ -95,8 +124,14 @@ def _step(engine: Engine, case: dict[str, Any], mesh: Mesh, step: int) -> float:
     )
     for piece in pieces:
         engine.backward(-engine(x[piece]).sum(), global_count=case["batch"])
+    held = [
+        tensor.numel() * tensor.element_size()
+        for name, parameter in engine.module.named_parameters()
+        for tensor in (parameter, parameter.grad)
+        if ".sum_" in name and tensor is not None
+    ]
     engine.step()
-    return time.monotonic() - begun
+    return time.monotonic() - begun, sum(held)
 
 
 def _status(field: str) -> int:

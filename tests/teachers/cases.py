@@ -145,6 +145,15 @@ CASES: dict[str, Case] = {
     "causal-suffix": Case(
         "causal_lm", {"causal_lm": _SMALL, "sees": "suffix"}, (TEXT, TOKENS), sees=behind
     ),
+    "masked-prefix": Case(
+        "masked_lm", {"masked_lm": _SMALL, "sees": "prefix"}, (TEXT,), sees=before
+    ),
+    "masked-suffix": Case(
+        "masked_lm", {"masked_lm": _SMALL, "sees": "suffix"}, (TEXT,), sees=behind
+    ),
+    "masked-both": Case(
+        "masked_lm", {"masked_lm": _SMALL, "sees": "both"}, (TEXT, TOKENS), sees=everything
+    ),
     "shuffled-random": Case(
         "shuffled", {"kind": "random", "random_width": 7}, sees=everything, wrap=_shuffled
     ),

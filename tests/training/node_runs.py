@@ -38,7 +38,8 @@ from distpc.training.rules import Smoothing, make_rule
 
 STEPS, BATCH, STATES, VALUES = 10, 22, 12, 5
 SMOOTHING = Smoothing(0.1, 0.1, 1000)
-STEP_SIZES = {"online_em": 0.2, "adam": 0.05}
+STEP_SIZES = {"online_em": 0.2, "adam": 0.01}
+"""Adam divides a gradient by its own size: where that is nearly zero, rounding turns into steps."""
 
 
 class Case(NamedTuple):
@@ -50,6 +51,7 @@ class Case(NamedTuple):
         node_parallel: ranks of the node axis.
         zero_stage: 0 .. 3.
         accumulation: micro-batches of the largest share.
+        recompute: whether backward computes messages again.
     """
 
     structure: str
@@ -57,6 +59,7 @@ class Case(NamedTuple):
     node_parallel: int = 1
     zero_stage: int = 0
     accumulation: int = 1
+    recompute: bool = False
 
     @property
     def name(self) -> str:
@@ -122,6 +125,8 @@ class Shared:
         self.circuit = circuit_of(case)
         if saved is not None:
             load_parameters(self.circuit, saved)
+        if case.recompute:
+            self.circuit.recompute_messages_()
         table = share_units_(self.circuit, axes(mesh).node)
         self.engine = Engine(
             self.circuit,

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from runs import POISONED_STEP, prepare, variant
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.io import load_model
 from distpc.errors import ArtifactError, TrainingError
 from distpc.parallel.launch import run_ranks
+from distpc.parallel.meter import FIGURES
 from distpc.training import finetune
 from distpc.training.checkpoint import Checkpoint, Checkpoints
 from distpc.training.last_good import LAST_GOOD
@@ -35,6 +37,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> StageContext:
     )
 
 
+def events_of(ctx: StageContext) -> EventAccumulator:
+    events = EventAccumulator(str(ctx.tensorboard / "finetune"))
+    events.Reload()
+    return events
+
+
 def newest(ctx: StageContext) -> Checkpoint:
     found = Checkpoints(ctx.out / "checkpoints", finetune.identity_of(ctx)).newest()
     assert found is not None
@@ -53,7 +61,8 @@ def stages(base: StageContext) -> dict[str, Any]:
     """Fine-tuned by one process, and by two ranks under every ZeRO stage; and a poisoned one."""
     alone = variant(base, "alone", num_ranks=1)
     shared = {f"zero{stage}": variant(base, f"zero{stage}", zero_stage=stage) for stage in range(4)}
-    shared["node"] = variant(base, "node", node_parallel=2)
+    shared["offloaded"] = variant(base, "offloaded", zero_stage=2, offload=True)
+    shared["node"] = variant(base, "node", node_parallel=2, recompute_messages=True)
     poisoned = variant(base, "poisoned", zero_stage=3)
     payload = {
         "contexts": [ctx.to_json() for ctx in shared.values()],
@@ -66,7 +75,7 @@ def stages(base: StageContext) -> dict[str, Any]:
     return {"alone": alone, **shared, "poisoned": poisoned, "error": caught.value}
 
 
-@pytest.mark.parametrize("layout", ["zero0", "zero1", "zero2", "zero3", "node"])
+@pytest.mark.parametrize("layout", ["zero0", "zero1", "zero2", "zero3", "offloaded", "node"])
 def test_every_layout_gives_the_statistics_of_one_process(
     stages: dict[str, Any], layout: str
 ) -> None:
@@ -84,7 +93,15 @@ def test_learns_and_says_so(stages: dict[str, Any]) -> None:
     assert results["num_ranks"] == 2 and results["steps"] == NUM_STEPS
     assert results["train_impossible_samples"] == 0
     assert results["deepspeed"]["zero_optimization"]["stage"] == 0
-    assert list((stages["zero0"].tensorboard / "finetune").glob("events.*"))
+    first, second = results["ranks"]
+    assert 0 < first["device_peak_fraction"] < 1 and first["samples_per_second"] > 0
+    assert min(first["communication_seconds"], second["communication_seconds"]) > 0
+    assert json.loads((stages["zero0"].out / "logs" / FIGURES).read_text())["ranks"] == [
+        first,
+        second,
+    ]
+    (measured,) = events_of(stages["zero0"]).Scalars("ranks/tflops/1")
+    assert measured.step == 2 and measured.value == pytest.approx(second["tflops"])
 
 
 def test_another_training_is_refused(stages: dict[str, Any]) -> None:
@@ -156,6 +173,8 @@ def test_killed_runs_resume_bit_equal(
     os.kill(children(driver.pid)[1], signal.SIGKILL)
     assert driver.wait(timeout=200) == 1
     assert "was ended by signal 9" in (tmp_path / "driver.log").read_text()
+    (stopped,) = events_of(ctx).Tensors("stopped/text_summary")
+    assert b"training rank 1 of 2 was ended by signal 9" in stopped.tensor_proto.string_val[0]
 
     driver = start(ctx, tmp_path)
     wait_for_step(ctx, driver, 12)

@@ -7,7 +7,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distpc.circuits.circuit import Circuit
 from distpc.data.spec import DatasetSpec
-from distpc.training.monitor import Monitor, completion_grid, latent_usage, lower_half_hidden
+from distpc.training.monitor import (
+    Monitor,
+    completion_grid,
+    latent_usage,
+    lower_half_hidden,
+    note_stop,
+)
 
 SPEC = DatasetSpec("toy", "image", 8, (5,) * 8, (4, 2, 1))
 
@@ -58,6 +64,12 @@ def test_resuming_drops_the_steps_that_are_done_again(tmp_path: Path) -> None:
     events = read(tmp_path).Scalars("train_bpd")
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6, 7]
     assert [event.value for event in events] == [9.0] * 3 + [1.0] * 4
+
+
+def test_says_why_training_stopped(tmp_path: Path) -> None:
+    note_stop(tmp_path, ValueError("rank 3 is lost"))
+    (text,) = read(tmp_path).Tensors("stopped/text_summary")
+    assert text.tensor_proto.string_val == [b"rank 3 is lost"]
 
 
 def test_other_ranks_are_silent(tmp_path: Path) -> None:

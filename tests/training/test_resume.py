@@ -31,6 +31,9 @@ CASES = [
     )
     for case in itertools.product((2, 3), (1, 3), STAGES)
 ]
+MESH = (4, 2, 2)
+MOVED = [(1, 1, 0), (2, 2, 0), (2, 1, 3), (3, 1, 3), (3, 3, 0), (4, 4, 0)]
+"""Ranks, those of the node axis and ZeRO stage that save, and those that resume."""
 ADAM_CASES = [(1, 0, source) for source in STAGES]
 ADAM_CASES += [(3, stage, source) for stage in STAGES for source in STAGES]
 """Ranks and stage that resume, and the stage that two ranks saved under."""
@@ -118,9 +121,11 @@ def checkpoint(ctx: StageContext, step: int) -> Checkpoint:
     return Checkpoints(ctx.out / finetune.CHECKPOINTS, finetune.identity_of(ctx)).at(step)
 
 
-def samples(ctx: StageContext, ranks: int) -> list[Counter[str]]:
-    """What all ranks together used, batch after batch."""
-    of_ranks = [json.loads((ctx.out / f"samples-{r}.json").read_text()) for r in range(ranks)]
+def samples(ctx: StageContext) -> list[Counter[str]]:
+    """What all ranks together used, batch after batch; those of a node axis see the same."""
+    parallel = ctx.config.parallel
+    ranks = range(0, parallel.num_ranks, parallel.node_parallel)
+    of_ranks = [json.loads((ctx.out / f"samples-{rank}.json").read_text()) for rank in ranks]
     return [sum(map(Counter, batches), Counter()) for batches in zip(*of_ranks, strict=True)]
 
 
@@ -138,14 +143,40 @@ def test_continues_as_if_undisturbed(
     stage: int,
 ) -> None:
     before, after = saved[saved_stage], resumed[saved_stage, ranks, stage]
+    assert_continued(before, after)
+
+
+@pytest.mark.slow
+def test_a_mesh_of_four_continues_on_any_other(base: StageContext) -> None:
+    """250 samples a batch, the middle of an epoch; units shared by two ranks, then by others."""
+    fields = ("num_ranks", "node_parallel", "zero_stage")
+    before = variant(base, "mesh", **dict(zip(fields, MESH, strict=True)))
+    launch(base, {"finetune": [{"context": before.to_json()}]}, MESH[0])
+    for ranks in sorted({case[0] for case in MOVED}):
+        moved = [
+            variant(base, f"moved-{case}", **dict(zip(fields, case, strict=True)))
+            for case in MOVED
+            if case[0] == ranks
+        ]
+        cases = [
+            {"context": ctx.to_json(), "source": str(before.out), "step": STEP} for ctx in moved
+        ]
+        launch(base, {"finetune": cases}, ranks)
+        for after in moved:
+            assert_continued(before, after)
+
+
+def assert_continued(before: StageContext, after: StageContext) -> None:
+    """A run that took over in the middle of another's epoch ended as that one did."""
     # What it loaded, as its own shards hold it, is what was saved, to the last bit.
     first, again = checkpoint(before, STEP), checkpoint(after, STEP)
     assert again.facts == first.facts
-    assert len({r.file for ranges in first.table.values() for r in ranges}) == 2
-    assert len({r.file for ranges in again.table.values() for r in ranges}) == ranks
+    for ctx, saved in ((before, first), (after, again)):
+        files = {r.file for ranges in saved.table.values() for r in ranges}
+        assert len(files) == ctx.config.parallel.num_ranks
     assert_equal(first.statistics(), again.statistics())
     # Sample by sample it goes on where the other would have gone on.
-    whole, rest = samples(before, 2), samples(after, ranks)
+    whole, rest = samples(before), samples(after)
     assert [sum(batch.values()) for batch in rest] == [250] * (NUM_STEPS - STEP)
     assert rest == whole[STEP:] and len(whole) == NUM_STEPS
     ended, other = checkpoint(before, NUM_STEPS), checkpoint(after, NUM_STEPS)
