@@ -55,6 +55,7 @@ class Circuit(nn.Module):
         seed: of the random initial weights.
         init_noise: 0 makes all weights uniform; 1 gives rows whose entries differ up to e^2-fold.
         max_fold_bytes: bound on the parameters that are evaluated, and gathered, together.
+        device: where parameters are drawn and kept; a seed draws other ones on a GPU than here.
 
     Attributes:
         any_rank: given whether this process needs the log-domain pass, whether any does. Where
@@ -75,6 +76,7 @@ class Circuit(nn.Module):
         seed: int = 0,
         init_noise: float = 1.0,
         max_fold_bytes: int = MAX_FOLD_BYTES,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -108,7 +110,7 @@ class Circuit(nn.Module):
         self.dataset: dict[str, Any] = {}
         self.training_facts: dict[str, Any] = {}
         self.scan = Scan.find(self)
-        self._init(seed, init_noise)
+        self._init(seed, init_noise, torch.device(device))
 
     def __repr__(self) -> str:
         # torch's tree of modules shows the schedule, hundreds of lines that say little.
@@ -390,8 +392,13 @@ class Circuit(nn.Module):
         units = [regions[plan.regions[0]].num_units for plan in self.schedule.steps]
         self.units = [range(count) for count in units]
 
-    def _init(self, seed: int, noise: float) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def _init(self, seed: int, noise: float, device: torch.device) -> None:
+        if device.type != "cpu":
+            # Nothing has been written yet: a large circuit would take minutes by way of the host.
+            for parameter in self.parameters():
+                parameter.data = torch.empty_like(parameter, device=device)
+            self.to(device)
+        generator = torch.Generator(device).manual_seed(seed)
         for bank in self.bank_list:
             bank.init(noise, generator)
         self.rescale_to_uses_()

@@ -79,7 +79,8 @@ def tally(likelihoods: Tensor, x: Tensor, counted: str = "values") -> Tensor:
     values = [
         torch.where(finite, likelihoods.double(), 0.0).sum(),
         torch.where(finite, observed, 0).sum(),
-        torch.tensor(len(likelihoods)),
+        # Made where it is needed: a copy from the host would wait for the device.
+        torch.full((), len(likelihoods), device=likelihoods.device),
         impossible.sum(),
         (~finite & ~impossible).sum(),
     ]
