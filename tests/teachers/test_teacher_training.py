@@ -68,15 +68,15 @@ def _scalars(ctx: StageContext, tag: str) -> list[tuple[int, float]]:
 
 
 def _check_what_ranks_measured(ctx: StageContext, num_ranks: int) -> None:
-    """At the second step: in the manifest, in TensorBoard and in the file that Ray's gauges show."""
+    """At the second step: in the manifest, TensorBoard and the file for Ray's gauges."""
     ranks = ctx.metadata["ranks"]
     assert ranks == json.loads((ctx.out / "logs" / FIGURES).read_text())["ranks"]
     assert len(ranks) == num_ranks
     for number, figures in enumerate(ranks):
         parts = ("compute_seconds", "communication_seconds", "data_seconds")
         assert figures["step_seconds"] == pytest.approx(sum(figures[part] for part in parts))
-        assert (figures["communication_seconds"] > 0) == (num_ranks > 1)
-        # Eight blocks of patches of width 16 take some 1e4 operations, not 1e3 or 1e8.
+        assert figures["communication_seconds"] > 0
+        # 16 patches, width 16: some thousands of weights, used six times for each patch.
         flops = figures["tflops"] * 1e12 / figures["samples_per_second"]
         assert 1e4 < flops < 1e7
         assert 0 < figures["device_peak_fraction"] < 1
