@@ -33,7 +33,7 @@ class RoundLog:
         label = "k-means" if position is None else f"k-means {position}"
         self._progress = Progress(label, total, "rounds")
         if not state.inertia:
-            for folder in self._folder.glob("restart-*"):
+            for folder in self._folder.glob("*/"):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def __enter__(self) -> RoundLog:
