@@ -12,6 +12,8 @@ from distpc.artifacts.files import read_json
 
 BPD_TOLERANCE = 1e-4
 STATISTICS_TOLERANCE = 1e-5
+HELD = "held"
+"""A file in the folder of an undisturbed run that passed its checks."""
 _BEGUN = time.monotonic()
 
 

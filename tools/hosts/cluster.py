@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from checks import (
+    HELD,
     STATISTICS_TOLERANCE,
     Failed,
     check,
@@ -46,16 +47,20 @@ class Clusters:
 
     Args:
         arguments: of `distpc run`, the configuration first.
-        folder: of run folders and of the clusters' own files.
+        folder: of the clusters' own files.
+        runs: of run folders; a finished undisturbed run there is taken as it is.
     """
 
-    def __init__(self, arguments: list[str], folder: Path) -> None:
+    def __init__(self, arguments: list[str], folder: Path, runs: Path) -> None:
         self._arguments = arguments
         self._folder = folder
+        self._runs = runs
 
     def undisturbed(self, hosts: list[Host], name: str) -> Path:
         """The whole run, workers and training ranks on all hosts."""
-        out = self._folder / "runs" / name
+        out = self._runs / name
+        if (out / HELD).exists():
+            return out
         workers: dict[str, set[str]] = {host.name: set() for host in hosts}
         with self._cluster(hosts, name):
             run = self._run(hosts, out, name, workers=len(hosts), ranks=len(hosts))
@@ -80,11 +85,12 @@ class Clusters:
             f"a Ray cluster over {len(hosts)} hosts extracts, clusters, assigns, distils, trains",
             f"test_bpd {report['test_bpd']:.7f}",
         )
+        (out / HELD).touch()
         return out
 
     def cut_off(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Pull the last host's cable during extraction; the rest finishes the run."""
-        out = self._folder / "runs" / name
+        out = self._runs / name
         lost, rest = hosts[-1], hosts[:-1]
         expected = len(list((whole / "features").glob("*.safetensors")))
         with self._cluster(hosts, name):
@@ -117,7 +123,7 @@ class Clusters:
 
     def lose(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Switch the last host off during fine-tuning; the rest resumes."""
-        out = self._folder / "runs" / name
+        out = self._runs / name
         kept = shutil.ignore_patterns("finetune", "evaluate", "report.json", "model", "tb")
         shutil.copytree(whole, out, ignore=kept)
         lost, rest = hosts[-1], hosts[:-1]

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from checks import (
+    HELD,
     check,
     has_trained,
     read_report,
@@ -30,7 +31,7 @@ class Trainings:
 
     Args:
         arguments: of `distpc run`, the configuration first.
-        folder: of all run folders.
+        folder: of all run folders; a finished undisturbed run there is taken as it is.
     """
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
@@ -42,6 +43,8 @@ class Trainings:
     def undisturbed(self, hosts: list[Host], name: str) -> Path:
         """Train on all hosts, to the end."""
         out = self._folder / name
+        if (out / HELD).exists():
+            return out
         wait_for_ends(self._start(hosts, out, name), 600)
         report = read_report(out)
         check(
@@ -49,6 +52,7 @@ class Trainings:
             f"torchrun trains over {len(hosts)} host(s) with ZeRO-3",
             f"test_bpd {report['test_bpd']:.7f}",
         )
+        (out / HELD).touch()
         return out
 
     def cut_off(self, hosts: list[Host], name: str, whole: Path) -> None:
