@@ -30,6 +30,8 @@ _PORT = 6379
 _RUN_SECONDS = 900.0
 _NOTICE_SECONDS = 90.0
 """Most that may pass until Ray has noticed that a host is lost."""
+_TAUGHT = ("shards", "index", "teacher")
+_BEFORE_TRAINING = (*_TAUGHT, "features", "fit", "assign", "structure", "distill")
 _VARIABLES = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -91,6 +93,8 @@ class Clusters:
     def cut_off(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Pull the last host's cable during extraction; the rest finishes the run."""
         out = self._runs / name
+        # The same teacher: two ranks train one that a single rank only matches up to rounding.
+        _begin_with(out, whole, *_TAUGHT)
         lost, rest = hosts[-1], hosts[:-1]
         expected = len(list((whole / "features").glob("*.safetensors")))
         with self._cluster(hosts, name):
@@ -124,8 +128,7 @@ class Clusters:
     def lose(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Switch the last host off during fine-tuning; the rest resumes."""
         out = self._runs / name
-        kept = shutil.ignore_patterns("finetune", "evaluate", "report.json", "model", "tb")
-        shutil.copytree(whole, out, ignore=kept)
+        _begin_with(out, whole, *_BEFORE_TRAINING)
         lost, rest = hosts[-1], hosts[:-1]
         with self._cluster(hosts, name):
             run = self._run(hosts, out, name, workers=len(hosts), ranks=len(hosts))
@@ -181,6 +184,12 @@ class Clusters:
         finally:
             for host in hosts:
                 host.kill_all()
+
+
+def _begin_with(out: Path, whole: Path, *stages: str) -> None:
+    """Make a run folder in which `stages` are done, as in `whole`."""
+    for stage in stages:
+        shutil.copytree(whole / stage, out / stage)
 
 
 def _kinds(host: Host) -> set[str]:

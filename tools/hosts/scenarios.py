@@ -53,27 +53,17 @@ def main(folder: Path) -> int:
         help="keep run folders there; undisturbed runs that are finished there are not run again",
     )
     options = parser.parse_args(sys.argv[2:])
-    try:
-        if options.quick:
-            quick(folder, options.quick.absolute())
-        else:
-            runs = options.runs.absolute() if options.runs else folder / "runs"
-            Scenarios(folder, runs).run(options.only or list(Scenarios.ALL))
-    except Failed as failed:
-        print(f"[hosts] FAILED: {failed}", file=sys.stderr)
-        for log in sorted((folder / "logs").glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text()[-_TAIL_CHARACTERS:]}", file=sys.stderr)
-        return 1
+    runs = options.runs.absolute() if options.runs else folder / "runs"
+    scenarios = Scenarios(folder, runs)
+    begun = time.monotonic()
+    if options.quick:
+        failed = scenarios.run_quick(options.quick.absolute())
+    else:
+        failed = scenarios.run(options.only or list(Scenarios.ALL))
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"[hosts] all held; {usage.ru_utime + usage.ru_stime:.0f} s of processor time")
-    return 0
-
-
-def quick(folder: Path, whole: Path) -> None:
-    """Two hosts train, one is cut off, the other finishes."""
-    hosts = make_hosts(2, folder / "logs")
-    trainings = Trainings([str(whole / "resolved_config.yaml")], folder / "runs")
-    trainings.cut_off(hosts, "cut", whole)
+    used = f"{time.monotonic() - begun:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of CPU"
+    print(f"[hosts] FAILED: {', '.join(failed)}; {used}" if failed else f"[hosts] all held; {used}")
+    return 1 if failed else 0
 
 
 class Scenarios:
@@ -90,16 +80,33 @@ class Scenarios:
         self._clusters = Clusters(_DIGITS, folder, runs)
         self._trainings = Trainings(_HCLT, runs)
 
-    def run(self, names: list[str]) -> None:
-        """Run the scenarios `names`, in this order.
+    def run(self, names: list[str]) -> list[str]:
+        """Run the scenarios `names`, in this order; those that failed."""
+        return [name for name in names if not self._holds(name, self.ALL[name])]
 
-        Raises:
-            Failed: something did not hold.
-        """
-        for name in names:
-            begun = time.monotonic()
-            self.ALL[name](self)
-            print(f"[hosts] {name} held: {time.monotonic() - begun:.0f} s", flush=True)
+    def run_quick(self, whole: Path) -> list[str]:
+        """Two hosts train as `whole` did, one is cut off, the other finishes."""
+        trainings = Trainings([str(whole / "resolved_config.yaml")], self._folder / "runs")
+        hosts = self._hosts[:2]
+        held = self._holds("quick", lambda _: trainings.cut_off(hosts, "cut", whole))
+        return [] if held else ["quick"]
+
+    def _holds(self, name: str, scenario: Scenario) -> bool:
+        begun = time.time()
+        try:
+            scenario(self)
+        except Failed as failed:
+            print(f"[hosts] FAILED: {name}: {failed}", file=sys.stderr, flush=True)
+            for log in sorted(self._hosts[0].log_folder.glob("*.log")):
+                if log.stat().st_mtime >= begun:
+                    print(f"--- {log.name}\n{log.read_text()[-_TAIL_CHARACTERS:]}", file=sys.stderr)
+            # The others begin with hosts that do nothing.
+            for host in self._hosts:
+                host.kill_all()
+                host.plug()
+            return False
+        print(f"[hosts] {name} held: {time.time() - begun:.0f} s", flush=True)
+        return True
 
     @cached_property
     def _on_ray(self) -> Path:
@@ -129,7 +136,7 @@ class Scenarios:
     def _elastic(self) -> None:
         self._trainings.goes_on(self._hosts, "torchrun-elastic", self._alone)
 
-    ALL: ClassVar[dict[str, Callable[[Scenarios], object]]] = {
+    ALL: ClassVar[dict[str, Scenario]] = {
         "traffic": _traffic,
         "ray-2": lambda self: self._on_ray,
         "ray-2-cut": lambda self: self._ray_cut(2),
@@ -140,6 +147,10 @@ class Scenarios:
         "torchrun-3-cut": lambda self: self._torchrun_cut(3),
         "torchrun-elastic": _elastic,
     }
+
+
+Scenario = Callable[[Scenarios], object]
+"""Raises `Failed` if something did not hold."""
 
 
 if __name__ == "__main__":

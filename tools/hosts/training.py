@@ -8,6 +8,7 @@ from pathlib import Path
 
 from checks import (
     HELD,
+    Failed,
     check,
     has_trained,
     read_report,
@@ -145,7 +146,8 @@ class Trainings:
     def _wait_for_training(self, out: Path, started: dict[str, subprocess.Popen[bytes]]) -> None:
         def in_the_middle() -> bool:
             ended = [name for name, process in started.items() if process.poll() is not None]
-            assert not ended, f"{ended} ended before a checkpoint was there"
+            if ended:
+                raise Failed(f"{ended} ended before a checkpoint was there")
             return has_trained(out)
 
         wait_for(in_the_middle, 300, "the first checkpoint")
