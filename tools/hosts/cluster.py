@@ -16,6 +16,7 @@ from checks import (
     STATISTICS_TOLERANCE,
     Failed,
     check,
+    fresh,
     has_trained,
     read_report,
     resumed_at_step,
@@ -63,6 +64,7 @@ class Clusters:
         out = self._runs / name
         if (out / HELD).exists():
             return out
+        fresh(out)
         workers: dict[str, set[str]] = {host.name: set() for host in hosts}
         with self._cluster(hosts, name):
             run = self._run(hosts, out, name, workers=len(hosts), ranks=len(hosts))
@@ -92,7 +94,7 @@ class Clusters:
 
     def cut_off(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Pull the last host's cable during extraction; the rest finishes the run."""
-        out = self._runs / name
+        out = fresh(self._runs / name)
         # The same teacher: two ranks train one that a single rank only matches up to rounding.
         _begin_with(out, whole, *_TAUGHT)
         lost, rest = hosts[-1], hosts[:-1]
@@ -127,7 +129,7 @@ class Clusters:
 
     def lose(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Switch the last host off during fine-tuning; the rest resumes."""
-        out = self._runs / name
+        out = fresh(self._runs / name)
         _begin_with(out, whole, *_BEFORE_TRAINING)
         lost, rest = hosts[-1], hosts[:-1]
         with self._cluster(hosts, name):

@@ -10,6 +10,7 @@ from checks import (
     HELD,
     Failed,
     check,
+    fresh,
     has_trained,
     read_report,
     resumed_at_step,
@@ -46,7 +47,7 @@ class Trainings:
         out = self._folder / name
         if (out / HELD).exists():
             return out
-        wait_for_ends(self._start(hosts, out, name), 600)
+        wait_for_ends(self._start(hosts, fresh(out), name), 600)
         report = read_report(out)
         check(
             report["ranks"]["num_ranks"] == len(hosts),
@@ -58,7 +59,7 @@ class Trainings:
 
     def cut_off(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Pull the last host's cable during training; the others stop, then finish without it."""
-        out = self._folder / name
+        out = fresh(self._folder / name)
         lost, rest = hosts[-1], hosts[:-1]
         started = self._start(hosts, out, name)
         self._wait_for_training(out, started)
@@ -99,7 +100,7 @@ class Trainings:
 
     def goes_on(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Pull the last host's cable; the launchers of the others start again without it."""
-        out = self._folder / name
+        out = fresh(self._folder / name)
         started = self._start(hosts, out, name, NNODES=f"1:{len(hosts)}", MAX_RESTARTS="3")
         self._wait_for_training(out, started)
         hosts[-1].unplug()
