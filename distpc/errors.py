@@ -94,6 +94,10 @@ class EvidenceError(DistpcError):
     """A query's values, mask or latents do not fit the circuit."""
 
 
+class ConstraintError(EvidenceError):
+    """A constraint on a text cannot be met in the tokens that are left, or is none."""
+
+
 class ModelFileError(DistpcError):
     """A model folder is missing a file, cut, or of a version this code cannot read."""
 
@@ -104,6 +108,10 @@ class TrainingError(DistpcError):
 
 class ResourceError(DistpcError):
     """The cluster, the machine or the disk has less than the run asks for."""
+
+
+class HeldLostError(ResourceError):
+    """A machine of the cluster was lost, and with it results that later work was to build on."""
 
 
 class PlaceError(DistpcError):

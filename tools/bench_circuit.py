@@ -6,6 +6,9 @@
     python tools/bench_circuit.py --json table.json --cases hclt:256:64 hmm:32:256
     python tools/bench_circuit.py --quick                            under a minute
 
+    pip install pyjuice==2.6.3                                       on a GPU the peer is PyJuice
+    python tools/bench_circuit.py --device cuda --json gpu.json      the cases that are not there
+
 A case is STRUCTURE:VARIABLES:STATES[:BATCH[:DTYPE]]. Cases are added to the file one by one (a case
 that is there already is replaced), so that several short commands make one table.
 
@@ -30,6 +33,7 @@ import torch
 from circuit_bench import memory
 from circuit_bench.cases import Case
 from circuit_bench.clock import medians
+from circuit_bench.gpu_table import run_gpu
 from circuit_bench.ours import Ours
 from circuit_bench.peer import MAX_SECONDS, NAME, Peer, Setting, best_setting, check_equal
 from circuit_bench.rate import Products
@@ -174,12 +178,20 @@ def read_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--json", type=Path, nargs="?", help="the table's file; without a name: print it")
     add("--quick", action="store_true", help="small cases, under a minute")
-    add("--cases", type=Case.parse, nargs="+", metavar="CASE")
+    add("--cases", nargs="+", metavar="CASE", default=[])
     add("--device", default="cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of every case")
     add("--threads", type=int, default=os.cpu_count())
     add("--rounds", type=int, default=9)
     add("--seconds", type=float, default=120.0, help="per case, once three rounds are done")
+    add("--vocabulary", type=int, help="on a GPU: words of hmm cases (33,279)")
+    add("--batch", type=int, help="of cases that do not say (256; on a GPU 512)")
+    add("--limit", type=float, default=60.0, help="seconds a case may take on a GPU")
+    add("--peer-limit", type=float, default=40.0, help="of those, to compile and warm up the peer")
+    add("--no-peer", action="store_true", help="our side alone")
+    add("--plain", action="store_true", help="on a GPU: the ordinary step instead of the fused one")
+    add("--again", action="store_true", help="on a GPU: measure cases anew that have their row")
+    add("--gpu-table", action="store_true", help="the table of a GPU, whatever the device")
     add("--peer-setting", help="such as em+fold+optimize: take it, look for no better one")
     add("--plot", type=Path, help="draw the table (of --json) into this picture")
     add("--measure-memory", type=Case.parse, help=argparse.SUPPRESS)
@@ -196,8 +208,12 @@ def main() -> None:
         peak = memory.measure(case, options.device, options.fused)
         print(json.dumps({"peak_bytes": peak}))
         return
+    if options.device != "cpu" or options.gpu_table:
+        run_gpu(options)
+        return
     bench = Bench(options)
-    cases = options.cases or (QUICK if options.quick else CASES)
+    named = [Case.parse(text, options.batch) for text in options.cases]
+    cases = named or (QUICK if options.quick else CASES)
     if options.plot and not options.cases and bench.table["cases"]:
         cases = []
     for case in cases:

@@ -16,6 +16,7 @@ from distpc.circuits.compiled import MAX_FOLD_BYTES, compile_graph
 from distpc.circuits.evidence import Evidence, EvidenceReader
 from distpc.circuits.footprint import footprint
 from distpc.circuits.gaussian import GaussianBank
+from distpc.circuits.scan import Scan
 from distpc.circuits.schedule import BankPlan
 from distpc.circuits.step import Exchange
 from distpc.circuits.steps import Pass, build_step, run_steps
@@ -54,6 +55,7 @@ class Circuit(nn.Module):
         seed: of the random initial weights.
         init_noise: 0 makes all weights uniform; 1 gives rows whose entries differ up to e^2-fold.
         max_fold_bytes: bound on the parameters that are evaluated, and gathered, together.
+        device: where parameters are drawn and kept; a seed draws other ones on a GPU than here.
 
     Attributes:
         any_rank: given whether this process needs the log-domain pass, whether any does. Where
@@ -74,6 +76,7 @@ class Circuit(nn.Module):
         seed: int = 0,
         init_noise: float = 1.0,
         max_fold_bytes: int = MAX_FOLD_BYTES,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -106,7 +109,8 @@ class Circuit(nn.Module):
         self.last_impossible = torch.zeros((), dtype=torch.int64)
         self.dataset: dict[str, Any] = {}
         self.training_facts: dict[str, Any] = {}
-        self._init(seed, init_noise)
+        self.scan = Scan.find(self)
+        self._init(seed, init_noise, torch.device(device))
 
     def __repr__(self) -> str:
         # torch's tree of modules shows the schedule, hundreds of lines that say little.
@@ -139,6 +143,8 @@ class Circuit(nn.Module):
             evidence: checked observations.
             keep: keep the messages of every step, and make them differentiable.
         """
+        if self.scan is not None and not keep and self._may_scan(evidence):
+            return _scanned(self.scan.log_prob(evidence))
         scaled = self._run(evidence, in_logs=False, keep=keep)
         again = scaled.is_weak.nonzero()[:, 0]
         if not self.any_rank(len(again) > 0):
@@ -356,6 +362,12 @@ class Circuit(nn.Module):
             stretches=self.stretches if torch.is_grad_enabled() and not keep else None,
         )
 
+    def _may_scan(self, evidence: Evidence) -> bool:
+        assert self.scan is not None
+        # A scan keeps all messages: no replacement where some are to be computed again.
+        alone = self.exchange is None and self.stretches is None
+        return alone and evidence.latents is None and self.scan.is_exact()
+
     def recompute_messages_(self) -> None:
         """Let training keep some messages only, and compute the others again in the backward pass.
 
@@ -380,8 +392,13 @@ class Circuit(nn.Module):
         units = [regions[plan.regions[0]].num_units for plan in self.schedule.steps]
         self.units = [range(count) for count in units]
 
-    def _init(self, seed: int, noise: float) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def _init(self, seed: int, noise: float, device: torch.device) -> None:
+        if device.type != "cpu":
+            # Nothing has been written yet: a large circuit would take minutes by way of the host.
+            for parameter in self.parameters():
+                parameter.data = torch.empty_like(parameter, device=device)
+            self.to(device)
+        generator = torch.Generator(device).manual_seed(seed)
         for bank in self.bank_list:
             bank.init(noise, generator)
         self.rescale_to_uses_()
@@ -406,6 +423,12 @@ def _categories(given: Any, num_variables: int) -> tuple[int | None, ...]:
                 expected="a whole number above 0, or None for a real variable",
             )
     return tuple(None if count is None else int(count) for count in counts)
+
+
+def _scanned(log_prob: Tensor) -> Evaluation:
+    is_weak = torch.zeros(len(log_prob), dtype=torch.bool, device=log_prob.device)
+    none = is_weak.nonzero()[:, 0]
+    return Evaluation(log_prob, Pass(log_prob, is_weak, []), None, none)
 
 
 def _build_bank(plan: BankPlan) -> Bank:

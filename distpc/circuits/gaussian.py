@@ -89,7 +89,9 @@ class GaussianBank(Bank):
     def init(self, noise: float, generator: torch.Generator) -> None:
         """Means spread by `noise` standard deviations, variance 1."""
         num_tables, _, num_units = self.statistics.shape
-        mean = noise * torch.randn((num_tables, num_units), generator=generator)
+        mean = noise * torch.randn(
+            (num_tables, num_units), generator=generator, device=generator.device
+        )
         moments = [torch.ones_like(mean), mean, 1.0 + mean.square()]
         self.statistics.data = torch.stack(moments, dim=1)
 

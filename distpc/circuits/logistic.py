@@ -73,7 +73,9 @@ class LogisticBank(TableBank):
     def init(self, noise: float, generator: torch.Generator) -> None:
         """Means spread evenly over the range, in random order (noise 0: all in the middle)."""
         num_tables, _, num_units = self.statistics.shape
-        order = torch.rand((num_tables, num_units), generator=generator).argsort(-1)
+        order = torch.rand(
+            (num_tables, num_units), generator=generator, device=generator.device
+        ).argsort(-1)
         means = ((2.0 * order + 1.0) / num_units - 1.0) * min(noise, 1.0)
         scales = torch.full_like(means, INITIAL_LOG_SCALE)
         self.statistics.data = torch.stack([means, scales], dim=1)

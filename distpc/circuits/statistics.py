@@ -76,4 +76,5 @@ def row_scale(statistics: Tensor, smoothing: float, dim: int = -1) -> Tensor:
 
 def random_statistics(shape: tuple[int, ...], noise: float, generator: torch.Generator) -> Tensor:
     """Positive entries exp(-2 * noise * u), u uniform on [0, 1): rows are random, not peaked."""
-    return torch.rand(shape, generator=generator).mul_(-2.0 * noise).exp_()
+    values = torch.rand(shape, generator=generator, device=generator.device)
+    return values.mul_(-2.0 * noise).exp_()

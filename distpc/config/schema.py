@@ -34,8 +34,8 @@ class DataConfig(Section):
     """Source, splits, shards and what a value means."""
 
     source: Source
-    """Where the samples come from; `kind` is digits, idx, image_folder, text, arrays or
-    shards."""
+    """Where the samples come from; `kind` is digits, idx, image_folder, text, token_samples,
+    arrays or shards."""
     split: SplitConfig = SplitConfig()
     """Shares of train, valid and test."""
     split_seed: int | None = Field(default=None, ge=0)
@@ -80,10 +80,37 @@ class LatentsConfig(Section):
     init: Literal["k-means++", "k-means||", "random"] = "k-means||"
     """How the first centroids are chosen; random: points drawn alike (with num_rounds 0 the control
     of clustering itself)."""
+    algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
+    """lloyd: every round looks at all points; mini_batch: at a seeded draw of them, with one whole
+    round at the end; all num_rounds are made."""
+    batch_points: int = Field(default=65536, ge=1)
+    """Points in a mini-batch, over all shards (algorithm mini_batch)."""
+    balanced: bool = False
+    """Make clusters about equally large: after every round but the last, centroids of small ones
+    move into large ones and split them; all num_rounds are made (algorithm lloyd)."""
+    codebook: Literal["shared", "per_position"] = "shared"
+    """One codebook for all latents of a sample, or one for each; tied leaves (structure.kind
+    patches) need a shared one."""
+    projection: Literal["none", "pca", "whiten"] = "none"
+    """Map of features before they are clustered: their principal components, or those divided by
+    their standard deviations."""
+    projection_width: int | None = Field(default=None, ge=1)
+    """Principal components kept (projection pca, whiten); default: all that vary."""
+    feature_memory: Literal["mapped", "held"] = "mapped"
+    """Features in workers: mapped from their files, or copied into memory (for slow or remote
+    disks); float16 in both."""
     min_usage_entropy_fraction: float = Field(default=0.3, ge=0, le=1)
     """Refuse latents whose usage entropy is below this fraction of log2(num_clusters)."""
     max_dead_fraction: float = Field(default=0.2, ge=0, le=1)
     """Refuse latents with a larger fraction of clusters that no training patch uses."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LatentsConfig:
+        if self.balanced and self.algorithm != "lloyd":
+            raise ValueError("latents.balanced needs algorithm lloyd: a batch has no shares")
+        if self.projection_width is not None and self.projection == "none":
+            raise ValueError("latents.projection_width needs projection pca or whiten")
+        return self
 
 
 class StructureConfig(Section):
@@ -105,8 +132,9 @@ class StructureConfig(Section):
     variables; `chow_liu`: a Chow-Liu tree over the variables themselves, deterministic; `hmm`: a
     hidden Markov model over the variables in their order; `quad_tree`, `quad_graph`: images
     halved down to the pixel in one way, or in both and mixed; `rat`: random halves of the
-    variables; `poon_domingos`: all rectangles of an image on a grid. Every kind but `patches`
-    goes with teacher.kind none and finetune.initialization random."""
+    variables; `poon_domingos`: all rectangles of an image on a grid. Every kind but `patches` and
+    `hmm` goes with teacher.kind none and finetune.initialization random. A distilled `hmm` has as
+    many states as clusters, and one more where documents end in a token of their own."""
     num_states: int = Field(default=32, ge=1)
     """Units K of every latent or inner region (all kinds but patches, factorised, chow_liu)."""
     num_input_units: int | None = Field(default=None, ge=1)
@@ -193,8 +221,13 @@ class FinetuneConfig(Section):
 
     initialization: Literal["distilled", "random"] = "distilled"
     """Start from the distilled circuit, or from random parameters (the EM baseline)."""
-    rule: Literal["online_em", "mini_batch_em", "full_batch_em", "anemone", "adam"] = "online_em"
-    """Training rule of the statistics; all but online_em need whole rows: parallel.zero_stage 0."""
+    rule: Literal[
+        "online_em", "growing_em", "mini_batch_em", "full_batch_em", "anemone", "adam"
+    ] = "online_em"
+    """Training rule of the statistics; all but online_em and growing_em need whole rows:
+    parallel.zero_stage 0. growing_em: exact M-steps on 1, g, g^2, ... batches, g being `growth`."""
+    growth: float = Field(default=2.0, ge=1)
+    """How many times more batches each M-step takes than the one before (rule growing_em)."""
     num_epochs: int = Field(default=20, ge=0)
     """Passes over the training split."""
     num_samples: int | None = Field(default=None, ge=1)
@@ -367,14 +400,20 @@ class RunConfig(Section):
                 "without a teacher there are no latents to learn the tree from: set teacher.kind, "
                 "or structure.tree_of to patch_means"
             )
-        if kind != "patches" and distilled:
+        has_teacher = self.teacher.kind != "none"
+        if kind == "hmm" and distilled != has_teacher:
+            raise ValueError(
+                "a hidden Markov model is distilled from a teacher, or random without one: set "
+                f"teacher.kind (it is {self.teacher.kind}), or finetune.initialization to random"
+            )
+        if kind not in ("patches", "hmm") and distilled:
             raise ValueError(
                 f"structure.kind {kind} has no teacher latents to distil from: "
                 "set finetune.initialization to random"
             )
-        if kind != "patches" and self.teacher.kind != "none":
+        if kind not in ("patches", "hmm") and has_teacher:
             raise ValueError(f"structure.kind {kind} uses no teacher: set teacher.kind to none")
-        if self.finetune.rule != "online_em" and self.parallel.zero_stage > 0:
+        if self.finetune.rule not in ("online_em", "growing_em") and self.parallel.zero_stage > 0:
             raise ValueError(
                 f"finetune.rule {self.finetune.rule} needs whole rows at its step, and ZeRO shards "
                 "cut them: set parallel.zero_stage to 0, or finetune.rule to online_em"

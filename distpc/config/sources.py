@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from distpc.config.urls import require_place
 
@@ -63,14 +63,55 @@ class ImageFolderSource(Section):
         return self
 
 
+class TokenizerConfig(Section):
+    """What a token of text is."""
+
+    kind: Literal["bytes", "characters", "bpe", "folder"] = "bytes"
+    """`bytes`: of UTF-8; `characters`: those that occur in the source; `bpe`: byte-pair encoding of
+    bytes, trained on the source; `folder`: a tokenizer.json that was made elsewhere."""
+    vocabulary_size: int = Field(default=8192, ge=257)
+    """Tokens of a trained byte-pair encoding (kind bpe)."""
+    folder: str | None = None
+    """Folder with tokenizer.json, such as that of a pretrained model (kind folder)."""
+    end_token: str | None = None
+    """Token of that vocabulary that ends documents (kind folder, with end_of_document); default: a
+    token of its own behind the others."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenizerConfig:
+        if (self.kind == "folder") != (self.folder is not None):
+            raise ValueError("tokenizer.folder goes with tokenizer.kind folder, and with no other")
+        if self.end_token is not None and self.kind != "folder":
+            raise ValueError("tokenizer.end_token goes with tokenizer.kind folder")
+        return self
+
+
 class TextSource(Section):
     """UTF-8 text: a file, several, or a folder of .txt files; one file is one document."""
 
     kind: Literal["text"]
     path: str
     """File or folder; a folder is searched recursively for *.txt."""
-    chunk_length_bytes: int = Field(default=32, ge=2)
-    """Documents are cut into chunks of this many bytes; a short last chunk is padded as missing."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """What a token is."""
+    chunk_length_tokens: int = Field(
+        default=32,
+        ge=2,
+        validation_alias=AliasChoices("chunk_length_tokens", "chunk_length_bytes"),
+    )
+    """Documents are cut into chunks of this many tokens (bytes, characters); a short last chunk is
+    padded as missing. `chunk_length_bytes` is another name of it."""
+    end_of_document: bool = False
+    """Whether every document ends in a token of its own, which distillation gives a state of its
+    own: the last of the structure's states."""
+
+
+class TokenSamplesSource(Section):
+    """Token sequences of one length: what `distpc sample-teacher` writes."""
+
+    kind: Literal["token_samples"]
+    path: str
+    """Folder with samples.json, tokenizer/ and samples-*.npy."""
 
 
 class ArraysSource(Section):
@@ -117,6 +158,7 @@ Source = Annotated[
     | IdxSource
     | ImageFolderSource
     | TextSource
+    | TokenSamplesSource
     | ArraysSource
     | ShardsSource
     | SizesSource,

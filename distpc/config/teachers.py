@@ -182,6 +182,10 @@ class TeacherConfig(Section):
     """What the feature of a token depends on (teachers of text that read context): the token and
     those before it, the token and those behind it (what the state of a hidden Markov model has to
     know), or all."""
+    state: Literal["token", "producing", "both"] = "token"
+    """Which feature stands for a token of text: its own, what the teacher knows once it has read
+    the token; that of the token in front, the state that produced it (with sees prefix); or both
+    side by side."""
     shuffle_samples: bool = False
     """The control of every kind: each sample is given the features of another one, so that they
     say nothing about it."""

@@ -11,21 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distpc.artifacts.files import read_json, write_json
+from distpc.artifacts.files import read_json, write_bytes, write_json
 from distpc.artifacts.manifest import MANIFEST
 from distpc.artifacts.place import Place
 from distpc.artifacts.stage import StageContext
 from distpc.config import RunConfig
 from distpc.config.sources import ShardsSource
 from distpc.data.spec import DATASET, DatasetSpec
+from distpc.data.tokenizers import CHARACTERS_FILE, DOCUMENTS, FOLDER, LIBRARY_FILE
 from distpc.errors import ConfigError, DataError
 
 NOTE = ".place.json"
 SUFFIX = ".tar"
+BESIDE = (f"{FOLDER}/{LIBRARY_FILE}", f"{FOLDER}/{CHARACTERS_FILE}", DOCUMENTS)
+"""What shards of text may have beside them."""
 
 
 def take_over(ctx: StageContext, source: ShardsSource) -> None:
-    """Write dataset.json and the note into `ctx.out`; the shards stay where they are.
+    """Write dataset.json, what text has beside it, and the note; the shards stay where they are.
 
     Raises:
         ConfigError: the colour space contradicts theirs.
@@ -37,6 +40,10 @@ def take_over(ctx: StageContext, source: ShardsSource) -> None:
     if counts := num_samples(source):
         facts["num_samples"] = counts
     spec.save(ctx.out)
+    place = Place.of(source.url)
+    for name in BESIDE:
+        if place.size(name) is not None:
+            write_bytes(ctx.out / name, place.read(name))
     ctx.metadata.update(facts, bad_samples=[], source={"shards": source.url})
     note_place(ctx.config, ctx.out)
 

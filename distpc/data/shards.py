@@ -20,13 +20,14 @@ from distpc.artifacts.files import atomic_path, fingerprint, read_json, write_js
 from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
 from distpc.config.schema import DataConfig, RunConfig
-from distpc.config.sources import ImageFolderSource, ShardsSource
+from distpc.config.sources import ImageFolderSource, ShardsSource, TextSource
 from distpc.data import existing
 from distpc.data.codec import SampleCodec
 from distpc.data.color import NUM_CATEGORIES
 from distpc.data.plan import seeded_permutation
 from distpc.data.sources import BadSampleError, Source, open_source
 from distpc.data.sources.image_folder import image_identity
+from distpc.data.sources.text import text_identity
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, DataError, ResourceError
 from distpc.parallel.progress import Progress
@@ -58,6 +59,7 @@ def run(ctx: StageContext) -> None:
         writer = ShardWriter(ctx.out, source, data.max_bad_samples)
         writer.write_all(positions, data.samples_per_shard)
         spec.save(ctx.out)
+        source.write_beside(ctx.out)
         ctx.metadata.update(
             dataset=spec.name,
             num_samples=writer.num_written,
@@ -82,6 +84,8 @@ def source_identity(config: RunConfig, folder: Path) -> dict[str, Any]:
             return existing.identity(config.data.source)
         if isinstance(config.data.source, ImageFolderSource):
             return image_identity(config.data.source)
+        if isinstance(config.data.source, TextSource):
+            return text_identity(config.data.source)
         with tempfile.TemporaryDirectory() as scratch:
             source = open_source(config.data.source, Path(scratch))
             try:

@@ -28,6 +28,9 @@ class DatasetSpec:
         columns: names of the columns of an array, else empty.
         color: colour space of the values as the loader gives them.
         has_missing: whether samples may miss values (MISSING in integer, NaN in real columns).
+        tokens: what the values of text are: bytes of UTF-8, characters, or tokens of a vocabulary.
+        tokenizer: digest of the tokenizer that made text's values; empty for bytes.
+        end_token: the value that ends a document; None where none does.
     """
 
     name: str
@@ -38,6 +41,9 @@ class DatasetSpec:
     columns: tuple[str, ...] = ()
     color: str = "as_is"
     has_missing: bool = False
+    tokens: Literal["bytes", "characters", "tokens"] = "bytes"
+    tokenizer: str = ""
+    end_token: int | None = None
 
     @property
     def is_discrete(self) -> bool:
@@ -46,8 +52,16 @@ class DatasetSpec:
 
     @property
     def unit(self) -> str:
-        """Prefix of the report's figure: bpd (per dimension) or bpc (per character)."""
-        return "bpc" if self.kind == "text" else "bpd"
+        """Of the report's figure: bpd (per dimension), bpc (character) or bpt (token)."""
+        if self.kind != "text":
+            return "bpd"
+        return "bpt" if self.tokens == "tokens" else "bpc"
+
+    @property
+    def counted(self) -> Literal["characters", "values"]:
+        """What a likelihood is divided by: characters of UTF-8 bytes, else the values there are."""
+        is_bytes = self.kind == "text" and self.tokens == "bytes"
+        return "characters" if is_bytes else "values"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from distpc.artifacts.files import write_json
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.data.index import ShardIndex
+from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
+from distpc.data.tokenizers import tokenizer_of
 from distpc.inference.inpaint import Completions, complete, completion_grid, first_samples
 from distpc.inference.likelihood import SplitFigures, measure
 from distpc.inference.masks import observed_mask
@@ -19,6 +22,7 @@ from distpc.inference.model import open_model
 from distpc.inference.pictures import save_png
 from distpc.inference.report import peak_memory_bytes
 from distpc.inference.sample import draw_samples, sample_grid, to_lines, write_values
+from distpc.inference.streaming import can_stream, measure_documents
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -61,6 +65,8 @@ def run(ctx: StageContext) -> None:
         **_headline(figures, spec),
         "splits": {split: value.to_json() for split, value in figures.items()},
     }
+    if spec.kind == "text":
+        result.update(_of_documents(ctx, circuit, index))
     with _open_tensorboard(ctx) as writer:
         for split, value in figures.items():
             writer.add_scalar(f"evaluate/{split}_{spec.unit}", value.bits, 0)
@@ -70,8 +76,34 @@ def run(ctx: StageContext) -> None:
     ctx.metadata.update(result, peak_memory_bytes=peak_memory_bytes())
 
 
+def _of_documents(ctx: StageContext, circuit: Circuit, index: ShardIndex) -> dict[str, Any]:
+    """Figures of the test split's whole documents, and bits per character of tokens."""
+    spec, shards = index.spec, ctx.input("shards").path
+    found: dict[str, Any] = {}
+    split = "test" if index.num_samples("test") else "valid"
+    if can_stream(circuit, shards):
+        streamed = measure_documents(circuit, index, shards, split)
+        found[f"{split}_{spec.unit}_documents"] = streamed["bits"]
+        found[f"{split}_documents"] = streamed["num_documents"]
+    if spec.tokens == "tokens":
+        tokenizer = tokenizer_of(spec, shards)
+        tokens = characters = 0
+        for batch in iterate_split(index, spec, split, ctx.config.evaluate.batch_size):
+            rows = [row[row >= 0] for row in batch]
+            tokens += sum(map(len, rows))
+            characters += sum(len(tokenizer.decode(_text(row, spec))) for row in rows)
+        found[f"{split}_characters_per_token"] = characters / max(tokens, 1)
+    return found
+
+
+def _text(row: np.ndarray, spec: DatasetSpec) -> list[int]:
+    """A chunk's tokens without the one that ends a document."""
+    kept: list[int] = row[row != spec.end_token].tolist()
+    return kept
+
+
 def _headline(figures: dict[str, SplitFigures], spec: DatasetSpec) -> dict[str, Any]:
-    """train_bpd and so on; for text also the perplexity of a character."""
+    """train_bpd and so on; for text also the perplexity of a character or token."""
     headline: dict[str, Any] = {
         f"{split}_{spec.unit}": figures[split].bits if split in figures else None
         for split in SPLITS
@@ -96,9 +128,12 @@ def _show(
     values = draw_samples(circuit, count, seed)
     if spec.image_shape is None:
         suffix = "txt" if spec.kind == "text" else "csv"
-        write_values(ctx.out / f"samples.{suffix}", values, spec)
-        if spec.kind == "text":
-            writer.add_text("evaluate/samples", "\n\n".join(to_lines(values)), 0)
+        is_text = spec.kind == "text"
+        tokenizer = tokenizer_of(spec, ctx.input("shards").path) if is_text else None
+        write_values(ctx.out / f"samples.{suffix}", values, spec, tokenizer)
+        if is_text:
+            lines = to_lines(values, tokenizer, spec.end_token)
+            writer.add_text("evaluate/samples", "\n\n".join(lines), 0)
         return
     grids = {"samples": sample_grid(values, spec)}
     completions = _completions(ctx, circuit, spec, index)

@@ -76,7 +76,7 @@ def measure(
             x = torch.as_tensor(batch)[: wanted - done]
             log_prob = circuit.log_prob(x, batch_size=batch_size)
             nats.append(log_prob.cpu().double().numpy())
-            counts.append(count_values(x, index.spec.kind).numpy())
+            counts.append(count_values(x, index.spec.counted).numpy())
             done += len(x)
             progress.advance(len(x))
             if done >= wanted:

@@ -29,6 +29,12 @@ KEYS = (
     "peak_memory_bytes",
     "versions",
 )
+OF_DOCUMENTS = tuple(
+    f"{split}_{name}"
+    for split in ("valid", "test")
+    for name in ("bpc_documents", "bpt_documents", "characters_per_token")
+)
+"""Figures that a text may have beside the others: of whole documents, with carried state."""
 LATENT_KEYS = ("num_clusters", "used", "usage_entropy_bits")
 STAGE_KEYS = ("seconds", "fingerprint", "skipped")
 
@@ -44,9 +50,9 @@ def build_report(
         stages: of every stage that applied, by name: seconds, fingerprint, skipped.
 
     Returns:
-        JSON values: config, dataset, seed, num_parameters, {train,valid,test}_bpd (text: _bpc,
-        and perplexity), teacher, latents (None where the run has no teacher), stages,
-        peak_memory_bytes, versions.
+        JSON values: config, dataset, seed, num_parameters, {train,valid,test}_bpd (text: _bpc
+        or _bpt, perplexity, and `OF_DOCUMENTS`), teacher, latents (None where the run has no
+        teacher), stages, peak_memory_bytes, versions.
 
     Raises:
         ArtifactError: a stage whose facts are needed has not run, or left a fact out.
@@ -64,6 +70,7 @@ def build_report(
         "seed": config.seed,
         "num_parameters": evaluation["num_parameters"],
         **{name: evaluation[name] for name in figures},
+        **{name: evaluation[name] for name in OF_DOCUMENTS if name in evaluation},
         "teacher": _teacher(run_dir, config, stages),
         "latents": _latents(run_dir, stages),
         "stages": {name: {key: stage[key] for key in STAGE_KEYS} for name, stage in stages.items()},

@@ -11,6 +11,7 @@ import numpy as np
 from distpc.artifacts.files import write_bytes
 from distpc.circuits.circuit import Circuit
 from distpc.data.spec import DatasetSpec
+from distpc.data.tokenizers import Bytes, Tokenizer, tokenizer_of
 from distpc.errors import EvidenceError
 from distpc.inference.evidence import column_name
 from distpc.inference.model import open_model
@@ -29,17 +30,38 @@ def sample_grid(values: np.ndarray, spec: DatasetSpec) -> np.ndarray:
     return tile(to_pictures(values, spec), columns=max(1, math.ceil(math.sqrt(len(values)))))
 
 
-def to_lines(values: np.ndarray) -> list[str]:
-    """Texts of (n, V) byte values, a line each: control characters escaped, bad UTF-8 marked."""
-    texts = (bytes(int(v) for v in row if v >= 0).decode(errors="replace") for row in values)
+def to_lines(
+    values: np.ndarray, tokenizer: Tokenizer | None = None, end_token: int | None = None
+) -> list[str]:
+    """Texts of (n, V) tokens, a line each: control characters escaped, bad UTF-8 marked.
+
+    Args:
+        values: -1 where missing.
+        tokenizer: of the tokens; default: bytes.
+        end_token: the token that ends a document, and with it the line.
+    """
+    decode = (tokenizer or Bytes()).decode
+    texts = (decode(_before(row[row >= 0].tolist(), end_token)) for row in values)
     return [
         "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         for text in texts
     ]
 
 
-def write_values(path: Path, values: np.ndarray, spec: DatasetSpec) -> None:
+def _before(tokens: list[int], end_token: int | None) -> list[int]:
+    return tokens[: tokens.index(end_token)] if end_token in tokens else tokens
+
+
+def write_values(
+    path: Path, values: np.ndarray, spec: DatasetSpec, tokenizer: Tokenizer | None = None
+) -> None:
     """Write (n, V) values in the form that the path's suffix names: .png, .txt, .csv or .npy.
+
+    Args:
+        path: of the output.
+        values: of samples.
+        spec: of their data set.
+        tokenizer: of text; default: bytes.
 
     Raises:
         EvidenceError: another suffix, .png of data that are no images, .txt of data that are no
@@ -53,7 +75,7 @@ def write_values(path: Path, values: np.ndarray, spec: DatasetSpec) -> None:
         header = [column_name(spec, column) for column in range(spec.num_variables)]
         write_csv(path, header, _cells(values, spec))
     elif path.suffix == ".txt" and spec.kind == "text":
-        write_lines(path, to_lines(values))
+        write_lines(path, to_lines(values, tokenizer, spec.end_token))
     else:
         raise EvidenceError(
             "the output's suffix does not fit the model's data",
@@ -91,5 +113,6 @@ def sample_command(model_dir: Path, n: int, seed: int, out: Path) -> Path:
     if n < 1:
         raise EvidenceError("too few samples are asked for", found=n, expected="at least 1")
     circuit, spec = open_model(Path(model_dir))
-    write_values(Path(out), draw_samples(circuit, n, seed), spec)
+    tokenizer = tokenizer_of(spec, Path(model_dir)) if Path(out).suffix == ".txt" else None
+    write_values(Path(out), draw_samples(circuit, n, seed), spec, tokenizer)
     return Path(out)

@@ -15,7 +15,8 @@ from distpc.artifacts.files import write_json
 from distpc.artifacts.stage import StageContext
 from distpc.data.index import ShardEntry, ShardIndex
 from distpc.errors import LatentError
-from distpc.latents.assigners import Codebook
+from distpc.latents.assigners import Assignment
+from distpc.latents.codebook import read_codebook
 from distpc.latents.extract import (
     SPLIT,
     bad_of_finished,
@@ -31,7 +32,6 @@ from distpc.latents.store import (
     FORMAT_VERSION,
     feature_shards,
     load_latents,
-    read_centroids,
     read_shard,
     read_tensors,
     shard_path,
@@ -49,11 +49,11 @@ def run(ctx: StageContext) -> None:
         LatentError: centroids and features do not belong together, or the codebook collapsed.
         ResourceError: the cluster is too small, or keeps losing workers.
     """
-    codebook = _codebook(ctx)
+    assignment = _assignment(ctx)
     if ctx.config.latents.keep_features:
-        names, facts = _of_stored(ctx, codebook)
+        names, facts = _of_stored(ctx, assignment)
     else:
-        names, facts = _of_data(ctx, codebook)
+        names, facts = _of_data(ctx, assignment)
     report = _report(ctx, names)
     write_json(
         ctx.out / "report.json",
@@ -75,37 +75,38 @@ def run(ctx: StageContext) -> None:
     )
 
 
-def _codebook(ctx: StageContext) -> Codebook:
+def _assignment(ctx: StageContext) -> Assignment:
     """Centroids that are known to belong to the features."""
     features, path = ctx.input("features"), ctx.input("fit").path / CENTROIDS
     first = shard_path(features.path, feature_shards(features)[0])
-    width = int(read_shard(first, "features", fingerprint=features.fingerprint).rows.shape[-1])
-    read_centroids(path, features=features.fingerprint, width=width)
-    return Codebook(
+    rows = read_shard(first, "features", fingerprint=features.fingerprint).rows
+    shape = int(rows.shape[1]), int(rows.shape[2])
+    read_codebook(path, features=features.fingerprint, shape=shape)
+    return Assignment(
         path=str(path),
         features=features.fingerprint,
-        width=width,
+        shape=shape,
         out=str(ctx.out),
         fingerprint=ctx.fingerprint,
         device="cuda" if ctx.config.parallel.gpus_per_worker > 0 else "cpu",
     )
 
 
-def _of_stored(ctx: StageContext, codebook: Codebook) -> tuple[list[str], dict[str, Any]]:
+def _of_stored(ctx: StageContext, assignment: Assignment) -> tuple[list[str], dict[str, Any]]:
     """Latents of all shards of features; their names, and facts for the metadata."""
     features = ctx.input("features")
     names = feature_shards(features)
     missing = [name for name in names if not _is_whole(shard_path(ctx.out, name), ctx)]
     seconds = 0.0
     if missing:
-        kwargs = {"features": str(features.path), "codebook": codebook}
+        kwargs = {"features": str(features.path), "assignment": assignment}
         with Cluster.connect(ctx.config.parallel) as cluster:
             for _, spent in cluster.map(WORKER, kwargs, missing, label="assign"):
                 seconds += spent
     return names, {"seconds": round(seconds, 3)}
 
 
-def _of_data(ctx: StageContext, codebook: Codebook) -> tuple[list[str], dict[str, Any]]:
+def _of_data(ctx: StageContext, assignment: Assignment) -> tuple[list[str], dict[str, Any]]:
     """Latents of all shards of data; their names, and facts for the metadata."""
     index = ShardIndex.load(ctx.input("index").path)
     entries = first_shards(index.shards(SPLIT), ctx.config.latents.max_samples)
@@ -113,7 +114,7 @@ def _of_data(ctx: StageContext, codebook: Codebook) -> tuple[list[str], dict[str
     kept = [entry for entry in entries if entry not in missing]
     bad = bad_of_finished(ctx, kept, "latents")
     spent = encode_shards(
-        ctx, FUSED_WORKER, settings(ctx), missing, bad, "assign_data", codebook=codebook
+        ctx, FUSED_WORKER, settings(ctx), missing, bad, "assign_data", assignment=assignment
     )
     return [entry.name for entry in entries], {
         "bad_samples": dict(sorted(bad.reasons.items())),

@@ -13,23 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from distpc.errors import LatentError
+from distpc.latents.codebook import Codebook, read_codebook
 from distpc.latents.encode import Encoder, EncoderSettings
-from distpc.latents.kmeans import assign_points
-from distpc.latents.store import read_centroids, read_shard, shard_path, write_shard
+from distpc.latents.store import read_shard, shard_path, write_shard
 
 
 @dataclass(frozen=True)
-class Codebook:
-    """The centroids that latents are indices of, and where latents go.
+class Assignment:
+    """The codebook that latents are indices into, and where latents go.
 
     Attributes:
         path: file of the fit stage.
         features: fingerprint of the features stage that the centroids were fitted to.
-        width: D.
+        shape: (Z, D) of those features.
         out: folder for latent shards.
         fingerprint: that they get.
         device: where distances are computed, `cpu` or `cuda`.
@@ -37,23 +36,23 @@ class Codebook:
 
     path: str
     features: str
-    width: int
+    shape: tuple[int, int]
     out: str
     fingerprint: str
     device: str
 
-    def read(self) -> Tensor:
-        """(K, D) float32 on the device.
+    def read(self) -> Codebook:
+        """The codebook, on the device.
 
         Raises:
-            LatentError: they were fitted to other features.
+            LatentError: it was fitted to other features.
         """
-        centroids = read_centroids(Path(self.path), features=self.features, width=self.width)
-        return centroids.to(self.device)
+        codebook = read_codebook(Path(self.path), features=self.features, shape=self.shape)
+        return codebook.to(self.device)
 
     def write_latents(
         self,
-        centroids: Tensor,
+        codebook: Codebook,
         name: str,
         features: Tensor,
         keys: Sequence[str],
@@ -65,28 +64,27 @@ class Codebook:
             LatentError: the features have another width, or are not finite.
         """
         path = shard_path(Path(self.out), name)
-        if features.ndim != 3 or features.shape[2] != len(centroids[0]):
+        if tuple(features.shape[1:]) != self.shape:
             raise LatentError(
                 "the features have another width than the centroids",
                 where=path,
                 found=f"features of shape {tuple(features.shape)}",
-                expected=f"(samples, latents, {len(centroids[0])})",
+                expected=f"(samples, {self.shape[0]}, {self.shape[1]})",
                 fix="run the features and fit stages again for this teacher",
             )
-        labels, distances = assign_points(features.flatten(0, 1), centroids)
+        latents, distances = codebook.assign(features)
         inertia = float(distances.double().sum())
         if not np.isfinite(inertia):
             raise LatentError("features are not finite", where=path, found=f"inertia {inertia}")
         noted = {
             "fingerprint": self.fingerprint,
             "features": self.features,
-            "num_clusters": len(centroids),
+            "num_clusters": codebook.num_clusters,
             "inertia": inertia,
             "grid": notes.get("grid"),
             "bad": notes.get("bad", {}),
         }
-        rows = labels.to(torch.int32).reshape(features.shape[:2])
-        write_shard(path, "latents", rows, keys, noted)
+        write_shard(path, "latents", latents, keys, noted)
 
 
 class Assigner:
@@ -94,20 +92,20 @@ class Assigner:
 
     Args:
         features: folder of the features stage.
-        codebook: what latents are indices of.
+        assignment: what latents are indices of.
     """
 
-    def __init__(self, features: str, codebook: Codebook) -> None:
+    def __init__(self, features: str, assignment: Assignment) -> None:
         self._features = Path(features)
-        self._codebook = codebook
-        self._centroids = codebook.read()
+        self._assignment = assignment
+        self._codebook = assignment.read()
 
     def __call__(self, name: str) -> float:
         """Write the latents of shard `name`; returns the seconds that took."""
         began = time.monotonic()
         path = shard_path(self._features, name)
-        shard = read_shard(path, "features", fingerprint=self._codebook.features)
-        self._codebook.write_latents(self._centroids, name, shard.rows, shard.keys, shard.metadata)
+        shard = read_shard(path, "features", fingerprint=self._assignment.features)
+        self._assignment.write_latents(self._codebook, name, shard.rows, shard.keys, shard.metadata)
         return time.monotonic() - began
 
 
@@ -118,13 +116,13 @@ class FusedAssigner(Encoder):
     latents are the same.
     """
 
-    def __init__(self, settings: EncoderSettings, codebook: Codebook) -> None:
+    def __init__(self, settings: EncoderSettings, assignment: Assignment) -> None:
         super().__init__(settings)
-        self._codebook = codebook
-        self._centroids = codebook.read()
+        self._assignment = assignment
+        self._codebook = assignment.read()
 
     def write(
         self, name: str, features: Tensor, keys: Sequence[str], notes: dict[str, Any]
     ) -> None:
         """A latent shard."""
-        self._codebook.write_latents(self._centroids, name, features, keys, notes)
+        self._assignment.write_latents(self._codebook, name, features, keys, notes)

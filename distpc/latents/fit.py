@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from distpc.artifacts.files import write_json
 from distpc.artifacts.stage import StageContext
-from distpc.latents.holder import ShardFacts
+from distpc.config.schema import LatentsConfig
+from distpc.errors import LatentError
+from distpc.latents.codebook import Codebook, write_codebook
+from distpc.latents.holder import ShardFacts, View
 from distpc.latents.kmeans import grid_bits
-from distpc.latents.lloyd import FitState, Lloyd, check_distinct
+from distpc.latents.lloyd import Lloyd
+from distpc.latents.principal import Projection, fit_projection
+from distpc.latents.questions import Holders
+from distpc.latents.round_log import RoundLog
 from distpc.latents.seeding import (
     PLUS_PLUS_POINTS_PER_CLUSTER,
     RANDOM_POINTS_PER_CLUSTER,
     SCALABLE_POINTS_PER_CLUSTER,
 )
-from distpc.latents.store import FORMAT_VERSION, feature_shards, write_centroids
+from distpc.latents.state import FitState
+from distpc.latents.store import FORMAT_VERSION, feature_shards
 from distpc.parallel.cluster import Cluster
-from distpc.parallel.progress import Progress
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 WORKER = "distpc.latents.holder:FeatureHolder"
 CENTROIDS = "centroids.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 _GROUPS_PER_WORKER = 4
-"""Groups of shards whose sums a worker makes in a round: enough to share them out evenly."""
+"""Groups of shards that a worker is asked about in a round: enough to share them out evenly."""
+_MANY_CLUSTERS = 16_384
+"""From here on the sums of a group are so large that there is one a worker."""
+_VIEWS_AT_ONCE = 64
+"""Shards whose different points are counted at once: most often the first few are enough."""
 
 
 def run(ctx: StageContext) -> None:
@@ -43,14 +52,42 @@ def run(ctx: StageContext) -> None:
     features = ctx.input("features")
     names = feature_shards(features)
     config = ctx.config.latents
-    state = FitState.load(ctx.out / CHECKPOINT, ctx.fingerprint)
     with Cluster.connect(ctx.config.parallel) as cluster:
-        kwargs = {
-            "folder": str(features.path),
-            "fingerprint": features.fingerprint,
-            "device": "cuda" if ctx.config.parallel.gpus_per_worker > 0 else "cpu",
-        }
-        pool = cluster.pool(WORKER, kwargs)
+        projection = None
+        if config.projection != "none":
+            with holders_of(cluster, ctx) as holders:
+                projection = principal_directions(holders, names, config, features.path)
+        with holders_of(cluster, ctx, projection) as holders:
+            facts = holders.each("describe", names)
+            positions: list[int | None] = [None]
+            if config.codebook == "per_position":
+                positions = list(range(_num_positions(facts, features.path)))
+            states = []
+            for position in positions:
+                views = [View(name, position) for name in names]
+                check_distinct(holders, views, config.num_clusters, features.path)
+                states.append(_cluster(ctx, holders, views, facts))
+    _write(ctx, states, facts, projection)
+    for position in positions:
+        (ctx.out / _checkpoint(position)).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def holders_of(
+    cluster: Cluster, ctx: StageContext, projection: Projection | None = None
+) -> Iterator[Holders]:
+    """Workers that hold the shards of the features stage; they end with the block."""
+    features = ctx.input("features")
+    kwargs = {
+        "folder": str(features.path),
+        "fingerprint": features.fingerprint,
+        "device": "cuda" if ctx.config.parallel.gpus_per_worker > 0 else "cpu",
+        "in_memory": ctx.config.latents.feature_memory == "held",
+        "projection": None
+        if projection is None
+        else (projection.mean.numpy(), projection.basis.numpy()),
+    }
+    with contextlib.closing(cluster.pool(WORKER, kwargs)) as pool:
 
         def ask(method: str, items: Sequence[Any]) -> list[Any]:
             answers = dict(pool.map(items, method=method))
@@ -60,121 +97,163 @@ def run(ctx: StageContext) -> None:
             answers = dict(pool.map(items, method=method, hold=True))
             return [answers[position] for position in range(len(items))]
 
-        try:
-            facts = ask("describe", [(name, config.num_clusters) for name in names])
-            check_distinct([fact.distinct for fact in facts], config.num_clusters, features.path)
-            with RoundLog(ctx, state) as log:
-                job = Lloyd(
-                    ask,
-                    hold,
-                    names,
-                    [fact.points for fact in facts],
-                    grid_bits(sum(f.points for f in facts), max(f.largest for f in facts)),
-                    min(len(names), _GROUPS_PER_WORKER * ctx.config.parallel.num_workers),
-                    config,
-                    ctx.config.seed,
-                    put=cluster.put,
-                    keep=lambda state: state.save(ctx.out / CHECKPOINT, ctx.fingerprint),
-                    log=log,
-                )
-                job.run(state)
-        finally:
-            pool.close()
-    _write(ctx, state, facts)
-    (ctx.out / CHECKPOINT).unlink(missing_ok=True)
+        few = ctx.config.latents.num_clusters < _MANY_CLUSTERS
+        groups = ctx.config.parallel.num_workers * (_GROUPS_PER_WORKER if few else 1)
+        yield Holders(ask, hold, cluster.put, groups)
 
 
-class RoundLog:
-    """Shows every round: a progress line, and a TensorBoard curve for each restart.
+def principal_directions(
+    holders: Holders, names: Sequence[str], config: LatentsConfig, where: Path
+) -> Projection:
+    """The map that features go through before they are clustered.
 
-    Args:
-        ctx: of the stage.
-        state: of the fit; rounds of a killed attempt are written again, so no curve has holes.
+    Raises:
+        LatentError: features do not vary, or in fewer directions than asked for.
     """
-
-    def __init__(self, ctx: StageContext, state: FitState) -> None:
-        self._folder = ctx.tensorboard / "fit"
-        self._state = state
-        self._writers: dict[int, SummaryWriter] = {}
-        config = ctx.config.latents
-        total = config.num_restarts * (config.num_rounds + 1)
-        self._progress = Progress("k-means", total, "rounds")
-        if not state.inertia:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> RoundLog:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        for writer in self._writers.values():
-            writer.close()
-        self._progress.close()
-
-    def __call__(self, restart: int, number: int, inertia: float) -> None:
-        """Note the inertia of round `number` of a restart."""
-        writer = self._writers.get(restart)
-        if writer is None:
-            writer = self._writers[restart] = self._open(restart)
-        writer.add_scalar("latents/inertia", inertia, number)
-        self._progress.advance(1, restart=restart, inertia=inertia)
-
-    def _open(self, restart: int) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = self._folder / f"restart-{restart}"
-        shutil.rmtree(folder, ignore_errors=True)
-        writer = SummaryWriter(folder, flush_secs=10)
-        for number, inertia in enumerate(self._state.inertia[restart][:-1]):
-            writer.add_scalar("latents/inertia", inertia, number)
-        return writer
+    # Not finite features are named by their samples there.
+    holders.each("describe", names)
+    _, moments = holders.sum_in_order("moments", names)
+    whiten = config.projection == "whiten"
+    return fit_projection(moments, config.projection_width, whiten, where)
 
 
-def _write(ctx: StageContext, state: FitState, facts: Sequence[ShardFacts]) -> None:
-    if state.best is None:
-        raise ValueError("no restart has finished")
+def check_distinct(holders: Holders, views: Sequence[View], num_clusters: int, where: Path) -> None:
+    """Refuse points too alike to be clustered.
+
+    Raises:
+        LatentError: fewer different points than clusters.
+    """
+    found = np.zeros(0, dtype=np.uint64)
+    for start in range(0, len(views), _VIEWS_AT_ONCE):
+        items = [(view, num_clusters) for view in views[start : start + _VIEWS_AT_ONCE]]
+        found = np.unique(np.concatenate([found, *holders.each("distinct", items)]))
+        if len(found) >= num_clusters:
+            return
+    place = "" if views[0].position is None else f" of position {views[0].position}"
+    raise LatentError(
+        f"there are fewer different features{place} than clusters",
+        where=where,
+        found=f"{len(found)} different feature vectors",
+        expected=f"at least latents.num_clusters = {num_clusters}",
+        fix="set fewer latents.num_clusters, raise latents.max_samples, or look at the teacher:"
+        " one that gives every patch the same features has not learnt to tell them apart",
+    )
+
+
+def _cluster(
+    ctx: StageContext, holders: Holders, views: Sequence[View], facts: Sequence[ShardFacts]
+) -> FitState:
+    """One codebook, from where a killed attempt left it."""
+    path = ctx.out / _checkpoint(views[0].position)
+    state = FitState.load(path, ctx.fingerprint)
+    with RoundLog(ctx, state, views[0].position) as log:
+        job = make_job(ctx, holders, views, facts)
+        job = replace(job, keep=lambda state: state.save(path, ctx.fingerprint), log=log)
+        return job.run(state)
+
+
+def make_job(
+    ctx: StageContext, holders: Holders, views: Sequence[View], facts: Sequence[ShardFacts]
+) -> Lloyd:
+    """The clustering of `views`, all of one position or of all; `facts` are of their shards."""
+    config = ctx.config.latents
+    position = views[0].position
+    sizes = [fact.points if position is None else fact.samples for fact in facts]
+    return Lloyd(
+        holders,
+        views,
+        sizes,
+        grid_bits(sum(sizes), max(fact.largest for fact in facts)),
+        config,
+        ctx.config.seed + (position or 0),
+    )
+
+
+def _checkpoint(position: int | None) -> str:
+    if position is None:
+        return CHECKPOINT
+    return CHECKPOINT.replace(".", f"-{position:04d}.", 1)
+
+
+def _num_positions(facts: Sequence[ShardFacts], where: Path) -> int:
+    found = {fact.positions for fact in facts}
+    if len(found) != 1:
+        raise LatentError(
+            "shards have features of different numbers of positions",
+            where=where,
+            found=sorted(found),
+            expected="one number of latents a sample, where latents.codebook is per_position",
+        )
+    return found.pop()
+
+
+def _write(
+    ctx: StageContext,
+    states: Sequence[FitState],
+    facts: Sequence[ShardFacts],
+    projection: Projection | None,
+) -> None:
     features = ctx.input("features")
     config = ctx.config.latents
+    codebook = _codebook(states, projection, config.codebook == "per_position")
     points = sum(fact.points for fact in facts)
     mean = np.sum([fact.sums for fact in facts], axis=0) / points
     variance = sum(fact.squares for fact in facts) / points - float(mean @ mean)
-    inertia = state.inertia[state.best_restart][-1]
+    inertia = sum(state.inertia[state.best_restart][-1] for state in states)
     per_cluster = {
         "k-means||": SCALABLE_POINTS_PER_CLUSTER,
         "k-means++": PLUS_PLUS_POINTS_PER_CLUSTER,
         "random": RANDOM_POINTS_PER_CLUSTER,
     }
+    seeded_from = per_cluster[config.init] * config.num_clusters * len(states)
     summary = {
         "num_clusters": config.num_clusters,
-        "feature_width": int(state.best.shape[1]),
+        "num_codebooks": len(states),
+        "feature_width": int(codebook.centroids.shape[-1]),
         "samples_used": sum(fact.samples for fact in facts),
         "points_used": points,
-        "points_seeded_from": min(points, per_cluster[config.init] * config.num_clusters),
+        "points_seeded_from": min(points, seeded_from),
         "inertia": inertia,
         "mean_squared_distance": inertia / points,
         "feature_variance": variance,
-        "best_restart": state.best_restart,
         "features": features.fingerprint,
     }
-    restarts = [
-        {"inertia": inertia, "refilled": refilled}
-        for inertia, refilled in zip(state.inertia, state.refilled, strict=True)
-    ]
-    write_centroids(
-        ctx.out / CENTROIDS,
-        state.best,
-        {"fingerprint": ctx.fingerprint, "features": features.fingerprint},
-    )
+    marks = {"fingerprint": ctx.fingerprint, "features": features.fingerprint}
+    write_codebook(ctx.out / CENTROIDS, codebook, marks)
+    histories = [_history(state) for state in states]
     write_json(
         ctx.out / "fit.json",
         {
             "format_version": FORMAT_VERSION,
             **summary,
+            "algorithm": config.algorithm,
             "init": config.init,
-            "seconds": round(state.seconds, 3),
-            "restarts": restarts,
+            "balanced": config.balanced,
+            "projection": config.projection,
+            "seconds": round(sum(state.seconds for state in states), 3),
+            **(histories[0] if config.codebook == "shared" else {"positions": histories}),
         },
     )
     ctx.metadata.update(summary)
+
+
+def _codebook(
+    states: Sequence[FitState], projection: Projection | None, per_position: bool
+) -> Codebook:
+    centroids = [state.best for state in states if state.best is not None]
+    if len(centroids) < len(states):
+        raise ValueError("no restart has finished")
+    return Codebook(torch.stack(centroids) if per_position else centroids[0], projection)
+
+
+def _history(state: FitState) -> dict[str, Any]:
+    return {
+        "best_restart": state.best_restart,
+        "restarts": [
+            {"inertia": inertia, "refilled": refilled}
+            for inertia, refilled in zip(state.inertia, state.refilled, strict=True)
+        ],
+    }
 
 
 def read_fit(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The Ray worker of k-means: holds feature shards and answers with a few rows and counts.
 
-Legend: P points (patches) of a shard, D feature width, K clusters, M candidates.
+What would be large together (sums, weights, entries of all shards) comes as the second of a pair:
+it stays where it was made, and `add` puts two of them together. Legend: P points of a shard or a
+draw of it, D feature width, K clusters, M candidates.
 """
 
 from __future__ import annotations
@@ -8,28 +10,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distpc.errors import LatentError
-from distpc.latents.kmeans import (
-    Totals,
-    assign_points,
-    distinct_points,
-    farthest,
-    totals_of,
-)
+from distpc.latents.entries import Entries
+from distpc.latents.kmeans import Totals, distinct_hashes, farthest, squares_of, totals_of
+from distpc.latents.nearest import assign_points
+from distpc.latents.principal import Moments, Projection, moments_of
 from distpc.latents.seeding import draw_points, generator, race
-from distpc.latents.store import read_shard, shard_path
+from distpc.latents.store import StoredShard, read_shard, shard_path
 
 Seed = tuple[int, ...]
-Round = tuple[int, int]
-"""Restart and number of a round."""
 
 _READ_ROWS = 8192
+_MOST_KEYS_NAMED = 5
+
+
+class View(NamedTuple):
+    """Points of one shard: of all its positions, or of one."""
+
+    shard: str
+    position: int | None = None
+
+
+class Draw(NamedTuple):
+    """A seeded draw of a view's points."""
+
+    view: View
+    size: int
+    seed: Seed
 
 
 @dataclass(frozen=True)
@@ -38,19 +51,29 @@ class ShardFacts:
 
     Attributes:
         samples: N samples in it.
+        positions: Z latents of a sample.
+        points: P, of all positions.
         sums: (D,) float64, sum of its points.
         squares: sum of its points' squared lengths.
-        points: P.
         largest: largest absolute value in them.
-        distinct: (n, D) float32 different points, all of them if n is below the limit asked for.
     """
 
     samples: int
+    positions: int
     points: int
     sums: np.ndarray
     squares: float
     largest: float
-    distinct: np.ndarray
+
+
+@dataclass
+class _Nearest:
+    """How far a draw's points are from the candidates so far, of which `chunks` are known."""
+
+    seed: Seed
+    chunks: tuple[int, ...]
+    distances: Tensor
+    labels: Tensor
 
 
 class FeatureHolder:
@@ -60,19 +83,37 @@ class FeatureHolder:
         folder: of the features stage.
         fingerprint: of the features stage.
         device: where distances are computed, `cpu` or `cuda`.
+        in_memory: keep a copy of the shards' float16 features instead of mapping their files.
+        projection: mean (F,) and basis (F, D) that features of F columns go through first; what
+            comes out is kept in float16.
     """
 
-    def __init__(self, folder: str, fingerprint: str, device: str) -> None:
+    def __init__(
+        self,
+        folder: str,
+        fingerprint: str,
+        device: str,
+        in_memory: bool = False,
+        projection: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
         self._folder = Path(folder)
         self._fingerprint = fingerprint
         self._device = torch.device(device)
+        self._in_memory = in_memory
+        self._projection: Projection | None = None
+        if projection is not None:
+            mean, basis = projection
+            self._projection = Projection(self._to_device(mean), self._to_device(basis))
         self._shards: dict[str, Tensor] = {}
-        # Squared distances of the last round, for who asks for far points next.
-        self._distances: dict[str, tuple[Round, Tensor]] = {}
+        self._squares: dict[View, float] = {}
+        self._nearest: dict[View, _Nearest] = {}
 
-    def describe(self, item: tuple[str, int]) -> ShardFacts:
-        """Sizes, moments and up to `limit` different points of shard `name`."""
-        name, limit = item
+    def describe(self, name: str) -> ShardFacts:
+        """Sizes and moments of shard `name`.
+
+        Raises:
+            LatentError: its features are not finite; names the samples.
+        """
         rows = self._rows(name)
         points = rows.flatten(0, 1)
         sums = torch.zeros(points.shape[1], dtype=torch.float64)
@@ -81,89 +122,180 @@ class FeatureHolder:
             exact = block.double()
             sums += exact.sum(0)
             squares += float(exact.square().sum())
-            largest = max(largest, float(exact.abs().max()))
+            largest = max(largest, float(exact.abs().max()) if len(exact) else 0.0)
         if not np.isfinite(squares):
-            raise LatentError(
-                "features are not finite",
-                where=shard_path(self._folder, name),
-                fix="run the features stage again; it names the samples",
-            )
-        distinct = distinct_points(points, limit)
-        return ShardFacts(len(rows), len(points), sums.numpy(), squares, largest, distinct)
+            raise _not_finite(self._read(name), rows)
+        return ShardFacts(len(rows), rows.shape[1], len(points), sums.numpy(), squares, largest)
 
-    def draw(self, item: tuple[str, int, Seed]) -> np.ndarray:
-        """(count, D) float32 points of shard `name`, drawn by `seed`."""
-        name, count, seed = item
-        return draw_points(self._points(name), count, generator(*seed)).numpy()
+    def moments(self, name: str) -> tuple[None, Moments]:
+        """First and second moments of the shard's points, held."""
+        return None, moments_of(self._rows(name).flatten(0, 1))
+
+    def distinct(self, item: tuple[View, int]) -> np.ndarray:
+        """Hashes of up to `limit` different points of a view."""
+        view, limit = item
+        return distinct_hashes(self._points(view), limit)
+
+    def take(self, item: tuple[Draw | View, np.ndarray]) -> np.ndarray | None:
+        """(n, D) float32, the rows (n,) of a view or of a draw from it; None for no rows."""
+        source, rows = item
+        if not len(rows):
+            return None
+        return self._taken(source)[torch.from_numpy(np.array(rows))].float().numpy()
+
+    def draw(self, item: Draw) -> np.ndarray:
+        """(size, D) float32 points."""
+        return self._taken(item).float().numpy()
 
     def race(
-        self, item: tuple[str, int, Seed, Seed, np.ndarray, int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """A shard's entries in an oversampling round, among the points drawn by `draw_seed`."""
-        name, drawn, draw_seed, race_seed, candidates, count = item
-        points = draw_points(self._points(name), drawn, generator(*draw_seed))
-        return race(points, self._to_device(candidates), count, generator(*race_seed))
+        self, item: tuple[Draw, int, Seed, np.ndarray, Sequence[int], int]
+    ) -> tuple[None, Entries]:
+        """A shard's entries in an oversampling round, held.
 
-    def weigh(self, item: tuple[str, int, Seed, np.ndarray]) -> np.ndarray:
-        """(M,) how many of the shard's drawn points are nearest to each candidate."""
-        name, drawn, draw_seed, candidates = item
-        points = draw_points(self._points(name), drawn, generator(*draw_seed))
-        labels, _ = assign_points(points, self._to_device(candidates))
-        return np.bincount(labels.numpy(), minlength=len(candidates))
-
-    def totals(self, item: tuple[Sequence[str], Round, np.ndarray, int]) -> tuple[Any, Totals]:
-        """What the shards `names` contribute to a Lloyd round with (K, D) float32 centroids.
-
-        Returns:
-            the inertia of each shard, for the driver; and the contribution, which is held.
+        The item: the points that run, the shard's position, its seed for this round, the (M, D)
+        candidates so far, where each earlier round's candidates end, and how many win.
         """
-        names, number, centroids, bits = item
-        on_device = self._to_device(centroids)
-        total: Totals | None = None
-        inertia = []
-        for name in names:
-            part, distances = totals_of(self._points(name), on_device, bits)
-            self._distances[name] = number, distances
-            inertia.append(float(distances.double().sum()))
-            total = part if total is None else total + part
-        assert total is not None
-        return inertia, total
+        draw, shard, seed, candidates, ends, count = item
+        near = self._near(draw, candidates, ends)
+        times = race(near.distances.numpy(), generator(*seed))
+        rows = np.flatnonzero(np.isfinite(times))
+        return None, Entries.of(shard, times[rows], rows, count)
 
-    def add(self, item: tuple[Totals, Totals]) -> tuple[None, Totals]:
-        """The contribution of two groups of shards, held."""
+    def weigh(self, item: tuple[Draw, np.ndarray, Sequence[int]]) -> tuple[None, np.ndarray]:
+        """(M,) how many of the drawn points are nearest to each candidate, held."""
+        draw, candidates, ends = item
+        labels = self._near(draw, candidates, ends).labels
+        del self._nearest[draw.view]
+        return None, np.bincount(labels.numpy(), minlength=len(candidates))
+
+    def totals(self, item: tuple[Draw | View, np.ndarray, int]) -> tuple[float, Totals]:
+        """What points contribute to a Lloyd round: the sum of their squared lengths, for the
+        driver; and their sums by cluster, which are held."""
+        source, centroids, bits = item
+        total = totals_of(self._taken(source), self._to_device(centroids), bits)
+        return self._squares_of(source), total
+
+    def each(self, item: tuple[str, Sequence[Any]]) -> list[Any]:
+        """The answers to one question about several shards."""
+        question, items = item
+        return [getattr(self, question)(part) for part in items]
+
+    def sum_each(self, item: tuple[str, Sequence[Any]]) -> tuple[list[Any], Any]:
+        """The first answers to one question about several shards, and the sum of the second."""
+        question, items = item
+        notes, total = [], None
+        for part in items:
+            note, held = getattr(self, question)(part)
+            notes.append(note)
+            total = held if total is None else total + held
+        return notes, total
+
+    def add(self, item: tuple[Any, Any]) -> tuple[None, Any]:
+        """Two things that were held, put together."""
         first, second = item
         return None, first + second
 
-    def means(self, item: tuple[Totals, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(K,) counts and (K, D) float32 means of all shards' contribution."""
+    def show(self, item: Any) -> Any:
+        """Something that was held, for the driver."""
+        return item
+
+    def means(self, item: tuple[Totals, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
+        """Of all shards' contribution: (K,) counts, (K, D) float32 means, and the inertia less the
+        points' squared lengths."""
         total, centroids = item
-        return total.counts, total.means(centroids)
+        return total.counts, total.means(centroids), total.reduction(centroids)
 
-    def farthest(self, item: tuple[str, Round, np.ndarray, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Up to `count` points of a shard farthest from these centroids, those of the round."""
-        name, number, centroids, count = item
-        known, distances = self._distances.get(name, (None, None))
-        if distances is None or known != number:
-            _, distances = assign_points(self._points(name), self._to_device(centroids))
-        return farthest(self._points(name), distances, count)
+    def labels(self, item: tuple[Draw, np.ndarray]) -> np.ndarray:
+        """(size,) int32, the nearest of (K, D) centroids to each drawn point."""
+        draw, centroids = item
+        labels, _ = assign_points(self._taken(draw), self._to_device(centroids))
+        return labels.int().numpy()
 
-    def _points(self, name: str) -> Tensor:
-        return self._rows(name).flatten(0, 1)
+    def farthest(self, item: tuple[Draw, int, np.ndarray, int]) -> tuple[None, Entries]:
+        """Up to `count` drawn rows farthest from these centroids, held."""
+        draw, shard, centroids, count = item
+        _, distances = assign_points(self._taken(draw), self._to_device(centroids))
+        rows = farthest(distances, count)
+        return None, Entries.of(shard, -distances.numpy()[rows], rows, count)
+
+    def _near(self, draw: Draw, candidates: np.ndarray, ends: Sequence[int]) -> _Nearest:
+        """Distances to all candidates, chunk by chunk: a worker that knows earlier chunks and one
+        that does not compute the very same."""
+        near = self._nearest.get(draw.view)
+        chunks = tuple(ends)
+        if near is None or near.seed != draw.seed or near.chunks != chunks[: len(near.chunks)]:
+            near = None
+        known = 0 if near is None else len(near.chunks)
+        points = self._taken(draw) if known < len(chunks) else None
+        for number in range(known, len(chunks)):
+            assert points is not None
+            start = chunks[number - 1] if number else 0
+            part = self._to_device(candidates[start : chunks[number]])
+            labels, distances = assign_points(points, part)
+            if near is None:
+                near = _Nearest(draw.seed, chunks[:1], distances, labels.int())
+                continue
+            nearer = distances < near.distances
+            near.distances = torch.where(nearer, distances, near.distances)
+            near.labels = torch.where(nearer, labels.int() + start, near.labels)
+            near.chunks = chunks[: number + 1]
+        assert near is not None
+        self._nearest[draw.view] = near
+        return near
+
+    def _taken(self, source: Draw | View) -> Tensor:
+        if isinstance(source, Draw):
+            return draw_points(self._points(source.view), source.size, generator(*source.seed))
+        return self._points(source)
+
+    def _squares_of(self, source: Draw | View) -> float:
+        if isinstance(source, Draw):
+            return squares_of(self._taken(source))
+        if source not in self._squares:
+            self._squares[source] = squares_of(self._points(source))
+        return self._squares[source]
+
+    def _points(self, view: View) -> Tensor:
+        rows = self._rows(view.shard)
+        return rows.flatten(0, 1) if view.position is None else rows[:, view.position]
 
     def _rows(self, name: str) -> Tensor:
+        """(N, Z, D) float16."""
         if name not in self._shards:
-            path = shard_path(self._folder, name)
-            rows = read_shard(path, "features", fingerprint=self._fingerprint).rows
-            if rows.ndim != 3:
-                raise LatentError(
-                    "features have the wrong number of axes",
-                    where=path,
-                    found=f"shape {tuple(rows.shape)}",
-                    expected="(samples, latents, width)",
-                )
+            rows = self._read(name).rows
+            if self._projection is not None:
+                projected = self._projection(rows.flatten(0, 1))
+                rows = projected.view(*rows.shape[:2], -1)
+            elif self._in_memory:
+                rows = rows.clone()
             self._shards[name] = rows
         return self._shards[name]
+
+    def _read(self, name: str) -> StoredShard:
+        path = shard_path(self._folder, name)
+        shard = read_shard(path, "features", fingerprint=self._fingerprint)
+        if shard.rows.ndim != 3 or shard.rows.dtype != torch.float16:
+            raise LatentError(
+                "features have the wrong number of axes, or another type",
+                where=path,
+                found=f"shape {tuple(shard.rows.shape)}, {shard.rows.dtype}",
+                expected="(samples, latents, width), torch.float16",
+            )
+        return shard
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         # Arrays from the object store are read-only; torch wants to own what it may write to.
         return torch.from_numpy(np.array(array, dtype=np.float32)).to(self._device)
+
+
+def _not_finite(shard: StoredShard, rows: Tensor) -> LatentError:
+    bad = torch.nonzero(~torch.isfinite(rows).flatten(1).all(1)).flatten().tolist()
+    named = ", ".join(f"'{shard.keys[row]}'" for row in bad[:_MOST_KEYS_NAMED])
+    more = len(bad) - _MOST_KEYS_NAMED
+    return LatentError(
+        "features are not finite",
+        where=shard.path,
+        found=f"{len(bad)} samples: {named}" + (f" and {more} more" if more > 0 else ""),
+        expected="finite values of at most 65504 in size",
+        fix="run the features stage again, which refuses such samples; or look at the teacher",
+    )

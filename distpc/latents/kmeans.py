@@ -11,20 +11,18 @@ Legend: P points of a shard, D feature width, K clusters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 512
-"""Points whose distances to all centroids are in memory at once. Measured for K = 1024, D = 128:
-the search for the nearest costs nothing beside the product while they fit the cache; with 8192
-rows it costs 9 %."""
+from distpc.latents.nearest import chunks
 
 _HALF_BITS = 24
 _EXACT_BITS = 53
+_HASHED_ROWS = 4096
+_SQUARED_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,14 @@ class Totals:
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(self.sums + other.sums, self.counts + other.counts)
+
+    def reduction(self, centroids: np.ndarray) -> float:
+        """Sum of squared distances to the nearest of (K, D) `centroids`, less that to the origin:
+        no distance has to be computed for it."""
+        exact = centroids.astype(np.float64)
+        mixed = float(np.sum(exact * self.sums))
+        own = float(np.sum(np.square(exact).sum(1) * self.counts))
+        return own - 2 * mixed
 
     def means(self, centroids: np.ndarray) -> np.ndarray:
         """(K, D) float32 mean of each cluster; an empty one keeps its (K, D) `centroids` row."""
@@ -64,62 +70,43 @@ def grid_bits(num_points: int, largest: float) -> int:
     return min(_HALF_BITS, _EXACT_BITS - bound)
 
 
-def assign_points(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centroid of every point.
-
-    Args:
-        points: (P, D) of any float type, on the CPU.
-        centroids: (K, D) float32, on the device that is to do the work.
-
-    Returns:
-        (P,) int64 indices and (P,) float32 squared distances, both on the CPU. Of equal
-        centroids the first is taken.
-    """
-    labels = torch.empty(len(points), dtype=torch.int64)
-    distances = torch.empty(len(points), dtype=torch.float32)
-    for rows, _, block_labels, block_distances in _blocks(points, centroids):
-        labels[rows] = block_labels.cpu()
-        distances[rows] = block_distances.cpu()
-    return labels, distances
-
-
-def totals_of(points: Tensor, centroids: Tensor, bits: int) -> tuple[Totals, Tensor]:
+def totals_of(points: Tensor, centroids: Tensor, bits: int) -> Totals:
     """A shard's contribution to a Lloyd round.
 
     Args:
         points: (P, D) of any float type, on the CPU.
         centroids: (K, D) float32, on the device that is to do the work.
         bits: of the grid that points are rounded to, see `grid_bits`.
-
-    Returns:
-        The contribution, and the (P,) float32 squared distances to the nearest centroids.
     """
     num_clusters, width = centroids.shape
     sums = torch.zeros(num_clusters, width, dtype=torch.float64, device=centroids.device)
     counts = torch.zeros(num_clusters, dtype=torch.int64, device=centroids.device)
-    distances = torch.empty(len(points), dtype=torch.float32)
-    for rows, block, labels, block_distances in _blocks(points, centroids):
-        exact = block.double()
+    for _, chunk, labels in chunks(points, centroids):
+        exact = chunk.double()
         if bits < _HALF_BITS:
             exact = torch.round(exact * 2.0**bits) * 2.0**-bits
         sums.index_add_(0, labels, exact)
         counts += torch.bincount(labels, minlength=num_clusters)
-        distances[rows] = block_distances.cpu()
-    return Totals(sums.cpu().numpy(), counts.cpu().numpy()), distances
+    return Totals(sums.cpu().numpy(), counts.cpu().numpy())
 
 
-def farthest(points: Tensor, distances: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `count` points of a shard that are farthest from their centroids, farthest first.
+def squares_of(points: Tensor) -> float:
+    """Sum of the squared lengths of (P, D) points."""
+    return sum(float(block.double().square().sum()) for block in points.split(_SQUARED_ROWS))
 
-    Args:
-        points: (P, D).
-        distances: (P,) float32 squared distances.
 
-    Returns:
-        (n,) float32 distances and (n, D) float32 points.
-    """
-    far = _farthest(distances.numpy(), count)
-    return distances.numpy()[far], points[torch.from_numpy(far)].float().numpy()
+def farthest(distances: Tensor, count: int) -> np.ndarray:
+    """Rows of the `count` largest of (P,) float32 distances, largest first, of equal ones the first
+    first; all rows when there are fewer."""
+    values = distances.numpy()
+    count = min(count, len(values))
+    if count == 0:
+        return np.zeros(0, dtype=np.int64)
+    border = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > border)
+    ties = np.flatnonzero(values == border)[: count - len(above)]
+    chosen = np.concatenate([above, ties])
+    return chosen[np.lexsort((chosen, -values[chosen]))]
 
 
 def refill(
@@ -153,47 +140,15 @@ def refill(
     return found, moved
 
 
-def distinct_points(points: Tensor, limit: int) -> np.ndarray:
-    """Up to `limit` different points of a shard, (n, D) float32: all of them when n < limit."""
-    found = points[:0].float()
-    for start in range(0, len(points), BLOCK_ROWS):
-        block = points[start : start + BLOCK_ROWS].float()
-        found = torch.unique(torch.cat([found, block]), dim=0)
+def distinct_hashes(points: Tensor, limit: int) -> np.ndarray:
+    """Hashes (n,) uint64 of up to `limit` different points (P, D) float16 of a shard: of all of
+    them when n < limit. That two points share one is as likely as 2^-48."""
+    factors = np.random.default_rng(0).integers(2**63, size=points.shape[1], dtype=np.uint64) | 1
+    found = np.zeros(0, dtype=np.uint64)
+    for block in points.split(_HASHED_ROWS):
+        # Adding zero makes -0 and 0 alike.
+        bits = (block + 0.0).numpy().view(np.uint16).astype(np.uint64)
+        found = np.union1d(found, (bits * factors).sum(1, dtype=np.uint64))
         if len(found) >= limit:
             break
-    return found[:limit].numpy()
-
-
-def _blocks(points: Tensor, centroids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield rows, float32 points, labels and squared distances of one block after the other."""
-    # |x - c|^2 = |x|^2 - 2xc + |c|^2 loses digits when all points lie far from the origin.
-    centre = centroids.mean(0)
-    centred = centroids - centre
-    norms = centred.square().sum(1)
-    for start in range(0, len(points), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        block = points[rows].to(centroids.device).float()
-        scores = torch.addmm(norms, block - centre, centred.T, alpha=-2)
-        labels = _row_argmin(scores)
-        # Taken anew from the difference: exact for points that lie on their centroid.
-        distances = (block - centroids.index_select(0, labels)).square().sum(1)
-        yield rows, block, labels, distances
-
-
-def _row_argmin(scores: Tensor) -> Tensor:
-    if scores.device.type == "cpu":
-        # Four times as fast as torch.argmin on rows of 64 to 1024.
-        return torch.from_numpy(scores.numpy().argmin(1))
-    return scores.argmin(1)
-
-
-def _farthest(distances: np.ndarray, wanted: int) -> np.ndarray:
-    """Indices of the `wanted` largest values, largest first, the first of equal ones first."""
-    wanted = min(wanted, len(distances))
-    if wanted == 0:
-        return np.zeros(0, dtype=np.int64)
-    border = np.partition(distances, len(distances) - wanted)[len(distances) - wanted]
-    above = np.flatnonzero(distances > border)
-    ties = np.flatnonzero(distances == border)[: wanted - len(above)]
-    chosen = np.concatenate([above, ties])
-    return chosen[np.lexsort((chosen, -distances[chosen]))]
+    return found[:limit]

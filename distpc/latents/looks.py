@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
 from distpc.data.codec import SampleCodec
 from distpc.data.index import ShardIndex
 from distpc.data.reader import read_rows
+from distpc.latents.codebook import read_codebook
 from distpc.latents.fit import CENTROIDS
 from distpc.latents.members import Member, draw_members, spread_clusters
 from distpc.latents.montage import patch_montage, snippet
@@ -22,7 +24,6 @@ from distpc.latents.projection import Projection, project, scatter_picture
 from distpc.latents.store import (
     feature_shards,
     load_latents,
-    read_centroids,
     read_shard,
     shard_path,
 )
@@ -119,9 +120,14 @@ class Looks:
         features, labels = self.features()
         artifact = self.inputs["features"]
         path = self.inputs["fit"].path / CENTROIDS
-        centroids = read_centroids(
-            path, features=artifact.fingerprint, width=features.shape[1]
-        ).numpy()
+        first = shard_path(artifact.path, feature_shards(artifact)[0])
+        shape = read_shard(first, "features").rows.shape
+        codebook = read_codebook(
+            path, features=artifact.fingerprint, shape=(int(shape[1]), int(shape[2]))
+        )
+        if codebook.projection is not None:
+            features = codebook.projection(torch.from_numpy(features)).float().numpy()
+        centroids = codebook.centroids.flatten(0, -2).numpy()
         return project(features, labels, centroids)
 
     def _latents(self) -> Iterator[tuple[str, list[str], np.ndarray]]:

@@ -3,8 +3,9 @@
 k-means++: Arthur and Vassilvitskii 2007; k-means||: Bahmani et al. 2012. Here a round of
 k-means|| draws a fixed number of points without replacement, with probability proportional to the
 squared distance, by exponential races (Efraimidis and Spirakis 2006): each shard needs only its
-own distances and its own random numbers, so a round is one pass and does not depend on who holds
-which shard. Legend: P points of a shard, D feature width, K clusters, M candidates.
+own distances and its own random numbers, so a round is one pass over what is new and does not
+depend on who holds which shard. Legend: P points of a shard, D feature width, K clusters,
+M candidates.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distpc.latents.kmeans import assign_points
+from distpc.latents.nearest import assign_points
 
 NUM_ROUNDS = 5
 """Oversampling rounds of k-means||."""
@@ -25,6 +26,11 @@ SCALABLE_POINTS_PER_CLUSTER = 1024
 """Points that k-means|| looks at, over K: a seeded draw from every shard."""
 PLUS_PLUS_POINTS_PER_CLUSTER = 128
 """Points that k-means++ looks at, over K: they all travel to the driver."""
+
+GREEDY_CLUSTERS = 2048
+"""Clusters up to which candidates are reduced one by one; above, in batches."""
+BATCHES = 128
+"""Of draws in which more candidates are reduced to K: each costs a pass over the candidates."""
 
 RANDOM_POINTS_PER_CLUSTER = 4
 """Points among which the random start chooses, over K: enough to find K that differ."""
@@ -44,11 +50,11 @@ def quotas(sizes: Sequence[int], total: int) -> list[int]:
 
 
 def draw_points(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """`count` different points of a shard, (count, D) float32, in the shard's order."""
+    """`count` different points of a shard, (count, D), in the shard's order."""
     if count >= len(points):
-        return points.float()
+        return points
     rows = np.sort(rng.choice(len(points), size=count, replace=False))
-    return points[torch.from_numpy(rows)].float()
+    return points[torch.from_numpy(rows)]
 
 
 def random_points(points: np.ndarray, num_clusters: int, rng: np.random.Generator) -> Tensor:
@@ -59,35 +65,42 @@ def random_points(points: np.ndarray, num_clusters: int, rng: np.random.Generato
     return torch.from_numpy(different[padded].astype(np.float32))
 
 
-def race(
-    points: Tensor, candidates: Tensor, count: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """A shard's entries in one oversampling round.
+def race(distances: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Finishing times (P,) float64 of a shard's points in a round, by their squared distances.
 
-    Args:
-        points: (P, D) that the shard contributes.
-        candidates: (M, D) float32 so far.
-        count: entries that win the round, over all shards.
-        rng: the shard's own random numbers for this round.
-
-    Returns:
-        finishing times (n,) float64, smallest first, and the points (n, D) float32; n <= count.
-        The `count` smallest times of all shards win; points on a candidate do not run.
+    The smallest times of all shards win. Points on a candidate do not run: inf.
     """
-    distances = assign_points(points, candidates)[1].double().numpy()
     draws = rng.standard_exponential(len(distances))
+    exact = distances.astype(np.float64)
     with np.errstate(divide="ignore"):
-        times = np.where(distances > 0, draws / distances, np.inf)
-    order = np.argsort(times, kind="stable")[:count]
-    order = order[np.isfinite(times[order])]
-    return times[order], points[torch.from_numpy(order)].float().numpy()
+        return np.where(exact > 0, draws / exact, np.inf)
 
 
-def winners(entries: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
-    """The new candidates (n, D) float32 of a round, from every shard's entries in shard order."""
-    times = np.concatenate([times for times, _ in entries])
-    points = np.concatenate([points for _, points in entries])
-    return points[np.argsort(times, kind="stable")[:count]]
+def reduce_candidates(
+    points: np.ndarray, weights: np.ndarray, num_clusters: int, rng: np.random.Generator
+) -> Tensor:
+    """K of (M, D) candidates with (M,) weights, (K, D) float32; M below K repeats some.
+
+    Up to `GREEDY_CLUSTERS` by greedy k-means++, above by draws of several at once: those of one
+    draw do not know of each other, which matters little when a draw is a hundredth of all.
+    """
+    if num_clusters <= GREEDY_CLUSTERS:
+        return plus_plus(points, weights, num_clusters, rng)
+    rows = torch.from_numpy(points.astype(np.float32))
+    first = _pick(weights.astype(np.float64), rng.random(1))
+    chosen = rows[first]
+    nearest = assign_points(rows, chosen)[1]
+    while len(chosen) < num_clusters:
+        count = min(-(-num_clusters // BATCHES), num_clusters - len(chosen))
+        times = race(nearest.numpy() * weights, rng)
+        drawn = np.argsort(times, kind="stable")[:count]
+        drawn = drawn[np.isfinite(times[drawn])]
+        if not len(drawn):
+            return torch.cat([chosen, chosen[-1:].repeat(num_clusters - len(chosen), 1)])
+        added = rows[torch.from_numpy(drawn)]
+        nearest = torch.minimum(nearest, assign_points(rows, added)[1])
+        chosen = torch.cat([chosen, added])
+    return chosen
 
 
 def plus_plus(

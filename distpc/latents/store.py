@@ -100,44 +100,6 @@ def read_shard(
     return StoredShard(path, tensors[name], found, metadata)
 
 
-def write_centroids(path: Path, centroids: Tensor, metadata: Mapping[str, Any]) -> None:
-    """Write (K, D) float32 centroids, whole or not at all."""
-    write_tensors(path, {"centroids": centroids.float()}, {**metadata, "holds": "centroids"})
-
-
-def read_centroids(path: Path, *, features: str, width: int) -> Tensor:
-    """Read centroids for features of `width` columns.
-
-    Args:
-        features: fingerprint of the features that the centroids must have been fitted to.
-        width: D of those features.
-
-    Raises:
-        LatentError: missing, cut, not finite, or fitted to other features.
-    """
-    tensors, metadata = read_tensors(path, "centroids", None)
-    centroids = tensors["centroids"]
-    if metadata.get("features") != features:
-        raise LatentError(
-            "the centroids were fitted to other features",
-            where=path,
-            found=f"centroids of features {metadata.get('features')}",
-            expected=f"centroids of features {features}",
-            fix="run the fit stage again for these features (same teacher, split and data)",
-        )
-    if centroids.ndim != 2 or centroids.shape[1] != width:
-        raise LatentError(
-            "the centroids have another width than the features",
-            where=path,
-            found=f"centroids of shape {tuple(centroids.shape)}",
-            expected=f"(K, {width})",
-            fix="run the fit stage again for the features of this teacher",
-        )
-    if not bool(torch.isfinite(centroids).all()):
-        raise LatentError("the centroids are not finite", where=path, fix=REDO)
-    return centroids.clone()
-
-
 def feature_shards(features: Artifact) -> list[str]:
     """Names of the shards that the features stage wrote, in order.
 

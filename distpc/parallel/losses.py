@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from distpc.config.schema import ParallelConfig
-from distpc.errors import ResourceError
+from distpc.errors import HeldLostError, ResourceError
 from distpc.parallel.worker import shown
 
+_SHOWN_CHARACTERS = 300
 _AGAIN = "then run the same command again: finished items are kept"
 
 
@@ -44,4 +45,25 @@ def no_room(parallel: ParallelConfig, machines: list[dict[str, float]]) -> Resou
         expected=f"{parallel.cpus_per_worker:g} CPUs and {parallel.gpus_per_worker:g} GPUs "
         "on one machine",
         fix=f"add machines, {_AGAIN}",
+    )
+
+
+def of_held(index: int, cause: object) -> HeldLostError:
+    """An item's handle leads to what a lost machine held."""
+    return HeldLostError(
+        "a machine was lost with results that it held for later work",
+        where=f"item {index}",
+        found=" ".join(str(cause).split())[:_SHOWN_CHARACTERS],
+        fix="run the same command again: finished work is kept",
+    )
+
+
+def of_own_node(node: str) -> ResourceError:
+    """The cluster's process that connects this driver is gone."""
+    return ResourceError(
+        "the cluster lost the node that this process is attached to",
+        where=f"node {node}",
+        found="its Ray process (raylet) is dead",
+        expected="a node that lives as long as its drivers",
+        fix=f"start it again, {_AGAIN}",
     )

@@ -320,6 +320,7 @@ class Pool:
             return
         done, _ = self._ray.wait(waited_for, num_returns=1, timeout=seconds)
         if not done:
+            self._refuse_if_cut_off()
             self._tell_who_waits(len(starting))
         for reference in done:
             if reference in starting:
@@ -367,18 +368,30 @@ class Pool:
         try:
             return self._ray.get(reference)
         except errors.RayTaskError as error:
+            if isinstance(error.cause, (errors.ObjectLostError, errors.ObjectFetchTimedOutError)):
+                raise losses.of_held(task.index, error.cause) from error
             raise DistpcError(
                 "a worker's result or item cannot travel between processes",
                 where=f"worker {self._worker}",
                 found=error,
                 expected="values that pickle",
             ) from error
+        except (errors.ObjectLostError, errors.ObjectFetchTimedOutError) as error:
+            raise losses.of_held(task.index, error) from error
         except errors.RayError as error:
             self._cause = " ".join(str(error).split())
             return None
 
+    def _refuse_if_cut_off(self) -> None:
+        """Fail where the cluster's process on this machine is gone: it would start no worker for
+        this driver any more, and waiting would have no end."""
+        own = self._ray.get_runtime_context().get_node_id()
+        if not any(node["Alive"] and node["NodeID"] == own for node in self._ray.nodes()):
+            raise losses.of_own_node(own)
+
     def _of_the_dead(self, job: _Job, task: _Task) -> Iterator[tuple[_Task, Any]]:
         """All that the dead worker of `task` held."""
+        self._refuse_if_cut_off()
         # It may be cut off rather than dead.
         self._dismiss(task.worker)
         self._looked = min(self._looked, time.monotonic() - _LOOK_SECONDS)

@@ -74,7 +74,8 @@ def _circuit(pipeline: Pipeline) -> list[str]:
 
 def summarize(report: dict[str, Any], folder: Path) -> str:
     """The closing lines of a run."""
-    figures = {key: value for key, value in report.items() if key.endswith(("_bpd", "_bpc"))}
+    shown = ("_bpd", "_bpc", "_bpt", "_documents", "perplexity")
+    figures = {key: value for key, value in report.items() if key.endswith(shown)}
     lines = [f"{key:<12} {value:.4f}" for key, value in sorted(figures.items()) if value]
     latents = report.get("latents")
     if latents:

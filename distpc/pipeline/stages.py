@@ -29,7 +29,8 @@ def _teacher(config: RunConfig) -> Any:
     teacher = config.teacher
     shuffled = (teacher.shuffle_num_samples,) if teacher.shuffle_samples else ()
     size = config.data.patch_size_pixels
-    return teacher.kind, teacher.of_kind(), size, config.seed, *shuffled
+    state = () if teacher.state == "token" else (teacher.state,)
+    return teacher.kind, teacher.of_kind(), size, config.seed, *state, *shuffled
 
 
 def _features(config: RunConfig) -> Any:
@@ -40,15 +41,19 @@ def _features(config: RunConfig) -> Any:
 
 
 def _fit(config: RunConfig) -> Any:
-    report_fields = (
+    latents = config.latents
+    without = [
         "max_samples",
         "max_bad_samples",
         "keep_features",
         "fit_samples",
         "min_usage_entropy_fraction",
         "max_dead_fraction",
-    )
-    return _values(config.latents, without=report_fields), config.seed
+        "feature_memory",
+    ]
+    if latents.algorithm != "mini_batch":
+        without.append("batch_points")
+    return _values(latents, without=tuple(without)), config.seed
 
 
 def _structure(config: RunConfig) -> Any:

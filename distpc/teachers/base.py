@@ -192,7 +192,7 @@ class Teacher(nn.Module, ABC):
 
 
 def _facts(spec: DatasetSpec) -> tuple[Any, ...]:
-    return spec.kind, spec.image_shape, spec.num_categories, spec.color
+    return spec.kind, spec.image_shape, spec.num_categories, spec.color, spec.tokenizer
 
 
 def _summary(spec: DatasetSpec, patch_size: int) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
+from distpc.data.tokenizers import check_tokenizer, load_tokenizer
 from distpc.errors import TeacherError
 from distpc.teachers.pretrained import (
     Frozen,
@@ -79,6 +80,8 @@ class LanguageTeacher(TextTeacher):
         self.tokenizer = None
         if self.vocabulary != self._model_vocabulary():
             self.tokenizer = self._load_tokenizer(gguf_file)
+        elif spec.tokenizer:
+            check_tokenizer(spec, load_tokenizer(self.folder), self.folder)
         self._width = self._states(torch.zeros(1, 2).long(), torch.ones(1, 2).bool()).shape[2]
         self.causal = self._probe_causal()
         if self.causal and sees == "both":

@@ -11,6 +11,7 @@ from distpc.teachers.base import Teacher
 
 # A new kind of teacher is one line here; its module is imported when it is asked for.
 _KINDS = {
+    "aligned": "distpc.teachers.aligned:AlignedTeacher",
     "causal_lm": "distpc.teachers.language:CausalLanguageModel",
     "data2vec": "distpc.teachers.data2vec:SelfDistilled",
     "efficientnet": "distpc.teachers.efficientnet:EfficientNetTeacher",

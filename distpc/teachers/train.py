@@ -18,6 +18,7 @@ from distpc.data.spec import DatasetSpec
 from distpc.errors import TeacherError
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh, is_main_process
+from distpc.teachers.aligned import AlignedTeacher
 from distpc.teachers.checkpoint import checkpoint_path
 from distpc.teachers.files import load_teacher, read_description
 from distpc.teachers.pretrained import folder_digest, model_folder
@@ -46,6 +47,8 @@ def run(ctx: StageContext) -> None:
         elif is_main_process():
             _save_control(ctx)
     if is_main_process():
+        if ctx.config.teacher.state != "token":
+            _align(ctx)
         if ctx.config.teacher.shuffle_samples:
             _shuffle(ctx)
         shutil.rmtree(checkpoint_path(ctx.out).parent, ignore_errors=True)
@@ -82,6 +85,14 @@ def _save_control(ctx: StageContext) -> None:
     teacher = build_teacher(ctx.config.teacher, spec, patch_size, ctx.config.seed)
     seconds = round(time.monotonic() - started, 3)
     teacher.save(ctx.out, training={"fingerprint": ctx.fingerprint, "seconds": seconds})
+
+
+def _align(ctx: StageContext) -> None:
+    """Put the aligned teacher in place of the finished one, unless that was done."""
+    teacher = load_teacher(ctx.out)
+    if not isinstance(teacher, AlignedTeacher | ShuffledTeacher):
+        training = read_description(ctx.out)["training"]
+        AlignedTeacher.wrap(teacher, ctx.config.teacher.state).save(ctx.out, training)
 
 
 def _shuffle(ctx: StageContext) -> None:

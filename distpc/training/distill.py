@@ -18,6 +18,7 @@ from distpc.errors import LatentError
 from distpc.parallel.cluster import Cluster
 from distpc.structures.patch_layout import PatchLayout
 from distpc.training.assembly import Counts, assemble_
+from distpc.training.chain import distil_chain
 from distpc.training.figures import Figures, tally
 from distpc.training.pieces import WORKER, Piece, describe, load_graph, plan_pieces
 from distpc.training.samples import LatentSource, take_rows
@@ -35,6 +36,22 @@ def run(ctx: StageContext) -> None:
         DataError: shards that changed since they were indexed.
         ResourceError: the cluster is too small, or keeps losing workers.
     """
+    if ctx.config.structure.kind == "hmm":
+        circuit, facts, source = distil_chain(ctx)
+    else:
+        circuit, facts, source = _distil_patches(ctx)
+    facts |= {"num_parameters": circuit.num_parameters, **measure(circuit, source)}
+    save_model(
+        circuit,
+        ctx.out / "model",
+        dataset=source.index.spec.to_json(),
+        training={"stage": "distill", "num_samples": facts["num_samples"]},
+    )
+    ctx.metadata.update(facts)
+
+
+def _distil_patches(ctx: StageContext) -> tuple[Circuit, dict[str, Any], LatentSource]:
+    """A patch circuit, notes for the stage's metadata, and the source of the latents."""
     graph = load_graph(ctx)
     layout = PatchLayout.of(graph)
     source = LatentSource.of(ctx, layout.num_patches)
@@ -64,19 +81,11 @@ def run(ctx: StageContext) -> None:
     assemble_(circuit, counts, ctx.config.distill, ctx.config.seed)
     facts = {
         "num_samples": counts.num_samples,
-        "num_parameters": circuit.num_parameters,
         "states_never_used": int((counts.usage.sum(0) == 0).sum()),
         "pieces": notes,
         "kept_pieces": len(pieces) - len(missing),
-        **measure(circuit, source),
     }
-    save_model(
-        circuit,
-        ctx.out / "model",
-        dataset=spec.to_json(),
-        training={"stage": "distill", "num_samples": counts.num_samples},
-    )
-    ctx.metadata.update(facts)
+    return circuit, facts, source
 
 
 def collect(
@@ -111,22 +120,26 @@ def collect(
 def measure(circuit: Circuit, source: LatentSource) -> dict[str, Any]:
     """Bits per dimension of data with and without latents, on the first samples of a split."""
     joint, alone = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    left, kind = EVALUATION_SAMPLES, source.index.spec.kind
+    left, counted = EVALUATION_SAMPLES, source.index.spec.counted
     for entry in source.shards():
         if left <= 0:
             break
         x, latents = (torch.from_numpy(rows[:left]) for rows in source.read(entry))
         left -= len(x)
-        joint += tally(circuit.log_prob(x, latents=latents, batch_size=_EVALUATION_BATCH), x, kind)
-        alone += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, kind)
+        with_latents = circuit.log_prob(x, latents=latents, batch_size=_EVALUATION_BATCH)
+        joint += tally(with_latents, x, counted)
+        alone += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, counted)
     valid = torch.zeros(5, dtype=torch.float64)
     for rows in take_rows(source.index, "valid", EVALUATION_SAMPLES):
         x = torch.from_numpy(np.ascontiguousarray(rows))
-        valid += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, kind)
+        valid += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, counted)
     sums = {"train_with_latents": joint, "train": alone, "valid": valid}
     figures = {name: Figures.of(total) for name, total in sums.items()}
     return {
-        **{f"{name}_bpd": round(found.bits, 5) for name, found in figures.items()},
+        **{
+            f"{name}_{source.index.spec.unit}": round(found.bits, 5)
+            for name, found in figures.items()
+        },
         **{f"{name}_impossible": found.impossible for name, found in figures.items()},
         "train_samples_measured": figures["train"].samples,
         "valid_samples_measured": figures["valid"].samples,

@@ -49,37 +49,38 @@ def bits_per_value(nats: float, values: float) -> float:
     return -nats / values / math.log(2) if values else math.inf
 
 
-def count_values(x: Tensor, kind: str = "array") -> Tensor:
+def count_values(x: Tensor, counted: str = "values") -> Tensor:
     """(B,) int64: what the figure of each sample is divided by.
 
     Args:
         x: (B, V) integers with -1, or floats with NaN, where missing.
-        kind: of the data set. Of `text`, UTF-8 bytes, characters are counted: bytes that do not
-            continue one, 0b10xxxxxx (RFC 3629). Of others, all values that are not missing.
+        counted: see `DatasetSpec.counted`. `characters` of UTF-8 are the bytes that do not continue
+            one, 0b10xxxxxx (RFC 3629); `values` are all that are not missing.
     """
     if x.is_floating_point():
         return (~torch.isnan(x)).sum(-1)
-    counted = x != MISSING
-    if kind == "text":
-        counted &= (x & 0xC0) != 0x80
-    return counted.sum(-1)
+    counts = x != MISSING
+    if counted == "characters":
+        counts &= (x & 0xC0) != 0x80
+    return counts.sum(-1)
 
 
-def tally(likelihoods: Tensor, x: Tensor, kind: str = "array") -> Tensor:
+def tally(likelihoods: Tensor, x: Tensor, counted: str = "values") -> Tensor:
     """(5,) float64: the sums that `Figures` holds.
 
     Args:
         likelihoods: (B,) nats.
         x: (B, V) the samples, on the same device.
-        kind: of the data set; see `count_values`.
+        counted: see `count_values`.
     """
     finite = torch.isfinite(likelihoods)
     impossible = likelihoods == -math.inf
-    observed = count_values(x, kind)
+    observed = count_values(x, counted)
     values = [
         torch.where(finite, likelihoods.double(), 0.0).sum(),
         torch.where(finite, observed, 0).sum(),
-        torch.tensor(len(likelihoods)),
+        # Made where it is needed: a copy from the host would wait for the device.
+        torch.full((), len(likelihoods), device=likelihoods.device),
         impossible.sum(),
         (~finite & ~impossible).sum(),
     ]

@@ -16,6 +16,7 @@ from distpc.data.index import ShardIndex
 from distpc.data.loader import Loader
 from distpc.data.plan import LoaderState
 from distpc.data.spec import DatasetSpec
+from distpc.data.tokenizers import copy_tokenizer
 from distpc.errors import DistpcError
 from distpc.parallel.collectives import axes, barrier
 from distpc.parallel.engine import Engine
@@ -166,7 +167,7 @@ def rule_of(ctx: StageContext, circuit: Circuit, index: ShardIndex) -> Rule:
     """
     config = ctx.config.finetune
     smoothing = Smoothing(config.pseudocount, config.leaf_pseudocount, index.num_samples("train"))
-    rule = make_rule(config.rule, circuit, smoothing, config.momentum)
+    rule = make_rule(config.rule, circuit, smoothing, config.momentum, config.growth)
     refuse_shards(rule, ctx.config.parallel.zero_stage, ctx.config.parallel.node_parallel)
     return rule
 
@@ -277,6 +278,7 @@ def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
         "seed": ctx.config.seed,
         "finetune": ctx.config.finetune.model_dump(mode="json"),
     }
+    copy_tokenizer(ctx.input("shards").path, ctx.out / MODEL)
     save_model(circuit, ctx.out / MODEL, dataset=spec.to_json(), training=training)
 
 

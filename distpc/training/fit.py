@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
-from distpc.data.plan import SamplePlan, num_steps
+from distpc.circuits.kernels.plan import why_not
+from distpc.data.plan import SamplePlan
 from distpc.errors import ConfigError, TrainingError
 from distpc.parallel.heap import steady
 from distpc.parallel.progress import Progress
 from distpc.training.arrays import Array, as_samples
-from distpc.training.figures import Figures, tally
-from distpc.training.guard import Guard
+from distpc.training.fitting import Fitting
+from distpc.training.fitting_fused import FastLoop
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.rules import Smoothing, make_rule
+from distpc.training.rules.online_em import OnlineEM
 from distpc.training.schedule import Schedule, make_schedule
 from distpc.training.start import MARGINAL_SAMPLES, smooth_over_neighbours, standardise_if_new
 
@@ -40,6 +38,7 @@ def fit(
     gradient_learning_rate: float = 0.01,
     gradient_clip: float = 1.0,
     update_in_backward: bool = False,
+    fused: bool | None = None,
     valid: Array | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -69,6 +68,9 @@ def fit(
             soon as its flow is complete. Same result, with the statistics once in memory instead of
             three times: no gradients are held, and no copy to return to, so that a training that
             fails before the first validation leaves the circuit as its last step left it.
+        fused: rule online_em alone: train by the fused step in bfloat16, which is many times faster
+            on a GPU (see docs/gpu.md and `circuits.kernels.step`); it covers trees of dense sums
+            over categorical leaves, with pseudocounts. None: on a GPU where it covers the circuit.
         valid: (N', V) samples to choose the best epoch by; keeps a copy of the best statistics.
         seed: of the order of samples.
         progress: whether to show a progress bar.
@@ -110,7 +112,7 @@ def fit(
         gradient_learning_rate=gradient_learning_rate,
         gradient_clip=gradient_clip,
     )
-    fitting = _Fitting(
+    fitting = Fitting(
         circuit,
         optimizer,
         schedule,
@@ -131,7 +133,8 @@ def fit(
             standardise_if_new(circuit, x)
             smooth_over_neighbours(circuit, [x[:MARGINAL_SAMPLES]], leaf_width)
             chosen.start()
-            fitting.run(SamplePlan([len(x)], seed), bar)
+            run = FastLoop(fitting).run if _is_fast(circuit, rule, fused) else fitting.run
+            run(SamplePlan([len(x)], seed), bar)
         except TrainingError:
             fitting.return_to_best()
             raise
@@ -141,111 +144,24 @@ def fit(
     return fitting.history
 
 
-@dataclass
-class _Fitting:
-    """One training: its loop and what it knows so far.
+def _is_fast(circuit: Circuit, rule: str, fused: bool | None) -> bool:
+    """Whether to train by the fused step.
 
-    Attributes:
-        batch_size: samples put through the circuit at once.
-        samples_per_update: samples whose flows make an update.
-        history: a row an epoch.
-        best: impossible samples and bits of the best validation.
-        kept: parameters to return to, and the smoothing that they are read out with.
+    Raises:
+        ConfigError: it is asked for and cannot be had.
     """
-
-    circuit: Circuit
-    optimizer: CircuitOptimizer
-    schedule: Schedule
-    x: Tensor
-    valid: Tensor | None
-    epochs: int
-    batch_size: int
-    samples_per_update: int
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: tuple[float, float] | None = None
-    kept: tuple[dict[str, Tensor], Smoothing] | None = None
-
-    def __post_init__(self) -> None:
-        self.total = self.epochs * len(self.x)
-        self.guard = Guard(math.inf)
-        self.device = self.circuit.device
-
-    def run(self, plan: SamplePlan, bar: Progress | None) -> None:
-        """Train to the end."""
-        size, sums, left = self.samples_per_update, self._no_figures(), self.total
-        for step in range(num_steps(self.total, size)):
-            first = step * size
-            rows = torch.from_numpy(plan.take(first, first + size)[1])
-            self.optimizer.set_step_size(self.schedule(first))
-            self.optimizer.zero_grad()
-            for part in rows.split(self.batch_size):
-                totals = self._flows(step, self.x[part].to(self.device), len(rows))
-                sums += totals
-                if bar is not None:
-                    bar.advance(min(len(part), left), bits=Figures.of(totals).bits)
-                left -= min(len(part), left)
-            self.optimizer.step()
-            epoch = min(first + size, self.total) // len(self.x)
-            if epoch > first // len(self.x):
-                self.guard.check_statistics(step + 1, dict(self.circuit.named_parameters()))
-                self._end_epoch(epoch, self.schedule(first), Figures.of(sums))
-                sums.zero_()
-
-    def remember(self) -> None:
-        """Keep the present parameters to return to."""
-        state = {name: value.clone() for name, value in self.circuit.state_dict().items()}
-        self.kept = state, Smoothing(*self.circuit.smoothing)
-
-    def return_to_best(self) -> None:
-        """Go back to what was kept last: the best epoch, or the start."""
-        if self.kept is not None:
-            self.circuit.load_state_dict(self.kept[0])
-            self.circuit.set_smoothing(*self.kept[1])
-
-    def _flows(self, step: int, x: Tensor, size: int) -> Tensor:
-        """Add the flows of some of an update's `size` samples to `.grad`; returns their figures."""
-        likelihoods = self.circuit(x)
-        totals = tally(likelihoods.detach(), x)
-        figures = Figures.of(totals)
-        # Before the backward pass, which may update statistics already.
-        if figures.not_a_number:
-            self.guard.check_statistics(step, dict(self.circuit.named_parameters()))
-        self.guard.check_batch(
-            step + 1,
-            not_a_number=figures.not_a_number,
-            impossible=figures.impossible,
-            size=len(x),
+    if fused is None and circuit.device.type != "cuda":
+        return False
+    reason = why_not(circuit) if rule == OnlineEM.name else f"the rule {rule}"
+    if fused and reason is not None:
+        raise ConfigError(
+            "the fused step does not cover this training",
+            where="fused",
+            found=reason,
+            expected="online EM of a tree of dense sums over categorical leaves, with pseudocounts",
+            fix="leave fused at None: it is then used where it can be",
         )
-        kept = torch.where(torch.isfinite(likelihoods), likelihoods, torch.zeros_like(likelihoods))
-        # Only `backward` sees a gradient; its value is minus the mean flow.
-        (-kept.sum() / size).backward()
-        return totals
-
-    def _end_epoch(self, epoch: int, step_size: float, figures: Figures) -> None:
-        row = {
-            "epoch": float(epoch),
-            "train_bits": figures.bits,
-            "impossible": float(figures.impossible),
-            "step_size": step_size,
-        }
-        self.history.append(row)
-        if self.valid is None:
-            return
-        sums = self._no_figures()
-        with torch.no_grad():
-            for part in self.valid.split(self.batch_size):
-                on_device = part.to(self.device)
-                sums += tally(self.circuit(on_device), on_device)
-        figures = Figures.of(sums)
-        self.guard.check_figures(f"validation of epoch {epoch}", figures)
-        row["valid_bits"], row["valid_impossible"] = figures.bits, float(figures.impossible)
-        rank = (float(figures.impossible), figures.bits)
-        if self.best is None or rank < self.best:
-            self.best = rank
-            self.remember()
-
-    def _no_figures(self) -> Tensor:
-        return torch.zeros(len(Figures.NAMES), dtype=torch.float64, device=self.device)
+    return reason is None and fused is not False
 
 
 def _check_settings(settings: list[tuple[str, float, bool, str]]) -> None:

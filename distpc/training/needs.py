@@ -28,7 +28,7 @@ def state_copies(settings: FinetuneConfig) -> int:
     """Tensors of a parameter's size that a training rule keeps."""
     if settings.rule == "anemone":
         return int(settings.momentum > 0)
-    return 2 if settings.rule == "adam" else 0
+    return {"adam": 2, "growing_em": 1}.get(settings.rule, 0)
 
 
 def planned_costs(

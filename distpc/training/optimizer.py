@@ -127,7 +127,7 @@ class CircuitOptimizer(torch.optim.Optimizer):
         Raises:
             TrainingError: the rule needs whole circuits at its step, or all of the data.
         """
-        if self.rule is not None and self.rule.needs_whole_rows:
+        if self.rule is not None and not isinstance(self.rule, OnlineEM):
             raise TrainingError(
                 "statistics cannot be updated in the backward pass by this rule",
                 where="update_in_backward",

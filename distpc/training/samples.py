@@ -11,6 +11,7 @@ import numpy as np
 from distpc.artifacts.stage import StageContext
 from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.reader import iterate_split, read_shard
+from distpc.data.spec import MISSING, DatasetSpec
 from distpc.errors import LatentError
 from distpc.latents import load_latents
 from distpc.latents.store import left_out_keys, shard_path
@@ -80,12 +81,21 @@ class LatentSource:
 
     def read(self, entry: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
         """(N, V) values and (N, Z) latents of one shard, without the samples that could not be
-        encoded."""
+        encoded.
+
+        Of text, missing tokens have no latent, -1, and the token that ends a document has a state
+        of its own behind the clusters.
+        """
         shard, latents = read_shard(entry, self.index.spec), self.latents(entry)
-        if len(latents) == len(shard.keys):
-            return shard.x, latents
-        kept = set(self._keys(entry))
-        return shard.x[[key in kept for key in shard.keys]], latents
+        x = shard.x
+        if len(latents) != len(shard.keys):
+            kept = set(self._keys(entry))
+            x = x[[key in kept for key in shard.keys]]
+        if self.index.spec.kind == "text":
+            latents = np.where(x == MISSING, -1, latents.astype(np.int64))
+            if self.index.spec.end_token is not None:
+                latents[x == self.index.spec.end_token] = self.num_clusters
+        return x, latents
 
     def _keys(self, entry: ShardEntry) -> list[str]:
         left_out = left_out_keys(self.folder, entry.name)
@@ -99,6 +109,11 @@ class LatentSource:
             expected=difference[1],
             fix="remove the features, fit and assign folders and run the same command again",
         )
+
+
+def num_states(num_clusters: int, spec: DatasetSpec) -> int:
+    """States of a hidden Markov model that is distilled from clusters of these data's tokens."""
+    return num_clusters + (spec.end_token is not None)
 
 
 def take_rows(

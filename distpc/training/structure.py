@@ -23,7 +23,7 @@ from distpc.structures.region_graph import RegionGraph
 from distpc.structures.registry import STRUCTURES
 from distpc.structures.size import depth, num_parameters
 from distpc.structures.tree import Tree
-from distpc.training.samples import LatentSource, take_rows
+from distpc.training.samples import LatentSource, num_states, take_rows
 
 GRAPH = "region_graph.json"
 TREES = "tree.json"
@@ -58,6 +58,7 @@ def run(ctx: StageContext) -> None:
             trees["variables"], information["variables"] = _tree(found)
         graph = _build(ctx.config, index.spec, trees.get("variables"))
     else:
+        _refuse_own_codebooks(ctx.config)
         grid = PatchGrid.of(index.spec, ctx.config.data.patch_size_pixels)
         trees["patches"], information["patches"] = _tree(
             _latent_information(ctx, grid)
@@ -99,6 +100,18 @@ def sketch(config: RunConfig, spec: DatasetSpec) -> RegionGraph:
     return _patch_circuit(config, grid, Tree.balanced(grid.num_patches), leaf)
 
 
+def _refuse_own_codebooks(config: RunConfig) -> None:
+    """Patches share their leaves, so a latent value has to mean the same at every position."""
+    if config.latents.codebook != "shared":
+        raise ConfigError(
+            "patch circuits share their leaves over positions, which codebooks of their own forbid",
+            where="latents.codebook",
+            found=config.latents.codebook,
+            expected="shared",
+            fix="set latents.codebook=shared; per_position is for latents that are used elsewhere",
+        )
+
+
 def check_fit(config: RunConfig, spec: DatasetSpec) -> None:
     """Refuse a structure that the data or the other sections do not allow.
 
@@ -106,6 +119,8 @@ def check_fit(config: RunConfig, spec: DatasetSpec) -> None:
         ConfigError: naming the field.
     """
     structure, clusters = config.structure, config.latents.num_clusters
+    if structure.kind == "hmm" and config.finetune.initialization == "distilled":
+        _check_chain(config, spec)
     if structure.kind == "patches" and not spec.is_discrete:
         raise ConfigError(
             "patch circuits need categorical values",
@@ -140,6 +155,26 @@ def check_fit(config: RunConfig, spec: DatasetSpec) -> None:
             where="structure.leaf_num_groups",
             found=structure.leaf_num_groups,
             expected=f"1 .. {clusters} (latents.num_clusters)",
+        )
+
+
+def _check_chain(config: RunConfig, spec: DatasetSpec) -> None:
+    """A distilled hidden Markov model reads text, and its states are the clusters."""
+    if spec.kind != "text":
+        raise ConfigError(
+            "hidden Markov models are distilled from teachers of text",
+            where="structure.kind",
+            found=f"hmm, and {spec.kind} data",
+            fix="set teacher.kind to none and finetune.initialization to random",
+        )
+    states = num_states(config.latents.num_clusters, spec)
+    if config.structure.num_states != states:
+        ending = "" if spec.end_token is None else ", and one for the token that ends documents"
+        raise ConfigError(
+            "a distilled hidden Markov model has a state a cluster",
+            where="structure.num_states",
+            found=config.structure.num_states,
+            expected=f"{states}: latents.num_clusters{ending}",
         )
 
 

@@ -196,7 +196,7 @@ class Trainer:
             parts.engine.backward(-kept.sum(), global_count=batch.global_size)
             # Ranks of a node axis see the same samples: one of them counts.
             if is_real and parts.mesh.node_rank == 0:
-                totals[:-2] += tally(likelihoods.detach(), x, self.spec.kind)
+                totals[:-2] += tally(likelihoods.detach(), x, self.spec.counted)
         totals[-2] = float(parts.saver.has_failed)
         totals[-1] = float(parts.mesh.is_main and self._is_late())
         totals = sum_across(totals, parts.mesh)

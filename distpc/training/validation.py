@@ -61,7 +61,7 @@ class Validation:
             x = torch.from_numpy(values)
             x = (x if x.is_floating_point() else x.long()).to(self.mesh.device)
             if len(x):
-                figures = tally(log_likelihood(x), x, self.spec.kind)
+                figures = tally(log_likelihood(x), x, self.spec.counted)
                 # Ranks of a node axis see the same samples: one of them counts.
                 totals += figures if self.mesh.node_rank == 0 else 0.0
             else:

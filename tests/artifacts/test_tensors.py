@@ -19,7 +19,7 @@ from distpc.config.schema import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ArtifactError, LatentError, ResourceError
 from distpc.inference.tables import write_npy
-from distpc.latents.store import write_centroids
+from distpc.latents.codebook import Codebook, write_codebook
 from distpc.structures.region_graph import Region, RegionGraph
 from distpc.teachers import build_teacher
 from distpc.teachers.checkpoint import TrainingState, save_checkpoint
@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def write_latents(folder: Path) -> None:
-    write_centroids(folder / "centroids.safetensors", torch.zeros(40, 40), {})
+    write_codebook(folder / "centroids.safetensors", Codebook(torch.zeros(40, 40)), {})
 
 
 def write_table(folder: Path) -> None:

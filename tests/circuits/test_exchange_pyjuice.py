@@ -15,7 +15,13 @@ import torch
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import enumerate_worlds, log_prob_exact
-from distpc.circuits.exchange.pyjuice import from_records, load_jpc, save_jpc, to_records
+from distpc.circuits.exchange.pyjuice import (
+    from_records,
+    load_jpc,
+    save_jpc,
+    skeleton,
+    to_records,
+)
 from distpc.errors import ModelFileError, StructureError
 
 from .graphs import SMALL, hclt, random_evidence, small_circuit
@@ -145,3 +151,21 @@ def test_pickles_are_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load_jpc(good, allow_pickle=True)
     with pytest.raises(ModelFileError, match="read"):
         load_jpc(tmp_path / "none.jpc", allow_pickle=True)
+
+
+def test_a_skeleton_is_the_records_without_parameters() -> None:
+    circuit = small_circuit("hclt")
+    records, regions = skeleton(circuit, 64)
+    full = to_records(circuit)
+    assert {number for number, record in enumerate(full) if "params" in record} == set(regions)
+    for record, whole in zip(records, full, strict=True):
+        assert "params" not in record
+        assert record.keys() == whole.keys() - {"params"}
+        assert record["chs"] == whole["chs"] and record["block_size"] == whole["block_size"]
+    for number, region in regions.items():
+        assert full[number]["params"].size == circuit.weights_of(region).numel()
+
+
+def test_blocks_of_a_skeleton_are_bounded() -> None:
+    records, _ = skeleton(small_circuit("hclt"), 1)
+    assert {record["block_size"] for record in records} == {1}

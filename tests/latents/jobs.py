@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from distpc.latents.holder import FeatureHolder
+from distpc.latents.holder import FeatureHolder, View
 from distpc.latents.kmeans import grid_bits
 from distpc.latents.lloyd import Lloyd
+from distpc.latents.questions import Holders
 from distpc.latents.store import shard_path, write_shard
 
 BLOBS, WIDTH = 8, 5
@@ -35,15 +36,22 @@ def blob_shards(num_shards=3, rows=400):
     return shards, centres
 
 
-def local_job(folder, names, config, seed=0, fingerprint="f", num_groups=2, **hooks):
-    """A clustering whose questions one holder in this process answers."""
-    holder = FeatureHolder(str(folder), fingerprint, "cpu")
+def local_holders(folder, fingerprint="f", num_groups=2, **options):
+    """One holder in this process that answers all questions."""
+    holder = FeatureHolder(str(folder), fingerprint, "cpu", **options)
 
     def ask(method, items):
         return [getattr(holder, method)(item) for item in items]
 
-    facts = ask("describe", [(name, config.num_clusters) for name in names])
-    sizes = [fact.points for fact in facts]
-    bits = grid_bits(sum(sizes), max(fact.largest for fact in facts))
     # In one process what is held and what is told are the same.
-    return Lloyd(ask, ask, names, sizes, bits, num_groups, config, seed, **hooks), facts
+    return Holders(ask, ask, num_groups=num_groups)
+
+
+def local_job(folder, names, config, seed=0, fingerprint="f", num_groups=2, position=None, **hooks):
+    """A clustering whose questions one holder in this process answers."""
+    holders = local_holders(folder, fingerprint, num_groups)
+    facts = holders.each("describe", names)
+    sizes = [fact.points if position is None else fact.samples for fact in facts]
+    bits = grid_bits(sum(sizes), max(fact.largest for fact in facts))
+    views = [View(name, position) for name in names]
+    return Lloyd(holders, views, sizes, bits, config, seed, **hooks), facts

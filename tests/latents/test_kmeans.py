@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from distpc.latents import kmeans
+from distpc.latents import nearest
 from distpc.latents.kmeans import (
-    assign_points,
-    distinct_points,
+    distinct_hashes,
     farthest,
     grid_bits,
     refill,
+    squares_of,
     totals_of,
 )
+from distpc.latents.nearest import assign_points
 
 
 def blobs(num_points: int, num_blobs: int, width: int, seed: int, offset: float = 0.0):
@@ -34,17 +35,25 @@ def exact_round(points: np.ndarray, centroids: np.ndarray):
     return labels, squares.min(1), sums, np.bincount(labels, minlength=len(centroids))
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 500.0])
-def test_statistics_agree_with_float64(monkeypatch, offset):
-    monkeypatch.setattr(kmeans, "BLOCK_ROWS", 64)
+def test_statistics_agree_with_float64(monkeypatch, offset, fused):
+    if fused:
+        assert nearest._has_onednn()
+    else:
+        monkeypatch.setattr(nearest, "_has_onednn", lambda: False)
+    monkeypatch.setattr(nearest, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(nearest, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(nearest, "TILE_COLUMNS", 4)
     rng = np.random.default_rng(0)
     points = torch.from_numpy((rng.normal(size=(1000, 7)) + offset).astype(np.float16))
     centroids = points[rng.choice(1000, size=9, replace=False)].float()
     labels, squares, sums, counts = exact_round(points.double().numpy(), centroids.double().numpy())
 
-    found, found_squares = totals_of(points, centroids, grid_bits(1000, 510.0))
-    found_labels, again = assign_points(points, centroids)
-    assert torch.equal(again, found_squares)
+    found = totals_of(points, centroids, grid_bits(1000, 510.0))
+    found_labels, found_squares = assign_points(points, centroids)
+    inertia = squares_of(points) + found.reduction(centroids.numpy())
+    assert inertia == pytest.approx(found_squares.double().sum().item(), rel=1e-5)
 
     agree = found_labels.numpy() == labels
     # Rounded float16 points may lie between two centroids to within float32's precision.
@@ -54,9 +63,7 @@ def test_statistics_agree_with_float64(monkeypatch, offset):
         np.testing.assert_allclose(found.sums, sums, rtol=1e-12)
         np.testing.assert_array_equal(found.counts, counts)
     order = np.argsort(-found_squares.numpy(), kind="stable")[:9]
-    distances, far = farthest(points, found_squares, 9)
-    np.testing.assert_array_equal(distances, found_squares.numpy()[order])
-    np.testing.assert_array_equal(far, points[torch.from_numpy(order)].float())
+    np.testing.assert_array_equal(farthest(found_squares, 9), order)
 
 
 def test_whole_runs_agree_with_float64():
@@ -68,7 +75,7 @@ def test_whole_runs_agree_with_float64():
         if not counts.all():
             pytest.fail("this case is meant to have no empty cluster")
         exact = sums / counts[:, None]
-        total, _ = totals_of(points, centroids, 24)
+        total = totals_of(points, centroids, 24)
         centroids = torch.from_numpy(total.means(centroids.numpy()))
     np.testing.assert_allclose(centroids.numpy(), exact, atol=1e-5)
 
@@ -83,13 +90,13 @@ def test_sums_have_no_order(largest):
     # As if there were 25 million of them: where values are large, they are rounded.
     bits = grid_bits(25_000_000, float(points.abs().max()))
     assert (bits < 24) == (largest > 100)
-    parts = [totals_of(part, centroids, bits)[0] for part in points.split(250)]
+    parts = [totals_of(part, centroids, bits) for part in points.split(250)]
     forwards, backwards = parts[0], parts[-1]
     for part in parts[1:]:
         forwards = forwards + part
     for part in parts[-2::-1]:
         backwards = part + backwards
-    whole, _ = totals_of(points, centroids, bits)
+    whole = totals_of(points, centroids, bits)
     for other in (backwards, whole):
         np.testing.assert_array_equal(other.sums, forwards.sums)
         np.testing.assert_array_equal(other.counts, forwards.counts)
@@ -99,10 +106,12 @@ def test_sums_have_no_order(largest):
 
 def round_of(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The next centroids, empty clusters refilled."""
-    total, distances = totals_of(points, centroids, 24)
+    total = totals_of(points, centroids, 24)
+    _, distances = assign_points(points, centroids)
     means = total.means(centroids.numpy())
     empty = np.flatnonzero(total.counts == 0)
-    moved, count = refill(means, empty, *farthest(points, distances, len(centroids)))
+    rows = torch.from_numpy(farthest(distances, len(centroids)))
+    moved, count = refill(means, empty, distances[rows].numpy(), points[rows].float().numpy())
     return torch.from_numpy(moved), count
 
 
@@ -133,8 +142,24 @@ def test_equal_centroids_and_points_on_centroids():
     assert distances.tolist() == [0.25, 0.0, 0.0]
 
 
-def test_distinct_points(monkeypatch):
-    monkeypatch.setattr(kmeans, "BLOCK_ROWS", 4)
-    points = torch.tensor([[1.0], [2.0], [1.0], [-0.0], [0.0], [3.0], [2.0]]).half()
-    assert distinct_points(points, 10).ravel().tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert len(distinct_points(points, 2)) == 2
+def test_tiles_of_centroids_find_the_same(monkeypatch):
+    points, _ = blobs(500, 6, 4, seed=1)
+    centroids = points[:37].float()
+    labels, distances = assign_points(points, centroids)
+    monkeypatch.setattr(nearest, "TILE_COLUMNS", 8)
+    again, same = assign_points(points, centroids)
+    # Products of other shapes round otherwise, so that of nearly equal ones another may win.
+    np.testing.assert_allclose(same, distances, rtol=1e-4, atol=1e-5)
+    assert (labels == again).double().mean() > 0.98
+    assert labels.max() > 32
+
+
+def test_distinct_points_are_counted():
+    points = torch.tensor([[1.0, 2], [2, 1], [1, 2], [-0.0, 3], [0.0, 3], [3, 0], [2, 1]]).half()
+    assert len(distinct_hashes(points, 10)) == 4
+    assert len(distinct_hashes(points, 2)) == 2
+    others = torch.tensor([[2.0, 1], [9, 9]]).half()
+    union = np.union1d(distinct_hashes(points, 10), distinct_hashes(others, 10))
+    assert len(union) == 5
+    values = torch.arange(50_000).view(-1, 1).expand(-1, 2) % torch.tensor([239, 241])
+    assert len(distinct_hashes(values.half(), 50_000)) == 50_000

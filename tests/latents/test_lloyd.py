@@ -10,7 +10,9 @@ import torch
 
 from distpc.config.schema import LatentsConfig
 from distpc.errors import LatentError
-from distpc.latents.lloyd import FitState, check_distinct
+from distpc.latents.fit import check_distinct
+from distpc.latents.holder import View
+from distpc.latents.state import FitState
 
 from .jobs import BLOBS, WIDTH, blob_shards, local_job, write_features
 
@@ -46,7 +48,7 @@ def test_inertia_falls_and_the_best_restart_is_kept(tmp_path):
     assert len(set(finals)) == 3
     assert state.best_restart == int(np.argmin(finals))
     assert rounds == [(r, i, v) for r in range(3) for i, v in enumerate(state.inertia[r])]
-    total = job._measure(state.best, (9, 0))
+    total = job.measure(state.best, job.views)
     assert total.inertia == min(finals)
 
 
@@ -101,8 +103,8 @@ def test_duplicates_leave_no_cluster_empty(tmp_path):
     names = write_features(tmp_path, shards)
     for init in ("k-means||", "k-means++"):
         config = LatentsConfig(num_clusters=12, init=init)
-        job, facts = local_job(tmp_path, names, config)
-        check_distinct([fact.distinct for fact in facts], 12, tmp_path)
+        job, _ = local_job(tmp_path, names, config)
+        check_distinct(job.holders, job.views, 12, tmp_path)
         state = job.run(FitState())
         assert state.inertia[0][-1] == pytest.approx(0, abs=1e-5)
         assert len(torch.unique(state.best, dim=0)) == 12
@@ -110,12 +112,13 @@ def test_duplicates_leave_no_cluster_empty(tmp_path):
 
 def test_fewer_different_points_than_clusters_are_refused(tmp_path):
     names = write_features(tmp_path, [np.eye(4)[[0, 1, 0, 1]], np.eye(4)[[1, 2, 2, 2]]])
-    config = LatentsConfig(num_clusters=4)
-    _, facts = local_job(tmp_path, names, config)
+    job, _ = local_job(tmp_path, names, LatentsConfig(num_clusters=4))
     with pytest.raises(LatentError, match="fewer different features than clusters") as caught:
-        check_distinct([fact.distinct for fact in facts], 4, tmp_path)
+        check_distinct(job.holders, job.views, 4, tmp_path)
     assert caught.value.found == "3 different feature vectors"
-    check_distinct([fact.distinct for fact in facts], 3, tmp_path)
+    check_distinct(job.holders, job.views, 3, tmp_path)
+    with pytest.raises(LatentError, match="features of position 1 than clusters"):
+        check_distinct(job.holders, [View(name, 1) for name in names], 3, tmp_path)
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):
@@ -125,6 +128,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(LatentError, match="not finite") as caught:
         local_job(tmp_path, names, LatentsConfig(num_clusters=2))
     assert names[1] in caught.value.where
+    assert caught.value.found == "1 samples: '1_00001'"
 
 
 def test_groups_change_nothing(tmp_path):

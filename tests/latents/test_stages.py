@@ -24,9 +24,9 @@ from distpc.data.patches import PatchGrid
 from distpc.data.reader import read_shard as read_data_shard
 from distpc.errors import LatentError
 from distpc.latents import assign, extract, fit, load_latents, shard_work
-from distpc.latents.kmeans import assign_points
-from distpc.latents.lloyd import FitState
-from distpc.latents.store import read_centroids, read_shard, shard_path, write_centroids
+from distpc.latents.codebook import Codebook, read_codebook, write_codebook
+from distpc.latents.state import FitState
+from distpc.latents.store import feature_shards, read_shard, shard_path, write_shard
 from distpc.teachers import train as teacher_train
 
 from . import stages
@@ -122,9 +122,9 @@ def test_latents_are_the_nearest_centroids(finished, upstream):
     _, entries = train_shards(upstream)
     folder = finished.folder
     features = finished.artifacts["features"]
-    centroids = read_centroids(
-        folder / "fit" / fit.CENTROIDS, features=features.fingerprint, width=4
-    ).numpy()
+    centroids = read_codebook(
+        folder / "fit" / fit.CENTROIDS, features=features.fingerprint, shape=(16, 4)
+    ).centroids.numpy()
     usage = np.zeros(16, dtype=int)
     squares = 0.0
     for entry in entries:
@@ -261,16 +261,16 @@ def test_latents_without_kept_features_are_the_same(finished, upstream, tmp_path
     run.stage("fit", fit.run)
     facts = run.stage("assign", assign.run).metadata
     assert facts["samples"] == sum(entry.num_samples for entry in entries)
-    centroids = read_centroids(
-        tmp_path / "fit" / fit.CENTROIDS, features=features.fingerprint, width=4
+    codebook = read_codebook(
+        tmp_path / "fit" / fit.CENTROIDS, features=features.fingerprint, shape=(16, 4)
     )
     for entry in entries:
         # From the features that another run kept.
         kept = read_shard(shard_path(finished.folder / "features", entry.name), "features")
         keys, found = load_latents(tmp_path / "assign", entry.name)
-        labels, _ = assign_points(kept.rows.flatten(0, 1), centroids)
+        labels, _ = codebook.assign(kept.rows)
         assert keys == kept.keys
-        assert found.ravel().tolist() == labels.tolist()
+        assert found.tolist() == labels.tolist()
     whole = finished.artifacts["features"].metadata["bytes"]
     assert facts["feature_bytes_saved"] + features.metadata["bytes"] == pytest.approx(whole, 0.01)
     # Fitted to a fifth of the samples, the centroids serve all of them about as well.
@@ -298,7 +298,8 @@ def test_centroids_do_not_depend_on_workers_or_deaths(finished, upstream):
     job, _ = local_job(features.path, names, finished.config.latents, 0, features.fingerprint)
     alone = job.run(FitState())
     path = finished.folder / "fit" / fit.CENTROIDS
-    assert torch.equal(read_centroids(path, features=features.fingerprint, width=4), alone.best)
+    codebook = read_codebook(path, features=features.fingerprint, shape=(16, 4))
+    assert torch.equal(codebook.centroids, alone.best)
     facts = json.loads((finished.folder / "fit/fit.json").read_text())
     assert [restart["inertia"] for restart in facts["restarts"]] == alone.inertia
 
@@ -329,7 +330,8 @@ def test_a_killed_driver_goes_on_with_other_workers(tmp_path):
     job, _ = local_job(features.out, names, run.config.latents, 0, features.fingerprint)
     whole = job.run(FitState())
     path = ctx.out / fit.CENTROIDS
-    assert torch.equal(read_centroids(path, features=features.fingerprint, width=8), whole.best)
+    codebook = read_codebook(path, features=features.fingerprint, shape=(2, 8))
+    assert torch.equal(codebook.centroids, whole.best)
     facts = json.loads((ctx.out / "fit.json").read_text())
     assert [restart["inertia"] for restart in facts["restarts"]] == whole.inertia
     assert not checkpoint.exists()
@@ -340,6 +342,54 @@ def test_a_killed_driver_goes_on_with_other_workers(tmp_path):
     scalars = events.Scalars("latents/inertia")
     assert [event.step for event in scalars] == list(range(41))
     assert [event.value for event in scalars] == pytest.approx(whole.inertia[0])
+
+
+def test_a_codebook_a_position_of_whitened_features(finished, tmp_path):
+    """Mini-batches too, from features held in memory: what each point gets is its nearest."""
+    latents = {
+        **LATENTS,
+        "num_clusters": 6,
+        "codebook": "per_position",
+        "projection": "whiten",
+        "projection_width": 3,
+        "algorithm": "mini_batch",
+        "batch_points": 300,
+        "feature_memory": "held",
+        "max_dead_fraction": 1.0,
+    }
+    run = Run(tmp_path, finished.artifacts, latents=latents, parallel=parallel(1))
+    features = run.artifacts["features"]
+    # Corner patches of digits are always empty: two positions of other features take their place.
+    ctx = run.context("features")
+    for name in feature_shards(features):
+        rows = read_shard(shard_path(features.path, name), "features")
+        marks = {"fingerprint": ctx.fingerprint}
+        write_shard(shard_path(ctx.out, name), "features", rows.rows[:, 5:7], rows.keys, marks)
+    features = run.seal(ctx, "features")
+    run.stage("fit", fit.run)
+    run.stage("assign", assign.run)
+    path = tmp_path / "fit" / fit.CENTROIDS
+    codebook = read_codebook(path, features=features.fingerprint, shape=(2, 4))
+    assert codebook.centroids.shape == (2, 6, 3)
+    squares = 0.0
+    for name in feature_shards(features):
+        rows = read_shard(shard_path(features.path, name), "features").rows.flatten(0, 1)
+        points = codebook.projection(rows).double().view(-1, 2, 3)
+        distances = (points[:, :, None] - codebook.centroids).square().sum(-1)
+        found = load_latents(tmp_path / "assign", name)[1]
+        np.testing.assert_array_equal(found, distances.argmin(-1))
+        squares += float(distances.min(-1).values.sum())
+    facts = json.loads((tmp_path / "fit/fit.json").read_text())
+    assert facts["inertia"] == pytest.approx(squares, rel=1e-5)
+    assert facts["num_codebooks"] == 2
+    assert [len(position["restarts"]) for position in facts["positions"]] == [2, 2]
+    report = json.loads((tmp_path / "assign/report.json").read_text())
+    assert 0 < report["explained_variance"] < 1
+    assert sorted(path.name for path in (tmp_path / "fit").iterdir()) == [
+        fit.CENTROIDS,
+        "fit.json",
+        "manifest.json",
+    ]
 
 
 def test_a_collapsed_codebook_is_refused(finished):
@@ -360,7 +410,8 @@ def test_what_does_not_belong_together_is_refused(finished, tmp_path):
     assert "of another teacher" in caught.value.expected
 
     ctx = run.context("fit")
-    write_centroids(ctx.out / fit.CENTROIDS, torch.zeros(16, 3), {"features": "of another teacher"})
+    marks = {"features": "of another teacher"}
+    write_codebook(ctx.out / fit.CENTROIDS, Codebook(torch.zeros(16, 3)), marks)
     run.seal(ctx, "fit")
     with pytest.raises(LatentError, match="another width") as caught:
         assign.run(run.context("assign"))

@@ -10,10 +10,8 @@ from safetensors.torch import save_file
 from distpc.errors import LatentError
 from distpc.latents import load_latents
 from distpc.latents.store import (
-    read_centroids,
     read_shard,
     shard_path,
-    write_centroids,
     write_shard,
 )
 
@@ -90,16 +88,3 @@ def test_latents_come_back_under_their_keys(tmp_path):
     write_shard(path, "latents", rows, KEYS, {"fingerprint": "f", "num_clusters": 3})
     with pytest.raises(LatentError, match="outside the clusters"):
         load_latents(tmp_path, "train-000000")
-
-
-def test_centroids_are_checked(tmp_path):
-    path = tmp_path / "centroids.safetensors"
-    write_centroids(path, torch.ones(5, 3), {"fingerprint": "f", "features": "abc"})
-    assert torch.equal(read_centroids(path, features="abc", width=3), torch.ones(5, 3))
-    with pytest.raises(LatentError, match="another width"):
-        read_centroids(path, features="abc", width=4)
-    with pytest.raises(LatentError, match="other features"):
-        read_centroids(path, features="xyz", width=3)
-    write_centroids(path, torch.full((2, 3), torch.nan), {"features": "abc"})
-    with pytest.raises(LatentError, match="not finite"):
-        read_centroids(path, features="abc", width=3)

@@ -11,6 +11,7 @@ import torch
 from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.teachers import Teacher, build_teacher
+from distpc.teachers.aligned import AlignedTeacher
 from distpc.teachers.shuffled import ShuffledTeacher
 
 from .tiny_models import tiny
@@ -50,7 +51,7 @@ class Case:
 
     def build(self, spec: DatasetSpec | None = None, seed: int = 3) -> Teacher:
         """A fresh teacher of `spec`."""
-        kind = {"kind": self.kind} if self.kind != "shuffled" else {}
+        kind = {} if self.kind in ("aligned", "shuffled") else {"kind": self.kind}
         config = TeacherConfig.model_validate({**kind, **self.config, **self._pretrained()})
         spec = spec or self.specs[0]
         return self.wrap(build_teacher(config, spec, PATCH, seed), seed).eval()
@@ -82,6 +83,11 @@ def everything(z: int, rows: int, columns: int) -> set[int]:
 def before(z: int, rows: int, columns: int) -> set[int]:
     """Tokens up to z."""
     return set(range(z + 1))
+
+
+def in_front(z: int, rows: int, columns: int) -> set[int]:
+    """Tokens before z."""
+    return set(range(z))
 
 
 def behind(z: int, rows: int, columns: int) -> set[int]:
@@ -144,6 +150,20 @@ CASES: dict[str, Case] = {
     ),
     "causal-suffix": Case(
         "causal_lm", {"causal_lm": _SMALL, "sees": "suffix"}, (TEXT, TOKENS), sees=behind
+    ),
+    "aligned-producing": Case(
+        "aligned",
+        {"kind": "causal_lm", "causal_lm": _SMALL, "sees": "prefix"},
+        (TEXT,),
+        sees=in_front,
+        wrap=lambda teacher, seed: AlignedTeacher.wrap(teacher, "producing"),
+    ),
+    "aligned-both": Case(
+        "aligned",
+        {"kind": "causal_lm", "causal_lm": _SMALL, "sees": "prefix"},
+        (TOKENS,),
+        sees=before,
+        wrap=lambda teacher, seed: AlignedTeacher.wrap(teacher, "both"),
     ),
     "masked-prefix": Case(
         "masked_lm", {"masked_lm": _SMALL, "sees": "prefix"}, (TEXT,), sees=before

@@ -19,10 +19,10 @@ def test_characters_of_text_are_not_its_bytes() -> None:
     for row, text in zip(rows, ("na\u00efve \u20ac", "\U0001f600"), strict=True):
         values = torch.tensor(list(text.encode()))
         row[: len(values)] = values
-    assert count_values(rows, "text").tolist() == [7, 1]
+    assert count_values(rows, "characters").tolist() == [7, 1]
     assert count_values(rows).tolist() == [10, 4]
     assert Figures.of(
-        tally(torch.full((2,), -8 * math.log(2)), rows, "text")
+        tally(torch.full((2,), -8 * math.log(2)), rows, "characters")
     ).bits == pytest.approx(2.0)
 
 

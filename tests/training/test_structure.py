@@ -145,6 +145,13 @@ def test_kinds_that_do_not_fit_the_data_are_refused(fields, where):
     assert caught.value.where == where
 
 
+def test_patches_refuse_codebooks_of_their_own(runs):
+    latents = {"num_clusters": NUM_CLUSTERS, "codebook": "per_position"}
+    with pytest.raises(ConfigError, match="share their leaves") as caught:
+        runs.variant("own", latents=latents)
+    assert caught.value.where == "latents.codebook"
+
+
 def test_structures_that_do_not_fit_are_refused():
     real = DatasetSpec("table", "array", 3, (2, None, 4))
     with pytest.raises(ConfigError) as caught:

@@ -17,7 +17,7 @@ from distpc.structures.region_graph import RegionGraph
 from distpc.structures.tree import Tree
 
 NUM_CATEGORIES = {"hclt": 256, "hmm": 10_000}
-"""Values of a pixel; words of a vocabulary."""
+"""Values of a pixel; words of a vocabulary, where a case does not say how many."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Case:
         num_states: K.
         batch: B.
         dtype: of the matrix products inside sums, float32 or bfloat16.
+        vocabulary: words of an hmm.
     """
 
     structure: str
@@ -37,16 +38,26 @@ class Case:
     num_states: int
     batch: int = 256
     dtype: str = "float32"
+    vocabulary: int = NUM_CATEGORIES["hmm"]
 
     @classmethod
-    def parse(cls, text: str) -> Case:
-        """From STRUCTURE:VARIABLES:STATES[:BATCH[:DTYPE]]."""
+    def parse(
+        cls,
+        text: str,
+        batch: int | None = None,
+        dtype: str | None = None,
+        vocabulary: int | None = None,
+    ) -> Case:
+        """From STRUCTURE:VARIABLES:STATES[:BATCH[:DTYPE]]; the rest for what that leaves open."""
         structure, *numbers = text.split(":")
-        dtype = numbers.pop() if numbers and not numbers[-1].isdigit() else "float32"
+        if numbers and not numbers[-1].isdigit():
+            dtype = numbers.pop()
         if structure not in NUM_CATEGORIES or not 2 <= len(numbers) <= 3:
             raise ValueError(f"'{text}' is no case: STRUCTURE:VARIABLES:STATES[:BATCH[:DTYPE]]")
-        variables, states, *batch = map(int, numbers)
-        return cls(structure, variables, states, batch[0] if batch else 256, dtype)
+        variables, states, *named = map(int, numbers)
+        size = named[0] if named else batch or 256
+        words = vocabulary or NUM_CATEGORIES["hmm"]
+        return cls(structure, variables, states, size, dtype or "float32", words)
 
     def __str__(self) -> str:
         numbers = (self.num_variables, self.num_states, self.batch)
@@ -55,7 +66,7 @@ class Case:
     @property
     def num_categories(self) -> int:
         """C of every variable."""
-        return NUM_CATEGORIES[self.structure]
+        return self.vocabulary if self.structure == "hmm" else NUM_CATEGORIES[self.structure]
 
     def graph(self) -> RegionGraph:
         """The structure."""
@@ -63,9 +74,10 @@ class Case:
             return hclt_graph(image_tree(self.num_variables), self.num_states)
         return hmm_graph(self.num_variables, self.num_states)
 
-    def circuit(self, seed: int = 0) -> Circuit:
-        """Our circuit, with random parameters."""
-        circuit = Circuit(self.graph(), [self.num_categories] * self.num_variables, seed=seed)
+    def circuit(self, seed: int = 0, device: str = "cpu") -> Circuit:
+        """Our circuit, with random parameters that are drawn on the device."""
+        categories = [self.num_categories] * self.num_variables
+        circuit = Circuit(self.graph(), categories, seed=seed, device=device)
         circuit.set_smoothing(0.1, 0.1, 50_000)
         return circuit
 
@@ -84,23 +96,30 @@ class Case:
         return 6e-9 * self.batch * self.num_states**2 * blocks
 
 
-def image_tree(num_pixels: int, seed: int = 0) -> Tree:
+def image_tree(num_variables: int, seed: int = 0) -> Tree:
     """A stand-in for an image's Chow-Liu tree: a random spanning tree of the grid of pixels.
 
     Rooted at its centre. Pixels next to each other share the most information, so that the
-    Chow-Liu tree of images runs almost wholly along the grid.
+    Chow-Liu tree of images runs almost wholly along the grid; of three colours it runs between
+    the colours of a pixel too.
+
+    Args:
+        num_variables: side x side (grey) or side x side x 3 (colour).
+        seed: of the tree.
     """
-    side = round(num_pixels**0.5)
-    if side * side != num_pixels:
-        raise ValueError(f"{num_pixels} pixels are no square image")
-    index = np.arange(num_pixels).reshape(side, side)
+    shapes = [(round((num_variables / colours) ** 0.5), colours) for colours in (1, 3)]
+    fitting = [(side, side, c) for side, c in shapes if side * side * c == num_variables]
+    if not fitting:
+        raise ValueError(f"{num_variables} variables are no square image, grey or of three colours")
+    index = np.arange(num_variables).reshape(fitting[0])
     pairs = [(index[:, :-1], index[:, 1:]), (index[:-1], index[1:])]
+    pairs += [(index[..., :-1], index[..., 1:])] if fitting[0][2] > 1 else []
     ends = [np.concatenate([pair[end].ravel() for pair in pairs]) for end in (0, 1)]
     ends = [end.astype(np.int32) for end in ends]
     weights = np.random.default_rng(seed).uniform(1.0, 2.0, len(ends[0]))
-    spanning = minimum_spanning_tree(coo_array((weights, tuple(ends)), [num_pixels] * 2).tocsr())
-    rows, columns = spanning.nonzero()
-    return Tree.from_edges(num_pixels, zip(rows.tolist(), columns.tolist(), strict=True))
+    joined = coo_array((weights, tuple(ends)), [num_variables] * 2).tocsr()
+    rows, columns = minimum_spanning_tree(joined).nonzero()
+    return Tree.from_edges(num_variables, zip(rows.tolist(), columns.tolist(), strict=True))
 
 
 def hmm_graph(length: int, num_states: int) -> RegionGraph:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,24 @@ def to_records(circuit: Circuit) -> list[Record]:
         StructureError: naming the region that PyJuice cannot represent.
     """
     return _Export(circuit).run()
+
+
+def skeleton(circuit: Circuit, max_block_size: int) -> tuple[list[Record], dict[int, int]]:
+    """The records of a circuit without its parameters, for nodes that are filled on their device.
+
+    Args:
+        circuit: see `to_records`.
+        max_block_size: bound on the side of the blocks of parameters, a power of two; PyJuice's
+            own structures use up to 1,024.
+
+    Returns:
+        The records, and for each one that owns parameters the region that those belong to.
+
+    Raises:
+        StructureError: as `to_records`.
+    """
+    export = _Export(circuit, max_block_size, with_parameters=False)
+    return export.run(), export.regions
 
 
 class _Import:
@@ -253,14 +271,21 @@ class _Export:
     """One export. Products are factors (record, its unit for each unit) until a sum reads them:
     PyJuice's products take inputs and sums alone, its sums products."""
 
-    def __init__(self, circuit: Circuit) -> None:
+    def __init__(
+        self,
+        circuit: Circuit,
+        max_block_size: int = MAX_BLOCK_SIZE,
+        with_parameters: bool = True,
+    ) -> None:
         self.circuit = circuit
         self.graph = circuit.graph
+        self.with_parameters = with_parameters
+        self.regions: dict[int, int] = {}
         self.records: list[Record] = []
         self.factors: list[list[tuple[int, np.ndarray]]] = []
         self.products: dict[int, int] = {}
         self.sources: dict[tuple[int, int], int] = {}
-        self.block_size = self._block_size()
+        self.block_size = self._block_size(max_block_size)
 
     def run(self) -> list[Record]:
         for index, region in enumerate(self.graph.regions):
@@ -274,10 +299,10 @@ class _Export:
                 self.factors.append(self._multiplied(index))
         root = self.graph.root
         if self.graph.regions[root].kind != "sum":
-            self._add_sum([root], 1, np.ones((1, 1)), None)
+            self._add_sum([root], 1, lambda: np.ones((1, 1)), None)
         return self.records
 
-    def _block_size(self) -> int:
+    def _block_size(self, most: int) -> int:
         """The largest block that fits every region but the root: sums over concats need equal ones.
 
         Kronecker products number single units.
@@ -286,7 +311,7 @@ class _Export:
             return 1
         counts = [region.num_units for region in self.graph.regions[:-1]]
         common = int(np.gcd.reduce(counts)) if counts else 1
-        return min(MAX_BLOCK_SIZE, common & -common)
+        return min(most, common & -common)
 
     def _multiplied(self, index: int) -> list[tuple[int, np.ndarray]]:
         region = self.graph.regions[index]
@@ -303,28 +328,33 @@ class _Export:
 
     def _input(self, index: int) -> int:
         region = self.graph.regions[index]
-        bank, _ = self.circuit.bank_of(index)
-        value = self.circuit.weights_of(index, torch.float64).cpu()
+        bank, table = self.circuit.bank_of(index)
         if isinstance(bank, GaussianBank):
+            value = self.circuit.weights_of(index, torch.float64).cpu()
             value = torch.stack([value[:, 0], value[:, 1].sqrt()], dim=-1)
             # Below its `min_sigma` PyJuice would clamp a unit in training.
             least = min(0.01, float(value[:, 1].min()))
             dist = _pickled("Gaussian", {"mu": None, "sigma": None, "min_sigma": least})
+            make = lambda: value  # noqa: E731
         elif isinstance(bank, TableBank):
-            dist = _pickled("Categorical", {"num_cats": value.shape[1]})
+            dist = _pickled("Categorical", {"num_cats": bank.statistics_of(table).shape[1]})
+            make = lambda: self.circuit.weights_of(index, torch.float64).cpu()  # noqa: E731
         else:
             raise self._refused(index, f"inputs of {type(bank).__name__}")
         record = self._record("Input", region.num_units, ())
         record.update(scope=[region.variable], dist=dist)
-        return self._own(index, record, value.flatten().float().numpy())
+        return self._own(index, record, lambda: make().flatten().float().numpy())
 
     def _sum(self, index: int) -> int:
         region = self.graph.regions[index]
-        child = region.children[0]
-        below = self._parts(child)
-        theta = self.circuit.weights_of(index, torch.float64).cpu().numpy()
-        dense = np.zeros((region.num_units, self.graph.regions[child].num_units))
-        np.put_along_axis(dense, self.graph.mixed_units(index), theta, axis=1)
+        below = self._parts(region.children[0])
+
+        def dense() -> np.ndarray:
+            theta = self.circuit.weights_of(index, torch.float64).cpu().numpy()
+            made = np.zeros((region.num_units, self.graph.regions[region.children[0]].num_units))
+            np.put_along_axis(made, self.graph.mixed_units(index), theta, axis=1)
+            return made
+
         return self._add_sum(below, region.num_units, dense, index)
 
     def _parts(self, region: int) -> list[int]:
@@ -334,14 +364,21 @@ class _Export:
             part for child in self.graph.regions[region].children for part in self._parts(child)
         ]
 
-    def _add_sum(self, below: list[int], units: int, dense: np.ndarray, index: int | None) -> int:
+    def _add_sum(
+        self, below: list[int], units: int, dense: Callable[[], np.ndarray], index: int | None
+    ) -> int:
         children = tuple(self._product(region) for region in below)
         record = self._record("Sum", units, children)
         rows, columns = record["block_size"], self.records[children[0]]["block_size"]
-        blocks = dense.reshape(units // rows, rows, -1, columns).transpose(0, 2, 1, 3)
-        record["edge_ids"] = np.indices(blocks.shape[:2]).reshape(2, -1)
-        params = np.ascontiguousarray(blocks.reshape(-1, rows, columns), dtype=np.float32)
-        return self._own(index, record, params)
+        num_blocks = units // rows, sum(_units(self.records[c]) for c in children) // columns
+        record["edge_ids"] = np.indices(num_blocks).reshape(2, -1)
+
+        def blocks() -> np.ndarray:
+            parts: np.ndarray = dense().reshape(num_blocks[0], rows, num_blocks[1], columns)
+            parts = parts.transpose(0, 2, 1, 3).reshape(-1, rows, columns)
+            return np.ascontiguousarray(parts, dtype=np.float32)
+
+        return self._own(index, record, blocks)
 
     def _product(self, region: int) -> int:
         """The record of a region as a product, made when it is first read."""
@@ -365,7 +402,7 @@ class _Export:
             "chs": children,
         }
 
-    def _own(self, index: int | None, record: Record, params: np.ndarray) -> int:
+    def _own(self, index: int | None, record: Record, make: Callable[[], np.ndarray]) -> int:
         """Append a record with parameters of its own, or those of the first that it is tied to."""
         number = len(self.records)
         self.records.append(record)
@@ -375,7 +412,9 @@ class _Export:
             if source != number:
                 record["source_node"] = source
                 return number
-        record["params"] = params
+            self.regions[number] = index
+        if self.with_parameters:
+            record["params"] = make()
         return number
 
     def _refused(self, index: int, found: str) -> StructureError:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from distpc.config.sources import (
-    ArraysSource,
     DigitsSource,
     IdxSource,
     ImageFolderSource,
     ShardsSource,
     SizesSource,
     TextSource,
+    TokenSamplesSource,
 )
+from distpc.config.sources import Source as SourceConfig
 from distpc.data.sources.base import BadSampleError, Source
 from distpc.errors import DataError
 
@@ -20,13 +21,7 @@ __all__ = ["BadSampleError", "Source", "open_source"]
 
 
 def open_source(
-    config: DigitsSource
-    | IdxSource
-    | ImageFolderSource
-    | TextSource
-    | ArraysSource
-    | ShardsSource
-    | SizesSource,
+    config: SourceConfig,
     scratch: Path,
 ) -> Source:
     """The source that `data.source` describes, checked as far as its headers go.
@@ -54,6 +49,10 @@ def open_source(
         from distpc.data.sources.text import Text
 
         return Text(config)
+    if isinstance(config, TokenSamplesSource):
+        from distpc.data.sources.token_samples import TokenSamples
+
+        return TokenSamples(config)
     if isinstance(config, SizesSource):
         raise DataError(
             "the source states sizes and holds no samples",

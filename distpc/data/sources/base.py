@@ -60,6 +60,9 @@ class Source(ABC):
         """JSON facts for the report, such as what was ignored."""
         return {}
 
+    def write_beside(self, folder: Path) -> None:  # noqa: B027 - most samples need no tables
+        """Write what goes beside the shards, such as a tokenizer, into `folder`."""
+
     def close(self) -> None:  # noqa: B027 - most sources hold nothing open
         """Release what is held open."""
 

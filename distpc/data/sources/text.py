@@ -1,4 +1,4 @@
-"""UTF-8 text as bytes, cut into chunks of equal length; a document never straddles splits."""
+"""UTF-8 text as tokens, cut into chunks of equal length; a document never straddles splits."""
 
 from __future__ import annotations
 
@@ -10,48 +10,114 @@ from typing import Any
 import numpy as np
 
 from distpc.config.sources import TextSource
+from distpc.data.documents import save_documents
 from distpc.data.sources.base import Source, existing
 from distpc.data.spec import MISSING, DatasetSpec
+from distpc.data.tokenizers import FOLDER, Tokenizer, load_tokenizer, make_tokenizer
 from distpc.errors import DataError
+
+Checksums = tuple[tuple[str, int, int], ...]
+"""Name, bytes and CRC-32 of every document."""
 
 
 class Text(Source):
-    """Documents (files) in order of name, each cut into chunks of bytes; values are bytes."""
+    """Documents (files) in order of name, each cut into chunks of tokens.
+
+    All documents are held in memory as tokens, one to four bytes each.
+    """
 
     group_name = "documents"
 
     def __init__(self, config: TextSource) -> None:
-        root = existing(config.path, "path")
-        files = sorted(root.rglob("*.txt")) if root.is_dir() else [root]
-        self._length = config.chunk_length_bytes
-        self._root = root if root.is_dir() else root.parent
-        self._documents: list[Path] = []
-        self._checksums: list[tuple[int, int]] = []
-        self._empty: list[str] = []
-        for file in files:
-            self._add(file)
-        if not self._documents:
+        self._length = config.chunk_length_tokens
+        self._root, files = _files(config)
+        self._checksums, self._empty = _read_checksums(self._root, files)
+        if not self._checksums:
             raise DataError(
                 "the source holds no text",
-                where=root,
+                where=self._root,
                 found=f"{len(files)} .txt files, {len(self._empty)} of them empty",
                 expected="at least one file with content",
             )
-        chunks = [-(-size // self._length) for size, _ in self._checksums]
+        self.tokenizer, self._documents, end = _tokenised(config, self._root, self._checksums)
+        chunks = [-(-len(document) // self._length) for document in self._documents]
         self._firsts = np.cumsum([0, *chunks])
         self.num_samples = int(self._firsts[-1])
         if len(self._documents) > 1:
             self.groups = np.repeat(np.arange(len(chunks)), chunks)
+        size = self.tokenizer.size + (end == self.tokenizer.size)
         self.spec = DatasetSpec(
-            name=root.stem,
+            name=Path(config.path).expanduser().stem,
             kind="text",
             num_variables=self._length,
-            num_categories=(256,) * self._length,
-            has_missing=any(size % self._length for size, _ in self._checksums),
+            num_categories=(size,) * self._length,
+            has_missing=any(len(document) % self._length for document in self._documents),
+            tokens=self.tokenizer.makes,
+            tokenizer=self.tokenizer.digest,
+            end_token=end,
         )
-        self._bytes_of = lru_cache(maxsize=2)(lambda number: self._documents[number].read_bytes())
 
-    def _add(self, file: Path) -> None:
+    def read(self, position: int) -> np.ndarray:
+        """(chunk length,) int32, padded with MISSING behind a document's last token."""
+        number = int(np.searchsorted(self._firsts, position, side="right")) - 1
+        start = (position - int(self._firsts[number])) * self._length
+        chunk = self._documents[number][start : start + self._length]
+        values = np.full(self._length, MISSING, dtype=np.int32)
+        values[: len(chunk)] = chunk
+        return values
+
+    def identity(self) -> dict[str, Any]:
+        """Size and checksum of every document, and the digest of a tokenizer made elsewhere."""
+        return _identity(self._checksums, self.tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        """How many documents, bytes and tokens, and which files were empty."""
+        return {
+            "num_documents": len(self._documents),
+            "num_bytes": sum(size for _, size, _ in self._checksums),
+            "num_tokens": sum(len(document) for document in self._documents),
+            "vocabulary": int(self.spec.num_categories[0] or 0),
+            "empty_files": self._empty,
+        }
+
+    def write_beside(self, folder: Path) -> None:
+        """The tokenizer, and where documents begin; the chunks of only one are shared out."""
+        self.tokenizer.save(folder / FOLDER)
+        if self.groups is not None:
+            save_documents(folder, self._firsts)
+
+
+def text_identity(config: TextSource) -> dict[str, Any]:
+    """As `Text.identity`, without making any tokens.
+
+    Raises:
+        DataError: as opening the source.
+    """
+    root, files = _files(config)
+    folder = config.tokenizer.folder
+    tokenizer = None if folder is None else load_tokenizer(Path(folder).expanduser())
+    return _identity(_read_checksums(root, files)[0], tokenizer)
+
+
+def _identity(checksums: Checksums, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    # Trained tokenizers follow from the documents and the configuration.
+    own = {} if tokenizer is None or tokenizer.makes != "tokens" else {"": tokenizer.digest}
+    return {**{name: [size, crc] for name, size, crc in checksums}, **own}
+
+
+def _files(config: TextSource) -> tuple[Path, list[Path]]:
+    root = existing(config.path, "path")
+    return (root, sorted(root.rglob("*.txt"))) if root.is_dir() else (root.parent, [root])
+
+
+def _read_checksums(root: Path, files: list[Path]) -> tuple[Checksums, list[str]]:
+    """Of the documents with content, and the names of those without.
+
+    Raises:
+        DataError: a file is not UTF-8.
+    """
+    found, empty = [], []
+    for file in files:
         content = file.read_bytes()
         try:
             content.decode("utf-8")
@@ -62,33 +128,33 @@ class Text(Source):
                 found=f"byte 0x{content[error.start]:02x}: {error.reason}",
                 fix="convert it, for example with iconv -f latin1 -t utf-8",
             ) from error
-        if not content:
-            self._empty.append(self._name(file))
-            return
-        self._documents.append(file)
-        self._checksums.append((len(content), zlib.crc32(content)))
+        name = str(file.relative_to(root))
+        if content:
+            found.append((name, len(content), zlib.crc32(content)))
+        else:
+            empty.append(name)
+    return tuple(found), empty
 
-    def _name(self, file: Path) -> str:
-        return str(file.relative_to(self._root))
 
-    def read(self, position: int) -> np.ndarray:
-        """(chunk length,) int16, padded with MISSING behind a document's last byte."""
-        number = int(np.searchsorted(self._firsts, position, side="right")) - 1
-        start = (position - int(self._firsts[number])) * self._length
-        chunk = self._bytes_of(number)[start : start + self._length]
-        values = np.full(self._length, MISSING, dtype=np.int16)
-        values[: len(chunk)] = np.frombuffer(chunk, np.uint8)
-        return values
+@lru_cache(maxsize=1)
+def _tokenised(
+    config: TextSource, root: Path, checksums: Checksums
+) -> tuple[Tokenizer, list[np.ndarray], int | None]:
+    """The tokenizer, the documents' tokens, and the token that ends them.
 
-    def identity(self) -> dict[str, Any]:
-        """Size and checksum of every document."""
-        names = [self._name(file) for file in self._documents]
-        return {name: list(facts) for name, facts in zip(names, self._checksums, strict=True)}
-
-    def facts(self) -> dict[str, Any]:
-        """How many documents and bytes, and which files were empty."""
-        return {
-            "num_documents": len(self._documents),
-            "num_bytes": sum(size for size, _ in self._checksums),
-            "empty_files": self._empty,
-        }
+    Kept, because a run opens its source several times.
+    """
+    # Not `read_text`, which would turn \r\n into \n.
+    texts = [(root / name).read_bytes().decode("utf-8") for name, _, _ in checksums]
+    tokenizer = make_tokenizer(config.tokenizer, texts)
+    end = None
+    if config.end_of_document:
+        name = config.tokenizer.end_token
+        end = tokenizer.size if name is None else tokenizer.id_of(name)
+    last = np.array([] if end is None else [end], dtype=np.int32)
+    top = tokenizer.size if end is None else max(end, tokenizer.size)
+    documents = [
+        np.concatenate([tokenizer.encode(text), last]).astype(np.min_scalar_type(top))
+        for text in texts
+    ]
+    return tokenizer, documents, end

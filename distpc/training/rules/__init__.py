@@ -9,12 +9,14 @@ from distpc.training.rules.anemone import Anemone
 from distpc.training.rules.base import Rule, Smoothing
 from distpc.training.rules.batch_em import FullBatchEM, MiniBatchEM
 from distpc.training.rules.convert import convert_
+from distpc.training.rules.growing_em import GrowingEM
 from distpc.training.rules.online_em import OnlineEM
 
 __all__ = [
     "AdamOnLogits",
     "Anemone",
     "FullBatchEM",
+    "GrowingEM",
     "MiniBatchEM",
     "OnlineEM",
     "RULES",
@@ -26,11 +28,18 @@ __all__ = [
 ]
 
 RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (OnlineEM, MiniBatchEM, FullBatchEM, Anemone, AdamOnLogits)
+    rule.name: rule
+    for rule in (OnlineEM, GrowingEM, MiniBatchEM, FullBatchEM, Anemone, AdamOnLogits)
 }
 
 
-def make_rule(name: str, circuit: Circuit, smoothing: Smoothing, momentum: float = 0.9) -> Rule:
+def make_rule(
+    name: str,
+    circuit: Circuit,
+    smoothing: Smoothing,
+    momentum: float = 0.9,
+    growth: float = 2.0,
+) -> Rule:
     """The rule of that name.
 
     Args:
@@ -38,6 +47,7 @@ def make_rule(name: str, circuit: Circuit, smoothing: Smoothing, momentum: float
         circuit: what it trains.
         smoothing: see the class of the rule.
         momentum: of Anemone.
+        growth: of growing EM.
 
     Raises:
         ConfigError: there is no such rule.
@@ -52,6 +62,8 @@ def make_rule(name: str, circuit: Circuit, smoothing: Smoothing, momentum: float
         )
     if name == Anemone.name:
         return Anemone(circuit, smoothing, momentum)
+    if name == GrowingEM.name:
+        return GrowingEM(circuit, smoothing, growth)
     return RULES[name](circuit, smoothing)
 
 

@@ -1,0 +1,106 @@
+"""distpc's k-means on a Ray cluster of this machine: rounds, their times, the workers' memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from distpc.artifacts import Artifact, StageContext
+from distpc.config import RunConfig
+from distpc.config.schema import ParallelConfig
+from distpc.latents.fit import holders_of, make_job
+from distpc.latents.holder import Draw, View
+from distpc.latents.state import FitState
+from distpc.latents.store import feature_shards
+from distpc.parallel.cluster import Cluster
+
+WORKER = "ray::_Host"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a clustering gave and took.
+
+    Attributes:
+        centroids: (K, D) float32 of the last round.
+        inertia: of each round's centroids, the first ones included.
+        seconds: of every round but the first, which also reads the files.
+        growth: each worker's peak resident bytes above those after its imports.
+    """
+
+    centroids: torch.Tensor
+    inertia: list[float]
+    seconds: list[float]
+    growth: list[int]
+
+
+def parallel(num_workers: int) -> ParallelConfig:
+    """Workers of one thread, of which four fit two cores."""
+    return ParallelConfig(num_workers=num_workers, cpus_per_worker=0.5)
+
+
+def cluster_points(
+    cluster: Cluster,
+    features: Artifact,
+    folder: Path,
+    num_workers: int,
+    num_clusters: int,
+    num_rounds: int,
+    first: torch.Tensor | None = None,
+    init: str = "k-means||",
+) -> Result:
+    """So many rounds, from (K, D) centroids or from seeding by `init`."""
+    cluster.parallel = parallel(num_workers)
+    config = RunConfig.model_validate(
+        {
+            "name": "bench",
+            "data": {"source": {"kind": "digits"}},
+            "latents": {
+                "num_clusters": num_clusters,
+                "num_rounds": num_rounds,
+                "tolerance": 0.0,
+                "init": init,
+            },
+            "parallel": cluster.parallel.model_dump(),
+        }
+    )
+    ctx = StageContext(config, folder, {"features": features}, "bench", folder / "tb")
+    state = FitState()
+    if first is not None:
+        state = FitState(centroids=first.clone(), inertia=[[]], refilled=[[]])
+    moments: list[float] = []
+    with holders_of(cluster, ctx) as holders:
+        names = feature_shards(features)
+        # Every worker opens a file and reads none of its rows.
+        holders.ask("draw", [Draw(View(name), 0, (0,)) for name in names[:num_workers]])
+        before = _worker_bytes("VmRSS")
+        facts = holders.each("describe", names)
+        views = [View(name) for name in names]
+        job = make_job(ctx, holders, views, facts)
+        job = replace(job, log=lambda *_: moments.append(time.perf_counter()))
+        job.run(state)
+        after = _worker_bytes("VmHWM")
+    assert state.best is not None
+    growth = [after[worker] - before.get(worker, 0) for worker in after]
+    return Result(state.best, state.inertia[0], np.diff(moments).tolist(), growth)
+
+
+def _worker_bytes(field: str) -> dict[int, int]:
+    """A field of the status of every worker process, by process."""
+    found = {}
+    for process in psutil.Process(os.getpid()).children(recursive=True):
+        try:
+            if not " ".join(process.cmdline()).startswith(WORKER):
+                continue
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except (psutil.Error, OSError):
+            continue
+        line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
+        found[process.pid] = int(line.split()[1]) * 1024
+    return found
