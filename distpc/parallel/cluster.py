@@ -56,11 +56,13 @@ class Cluster:
     def connect(cls, parallel: ParallelConfig) -> Cluster:
         """Join or start a cluster that has room for the workers that `parallel` asks for.
 
+        In a session that has a cluster, that one, with the workers that this call asks for.
+
         Raises:
             ResourceError: it has not, or RAY_ADDRESS names no cluster.
         """
         if cls._shared is not None:
-            return cls._shared
+            return cls(parallel, cls._shared._own)
         address = os.environ.get("RAY_ADDRESS")
         cluster = _join(parallel, address) if address else _start(parallel)
         if cls._in_session:
@@ -159,7 +161,7 @@ class Cluster:
 
         A cluster that a session shares stays until the session ends.
         """
-        if self is Cluster._shared:
+        if Cluster._shared is not None:
             return
         _ray().shutdown()
         if self._own is not None:
