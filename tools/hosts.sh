@@ -2,7 +2,7 @@
 # Several hosts for real, on this machine: network namespaces on one switch, each with an address,
 # a Ray node and a torchrun agent of its own. Shared storage is this machine's disk.
 #
-#   tools/hosts.sh              two hosts, then three; some ten minutes on two cores
+#   tools/hosts.sh              two hosts, then three; some fifteen minutes on two cores
 #   tools/hosts.sh --only NAME  one scenario and the undisturbed run that it is compared with
 #                               (may be repeated): traffic ray-2 ray-2-cut ray-3-cut ray-2-lost
 #                               torchrun-2 torchrun-2-cut torchrun-3-cut torchrun-elastic
