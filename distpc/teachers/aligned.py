@@ -8,22 +8,20 @@ Shapes: B batch, V tokens of a chunk, D feature width of the inner teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.errors import TeacherError
-from distpc.teachers.base import Grid, Teacher
-from distpc.teachers.registry import teacher_class
+from distpc.teachers.base import Teacher
+from distpc.teachers.wrapped import WrappedTeacher
 
 ALIGNMENTS = ("producing", "both")
 
 
-class AlignedTeacher(Teacher):
+class AlignedTeacher(WrappedTeacher):
     """Another teacher of text, its features moved by one token, or doubled.
 
     Args:
@@ -34,6 +32,7 @@ class AlignedTeacher(Teacher):
     """
 
     kind = "aligned"
+    made_by = "teacher.state to producing or both"
 
     def __init__(
         self,
@@ -44,10 +43,8 @@ class AlignedTeacher(Teacher):
         inner_settings: dict[str, Any],
         state: str,
     ) -> None:
-        make: Callable[..., Teacher] = teacher_class(inner_kind)
-        inner = make(spec, patch_size, **inner_settings)
-        super().__init__(spec, inner.grid)
-        self.inner, self.state = inner, state
+        super().__init__(spec, patch_size, inner_kind=inner_kind, inner_settings=inner_settings)
+        self.state = state
 
     @classmethod
     def wrap(cls, inner: Teacher, state: str) -> AlignedTeacher:
@@ -63,40 +60,12 @@ class AlignedTeacher(Teacher):
                 found=f"{state}, and {inner.spec.kind} data",
                 expected="token",
             )
-        wrapped = cls(
-            inner.spec,
-            inner.grid.size,
-            inner_kind=inner.kind,
-            inner_settings=inner.settings,
-            state=state,
-        )
-        wrapped.inner = inner
-        return wrapped
-
-    @classmethod
-    def from_config(
-        cls, config: TeacherConfig, spec: DatasetSpec, patch_size: int, seed: int
-    ) -> AlignedTeacher:
-        """Refused: it needs a finished teacher, see `wrap`."""
-        raise TeacherError(
-            "an aligned teacher is made of another one",
-            where="teacher.kind",
-            fix="set teacher.kind to the teacher wanted, and teacher.state to producing or both",
-        )
+        return cls.around(inner, state=state)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The inner teacher's kind and settings, and the state."""
-        return {
-            "inner_kind": self.inner.kind,
-            "inner_settings": self.inner.settings,
-            "state": self.state,
-        }
-
-    @property
-    def grid(self) -> Grid:
-        """That of the inner teacher."""
-        return self.inner.grid
+        return {**super().settings, "state": self.state}
 
     @property
     def name(self) -> str:

@@ -6,22 +6,20 @@ these latents it does not owe to what the teacher knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.errors import TeacherError
-from distpc.teachers.base import Grid, Teacher
-from distpc.teachers.registry import teacher_class
+from distpc.teachers.base import Teacher
+from distpc.teachers.wrapped import WrappedTeacher
 
 _LARGEST = 2**63 - 1
 
 
-class ShuffledTeacher(Teacher):
+class ShuffledTeacher(WrappedTeacher):
     """Encodes, in place of a sample, one of M kept samples that a hash of the sample picks.
 
     Picking is with replacement, so that a sample's features are a function of it alone, whatever
@@ -37,6 +35,7 @@ class ShuffledTeacher(Teacher):
     """
 
     kind = "shuffled"
+    made_by = "teacher.shuffle_samples to true"
     bank: Tensor
     multipliers: Tensor
 
@@ -50,10 +49,7 @@ class ShuffledTeacher(Teacher):
         num_samples: int,
         seed: int,
     ) -> None:
-        make: Callable[..., Teacher] = teacher_class(inner_kind)
-        inner = make(spec, patch_size, **inner_settings)
-        super().__init__(spec, inner.grid)
-        self.inner = inner
+        super().__init__(spec, patch_size, inner_kind=inner_kind, inner_settings=inner_settings)
         self.seed = seed
         generator = torch.Generator().manual_seed(seed)
         shape = (spec.num_variables,)
@@ -72,53 +68,19 @@ class ShuffledTeacher(Teacher):
         if not len(bank):
             raise TeacherError("features cannot be shuffled over no samples", where="train split")
         inner.check_batch(bank)
-        wrapped = cls(
-            inner.spec,
-            inner.grid.size,
-            inner_kind=inner.kind,
-            inner_settings=inner.settings,
-            num_samples=len(bank),
-            seed=seed,
-        )
-        wrapped.inner = inner
+        wrapped = cls.around(inner, num_samples=len(bank), seed=seed)
         wrapped.bank.copy_(bank)
         return wrapped
-
-    @classmethod
-    def from_config(
-        cls, config: TeacherConfig, spec: DatasetSpec, patch_size: int, seed: int
-    ) -> ShuffledTeacher:
-        """Refused: it needs a finished teacher and samples, see `wrap`."""
-        raise TeacherError(
-            "a shuffled teacher is made of another one",
-            where="teacher.kind",
-            fix="set teacher.kind to the teacher wanted, and teacher.shuffle_samples to true",
-        )
 
     @property
     def settings(self) -> dict[str, Any]:
         """The inner teacher's kind and settings, M and the seed."""
-        return {
-            "inner_kind": self.inner.kind,
-            "inner_settings": self.inner.settings,
-            "num_samples": len(self.bank),
-            "seed": self.seed,
-        }
-
-    @property
-    def grid(self) -> Grid:
-        """That of the inner teacher."""
-        return self.inner.grid
+        return {**super().settings, "num_samples": len(self.bank), "seed": self.seed}
 
     @property
     def name(self) -> str:
         """Names the inner teacher too."""
         return f"shuffled {self.inner.name}"
-
-    @property
-    def feature_width(self) -> int:
-        """D of the inner teacher."""
-        return self.inner.feature_width
 
     @property
     def sees(self) -> str:
