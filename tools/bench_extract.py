@@ -36,6 +36,7 @@ from distpc.errors import DistpcError
 from distpc.latents import extract
 from distpc.latents.encode import ShardTask
 from distpc.parallel.cluster import Cluster
+from distpc.parallel.tally import Tally
 from distpc.teachers import load_teacher, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,11 +87,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     samples = sum(entry.num_samples for entry in entries)
     bare: list[float] = []
     own: list[float] = []
+    tally = Tally("features")
     with (
         Bare(options, ctx.input("teacher").path) as model,
         Cluster.connect(ctx.config.parallel) as cluster,
         cluster.pool(
-            extract.WORKER, {"settings": extract.settings(ctx)}, ahead=options.ahead
+            extract.WORKER,
+            {"settings": extract.settings(ctx)},
+            ahead=options.ahead,
+            tally=tally,
         ) as pool,
     ):
         began = time.perf_counter()
@@ -99,11 +104,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             list(pool.map(tasks[: 2 * options.workers]))
             start_seconds = time.perf_counter() - began
         bare.append(model.rate(samples))
-        spent = dict.fromkeys(("read", "wait", "encode", "write"), 0.0)
+        before = dict(tally.seconds)
         for _ in range(options.turns):
             began = time.perf_counter()
-            for _, note in pool.map(tasks):
-                spent = {name: spent[name] + note.seconds[name] for name in spent}
+            for _ in pool.map(tasks):
+                pass
             own.append(samples / (time.perf_counter() - began))
             bare.append(model.rate(samples))
     rate, bare_rate = statistics.median(own), statistics.median(bare)
@@ -119,7 +124,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "all_samples_per_second": [round(value, 2) for value in own],
         "all_bare_samples_per_second": [round(value, 2) for value in bare],
         "start_seconds": round(start_seconds, 2),
-        "worker_seconds": {name: round(value / options.turns, 2) for name, value in spent.items()},
+        "worker_seconds": {
+            name: round((value - before[name]) / options.turns, 2)
+            for name, value in tally.seconds.items()
+        },
     }
 
 

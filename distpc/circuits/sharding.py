@@ -19,6 +19,7 @@ from enum import Enum
 
 from distpc.circuits.blocks import Blocks
 from distpc.circuits.schedule import BankPlan, InputPlan, ProductPlan, Schedule, SumPlan
+from distpc.errors import ConfigError
 from distpc.parallel.places import Split
 
 UNIT_DIM = {"sum": 1, "categorical": 1, "gaussian": 2, "binomial": 2, "logistic": 2}
@@ -117,6 +118,32 @@ def node_table(schedule: Schedule, num_ranks: int) -> NodeTable:
     if num_ranks == 1:
         readings = dict.fromkeys(readings, Reading.AS_IS)
     return NodeTable(num_ranks, banks, tuple(is_split), readings)
+
+
+def check_shares(schedule: Schedule, num_ranks: int) -> None:
+    """Refuse a node axis of R ranks on which nothing can be cut: all would compute all.
+
+    Raises:
+        ConfigError: no bank has units that R ranks can share evenly.
+    """
+
+    def is_shared(parts: int) -> bool:
+        return any(_bank_line(n, plan, parts).split for n, plan in enumerate(schedule.banks))
+
+    if num_ranks == 1 or is_shared(num_ranks):
+        return
+    widest = max(plan.num_units for plan in schedule.banks)
+    sizes = [size for size in range(1, num_ranks) if num_ranks % size == 0]
+    fitting = [size for size in sizes if size == 1 or is_shared(size)]
+    raise ConfigError(
+        "the ranks of the node axis would own no units",
+        where="parallel.node_parallel",
+        found=f"{num_ranks} ranks for layers of at most {widest} units: "
+        f"none has a multiple of {num_ranks}",
+        expected=f"one of {', '.join(map(str, fitting))} for this circuit",
+        fix=f"set parallel.node_parallel={fitting[-1]}, or give layers a multiple of {num_ranks} "
+        "units (structure.num_states; latents.num_clusters for patches)",
+    )
 
 
 def _bank_line(number: int, plan: BankPlan, num_ranks: int) -> BankLine:

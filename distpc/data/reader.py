@@ -20,6 +20,7 @@ from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.plan import evaluation_ranges
 from distpc.data.spec import DatasetSpec
 from distpc.errors import DataError
+from distpc.parallel.stopwatch import part
 
 _checked: set[tuple[int, int, int, str]] = set()
 """Device, inode, time of change and digest of the files that this process has digested."""
@@ -40,6 +41,7 @@ class Shard:
     x: np.ndarray
 
 
+@part("read")
 def read_shard(entry: ShardEntry, spec: DatasetSpec) -> Shard:
     """Decode a whole shard, after comparing its bytes with the index.
 

@@ -37,6 +37,7 @@ from distpc.latents.store import (
     shard_path,
 )
 from distpc.parallel.cluster import Cluster
+from distpc.parallel.tally import Tally
 
 WORKER = "distpc.latents.assigners:Assigner"
 FUSED_WORKER = "distpc.latents.assigners:FusedAssigner"
@@ -50,6 +51,8 @@ def run(ctx: StageContext) -> None:
         ResourceError: the cluster is too small, or keeps losing workers.
     """
     assignment = _assignment(ctx)
+    folder = ctx.tensorboard / "assign"
+    shutil.rmtree(folder, ignore_errors=True)
     if ctx.config.latents.keep_features:
         names, facts = _of_stored(ctx, assignment)
     else:
@@ -63,8 +66,6 @@ def run(ctx: StageContext) -> None:
             **report.to_json(),
         },
     )
-    folder = ctx.tensorboard / "assign"
-    shutil.rmtree(folder, ignore_errors=True)
     log_report(report, folder)
     log_looks(ctx, names, report.usage, folder)
     refuse_collapse(report, ctx.config.latents, ctx.out / "report.json")
@@ -97,13 +98,13 @@ def _of_stored(ctx: StageContext, assignment: Assignment) -> tuple[list[str], di
     features = ctx.input("features")
     names = feature_shards(features)
     missing = [name for name in names if not _is_whole(shard_path(ctx.out, name), ctx)]
-    seconds = 0.0
+    tally = Tally("assign", ctx.tensorboard / "assign")
     if missing:
         kwargs = {"features": str(features.path), "assignment": assignment}
-        with Cluster.connect(ctx.config.parallel) as cluster:
-            for _, spent in cluster.map(WORKER, kwargs, missing, label="assign"):
-                seconds += spent
-    return names, {"seconds": round(seconds, 3)}
+        with Cluster.connect(ctx.config.parallel) as cluster, tally:
+            for _ in cluster.map(WORKER, kwargs, missing, label="assign", tally=tally):
+                pass
+    return names, {"workers": tally.to_json()}
 
 
 def _of_data(ctx: StageContext, assignment: Assignment) -> tuple[list[str], dict[str, Any]]:
@@ -113,13 +114,13 @@ def _of_data(ctx: StageContext, assignment: Assignment) -> tuple[list[str], dict
     missing = [entry for entry in entries if not is_finished(ctx, entry, "latents")]
     kept = [entry for entry in entries if entry not in missing]
     bad = bad_of_finished(ctx, kept, "latents")
-    spent = encode_shards(
-        ctx, FUSED_WORKER, settings(ctx), missing, bad, "assign_data", assignment=assignment
+    workers = encode_shards(
+        ctx, FUSED_WORKER, settings(ctx), missing, bad, "assign", assignment=assignment
     )
     return [entry.name for entry in entries], {
         "bad_samples": dict(sorted(bad.reasons.items())),
         "feature_bytes_saved": _bytes_saved(ctx, entries),
-        **spent.to_json(),
+        "workers": workers,
     }
 
 

@@ -6,7 +6,6 @@ Shapes: N samples of a shard, Z latents of a sample, D feature width, K clusters
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from distpc.errors import LatentError
 from distpc.latents.codebook import Codebook, read_codebook
 from distpc.latents.encode import Encoder, EncoderSettings
 from distpc.latents.store import read_shard, shard_path, write_shard
+from distpc.parallel.stopwatch import count
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,12 @@ class Assigner:
         self._assignment = assignment
         self._codebook = assignment.read()
 
-    def __call__(self, name: str) -> float:
-        """Write the latents of shard `name`; returns the seconds that took."""
-        began = time.monotonic()
+    def __call__(self, name: str) -> None:
+        """Write the latents of shard `name`."""
         path = shard_path(self._features, name)
         shard = read_shard(path, "features", fingerprint=self._assignment.features)
         self._assignment.write_latents(self._codebook, name, shard.rows, shard.keys, shard.metadata)
-        return time.monotonic() - began
+        count(samples=len(shard.keys), shards=1)
 
 
 class FusedAssigner(Encoder):

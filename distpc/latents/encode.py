@@ -9,7 +9,6 @@ Shapes: N samples of a shard, V variables, Z latents of a sample, D feature widt
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from distpc.artifacts.cache import Cache, use
 from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.reader import read_shard
 from distpc.errors import ResourceError
+from distpc.parallel.stopwatch import count, holding
 from distpc.teachers import load_teacher
 
 NOT_FINITE = "features are not finite in float16 (largest size 65504)"
@@ -53,14 +53,12 @@ class ShardNote:
         samples: that were encoded.
         bad: reasons by key of the samples that were not.
         written: whether the shard is finished; not when it has more bad samples than allowed.
-        seconds: `read` (and decode), `wait` (for the teacher), `encode`, `write`.
     """
 
     name: str
     samples: int
     bad: dict[str, str]
     written: bool
-    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -127,31 +125,22 @@ class Encoder(ABC):
             DataError: the shard is missing or has changed.
             DistpcError: no sample at all can be encoded, with the teacher's reason.
         """
-        began = time.monotonic()
         shard = read_shard(task.entry, self._spec)
-        read = time.monotonic()
-        with self._encoding:
-            started = time.monotonic()
+        with holding(self._encoding):
             features, bad = self._encode(shard.x, shard.keys, task.bad)
-            encoded = time.monotonic()
         allowed = len(bad) <= self._settings.max_bad
         keys = [key for key in shard.keys if key not in bad]
         if allowed and keys:
             self.write(shard.name, features, keys, self._notes(features, bad))
-        seconds = {
-            "read": read - began,
-            "wait": started - read,
-            "encode": encoded - started,
-            "write": time.monotonic() - encoded,
-        }
-        return ShardNote(shard.name, len(keys), bad, allowed and bool(keys), seconds)
+        count(samples=len(keys), shards=1)
+        return ShardNote(shard.name, len(keys), bad, allowed and bool(keys))
 
     def try_rows(self, task: ShardTask) -> dict[str, str]:
         """Encode some rows and keep nothing; the reasons by key of the bad ones among them."""
         assert task.rows is not None
         rows = slice(*task.rows)
         shard = read_shard(task.entry, self._spec)
-        with self._encoding:
+        with holding(self._encoding):
             return self._encode(shard.x[rows], shard.keys[rows], {})[1]
 
     def _notes(self, features: Tensor, bad: dict[str, str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.patches import PatchGrid
 from distpc.errors import LatentError
 from distpc.latents.encode import Encoder, EncoderSettings
-from distpc.latents.shard_work import BAD_SAMPLES, BadSamples, Spent, encode_shards
+from distpc.latents.shard_work import BAD_SAMPLES, BadSamples, encode_shards
 from distpc.latents.store import SUFFIX, read_shard, read_tensors, shard_path, write_shard
 
 WORKER = "distpc.latents.extract:Extractor"
@@ -55,8 +55,8 @@ def run(ctx: StageContext) -> None:
     missing = [e for e in used if not is_finished(ctx, e, "features")]
     kept = [entry for entry in used if entry not in missing]
     bad = bad_of_finished(ctx, kept, "features")
-    spent = encode_shards(ctx, WORKER, settings(ctx), missing, bad, "features")
-    _describe(ctx, used, wanted, len(kept), bad, spent)
+    workers = encode_shards(ctx, WORKER, settings(ctx), missing, bad, "features")
+    _describe(ctx, used, wanted, len(kept), bad, workers)
 
 
 def settings(ctx: StageContext) -> EncoderSettings:
@@ -143,7 +143,7 @@ def _describe(
     wanted: Sequence[ShardEntry],
     num_kept: int,
     bad: BadSamples,
-    spent: Spent,
+    workers: dict[str, Any],
 ) -> None:
     """Note in the metadata what was made.
 
@@ -173,7 +173,7 @@ def _describe(
         bytes=sum(path.stat().st_size for path in paths),
         all_samples=sum(entry.num_samples for entry in wanted),
         bad_samples=dict(sorted(bad.reasons.items())),
-        **spent.to_json(),
+        workers=workers,
     )
 
 

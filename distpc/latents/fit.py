@@ -30,6 +30,7 @@ from distpc.latents.seeding import (
 from distpc.latents.state import FitState
 from distpc.latents.store import FORMAT_VERSION, feature_shards
 from distpc.parallel.cluster import Cluster
+from distpc.parallel.tally import Tally
 
 WORKER = "distpc.latents.holder:FeatureHolder"
 CENTROIDS = "centroids.safetensors"
@@ -52,12 +53,13 @@ def run(ctx: StageContext) -> None:
     features = ctx.input("features")
     names = feature_shards(features)
     config = ctx.config.latents
-    with Cluster.connect(ctx.config.parallel) as cluster:
+    tally = Tally("fit", ctx.tensorboard / "fit")
+    with Cluster.connect(ctx.config.parallel) as cluster, tally:
         projection = None
         if config.projection != "none":
-            with holders_of(cluster, ctx) as holders:
+            with holders_of(cluster, ctx, tally=tally) as holders:
                 projection = principal_directions(holders, names, config, features.path)
-        with holders_of(cluster, ctx, projection) as holders:
+        with holders_of(cluster, ctx, projection, tally) as holders:
             facts = holders.each("describe", names)
             positions: list[int | None] = [None]
             if config.codebook == "per_position":
@@ -68,13 +70,17 @@ def run(ctx: StageContext) -> None:
                 check_distinct(holders, views, config.num_clusters, features.path)
                 states.append(_cluster(ctx, holders, views, facts))
     _write(ctx, states, facts, projection)
+    ctx.metadata["workers"] = tally.to_json()
     for position in positions:
         (ctx.out / _checkpoint(position)).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def holders_of(
-    cluster: Cluster, ctx: StageContext, projection: Projection | None = None
+    cluster: Cluster,
+    ctx: StageContext,
+    projection: Projection | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[Holders]:
     """Workers that hold the shards of the features stage; they end with the block."""
     features = ctx.input("features")
@@ -87,7 +93,7 @@ def holders_of(
         if projection is None
         else (projection.mean.numpy(), projection.basis.numpy()),
     }
-    with contextlib.closing(cluster.pool(WORKER, kwargs)) as pool:
+    with cluster.pool(WORKER, kwargs, tally=tally) as pool:
 
         def ask(method: str, items: Sequence[Any]) -> list[Any]:
             answers = dict(pool.map(items, method=method))

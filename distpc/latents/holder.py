@@ -23,6 +23,7 @@ from distpc.latents.nearest import assign_points
 from distpc.latents.principal import Moments, Projection, moments_of
 from distpc.latents.seeding import draw_points, generator, race
 from distpc.latents.store import StoredShard, read_shard, shard_path
+from distpc.parallel.stopwatch import count
 
 Seed = tuple[int, ...]
 
@@ -172,7 +173,9 @@ class FeatureHolder:
         """What points contribute to a Lloyd round: the sum of their squared lengths, for the
         driver; and their sums by cluster, which are held."""
         source, centroids, bits = item
-        total = totals_of(self._taken(source), self._to_device(centroids), bits)
+        points = self._taken(source)
+        total = totals_of(points, self._to_device(centroids), bits)
+        count(points=len(points))
         return self._squares_of(source), total
 
     def each(self, item: tuple[str, Sequence[Any]]) -> list[Any]:

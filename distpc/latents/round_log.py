@@ -33,7 +33,8 @@ class RoundLog:
         label = "k-means" if position is None else f"k-means {position}"
         self._progress = Progress(label, total, "rounds")
         if not state.inertia:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            for folder in self._folder.glob("*/"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def __enter__(self) -> RoundLog:
         return self

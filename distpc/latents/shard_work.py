@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from distpc.errors import LatentError, ResourceError
 from distpc.latents.encode import EncoderSettings, ShardNote, ShardTask
 from distpc.parallel.cluster import Cluster
 from distpc.parallel.pool import Lost, Pool
+from distpc.parallel.tally import Tally
 
 BAD_SAMPLES = "bad_samples.json"
 _PARTS = 16
@@ -62,44 +62,15 @@ class BadSamples:
         )
 
 
-@dataclass
-class Spent:
-    """Where the time went.
-
-    Attributes:
-        seconds: over all workers: `read`, `wait` (for the teacher), `encode`, `write`.
-        start: from the request to the first worker that has loaded the teacher.
-        wall: from there to the last shard.
-        samples: encoded.
-        workers: that ran side by side, at most.
-    """
-
-    seconds: dict[str, float]
-    start: float = 0.0
-    wall: float = 0.0
-    samples: int = 0
-    workers: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Rounded values for the stage's metadata."""
-        rate = self.samples / self.wall if self.wall else 0.0
-        return {
-            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-            "start_seconds": round(self.start, 3),
-            "samples_per_second": round(rate, 3),
-            "most_workers": self.workers,
-        }
-
-
 def encode_shards(
     ctx: StageContext,
     worker: str,
     settings: EncoderSettings,
     entries: Sequence[ShardEntry],
     bad: BadSamples,
-    label: str,
+    stage: str,
     **kwargs: Any,
-) -> Spent:
+) -> dict[str, Any]:
     """Let workers encode shards and keep what they make of them.
 
     Args:
@@ -108,45 +79,37 @@ def encode_shards(
         settings: of the encoders.
         entries: shards that are wanted.
         bad: samples left out of finished shards; more are added.
-        label: of the progress bar and the curves.
+        stage: name for the progress bar, the curves and Ray's dashboard.
         kwargs: more arguments of the worker's constructor.
+
+    Returns:
+        where the time went, for the stage's metadata; see `Tally.to_json`.
 
     Raises:
         LatentError: more samples than allowed cannot be encoded, or kill their workers.
         ResourceError: the cluster is too small, or a shard kills its workers as a whole.
     """
-    spent = Spent(dict.fromkeys(("read", "wait", "encode", "write"), 0.0))
+    tally = Tally(stage, ctx.tensorboard / stage)
     if not entries:
-        return spent
+        return tally.to_json()
     tasks = [ShardTask(entry) for entry in entries]
     ahead = ctx.config.parallel.prefetch_shards
     with (
         Cluster.connect(ctx.config.parallel) as cluster,
-        cluster.pool(worker, {"settings": settings, **kwargs}, ahead=ahead) as pool,
-        _Curves(ctx, label, bad) as curves,
+        tally,
+        cluster.pool(worker, {"settings": settings, **kwargs}, ahead=ahead, tally=tally) as pool,
+        contextlib.ExitStack() as last,
     ):
-        began = time.monotonic()
+        last.callback(_show, bad, tally)
         deadly: list[ShardEntry] = []
-        for number, note in pool.map(tasks, label=label, release=True, lost="yield"):
+        for number, note in pool.map(tasks, label=stage, release=True, lost="yield"):
             if isinstance(note, Lost):
                 deadly.append(entries[number])
-                continue
-            _count(spent, note)
-            spent.wall = time.monotonic() - began - (pool.ready_seconds or 0.0)
-            curves(note, spent)
-            bad.add(note.bad)
+            else:
+                bad.add(note.bad)
         for entry in deadly:
-            note = _without_killers(pool, entry, bad)
-            _count(spent, note)
-            bad.add(note.bad)
-        spent.start, spent.workers = pool.ready_seconds or 0.0, pool.most_workers
-    return spent
-
-
-def _count(spent: Spent, note: ShardNote) -> None:
-    for name, value in note.seconds.items():
-        spent.seconds[name] += value
-    spent.samples += note.samples
+            bad.add(_without_killers(pool, entry, bad).bad)
+    return tally.to_json()
 
 
 def _without_killers(pool: Pool, entry: ShardEntry, bad: BadSamples) -> ShardNote:
@@ -205,36 +168,12 @@ def _cut(start: int, stop: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-class _Curves:
-    """TensorBoard: rate and times after every shard, and in the end the samples left out."""
-
-    def __init__(self, ctx: StageContext, label: str, bad: BadSamples) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = ctx.tensorboard / label
-        shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(folder, flush_secs=10)
-        self._label = label
-        self._bad = bad
-        self._shards = 0
-
-    def __enter__(self) -> _Curves:
-        return self
-
-    def __call__(self, note: ShardNote, spent: Spent) -> None:
-        """Note a finished shard."""
-        self._shards += 1
-        for name, value in note.seconds.items():
-            self._writer.add_scalar(f"{self._label}/{name}_seconds", value, self._shards)
-        if spent.wall > 0:
-            rate = spent.samples / spent.wall
-            self._writer.add_scalar(f"{self._label}/samples_per_second", rate, self._shards)
-
-    def __exit__(self, *details: object) -> None:
-        reasons = self._bad.reasons
-        self._writer.add_scalar(f"{self._label}/bad_samples", len(reasons), self._shards)
-        if reasons:
-            rows = [f"| {key} | {reason} |" for key, reason in sorted(reasons.items())]
-            table = "\n".join(["| sample | reason |", "|---|---|", *rows])
-            self._writer.add_text(f"{self._label}/bad_samples", table, self._shards)
-        self._writer.close()
+def _show(bad: BadSamples, tally: Tally) -> None:
+    """The samples left out, in TensorBoard."""
+    if tally.curves is None:
+        return
+    name = f"{tally.stage}/bad_samples"
+    tally.curves.scalars(tally.calls, {name: len(bad.reasons)})
+    if bad.reasons:
+        rows = [f"| {key} | {reason} |" for key, reason in sorted(bad.reasons.items())]
+        tally.curves.text(name, "\n".join(["| sample | reason |", "|---|---|", *rows]), tally.calls)

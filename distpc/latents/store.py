@@ -20,6 +20,7 @@ from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.tensors import read_tensors as read_file
 from distpc.artifacts.tensors import write_tensors as write_file
 from distpc.errors import LatentError
+from distpc.parallel.stopwatch import part
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
@@ -68,6 +69,7 @@ def write_shard(
     return write_tensors(path, tensors, {**metadata, "holds": name})
 
 
+@part("read")
 def read_shard(
     path: Path,
     name: str,
@@ -148,6 +150,7 @@ def left_out_keys(folder: Path, shard_name: str) -> set[str]:
     return set(metadata.get("bad", {}))
 
 
+@part("write")
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> int:
     """Write named tensors and notes, whole or not at all; returns the bytes written.
 
@@ -160,6 +163,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str,
     return write_file(path, tensors, {"format_version": FORMAT_VERSION, **metadata})
 
 
+@part("read")
 def read_tensors(
     path: Path, name: str, fingerprint: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,12 +19,13 @@ import torch
 from distpc.config.schema import ParallelConfig
 from distpc.errors import ResourceError
 from distpc.parallel import reaper
-from distpc.parallel.gauges import Gauges
+from distpc.parallel.gauges import Gauges, RankGauges
 from distpc.parallel.mesh import RANK_VARIABLES
 from distpc.parallel.placement import RankHosts
 from distpc.parallel.pool import Pool
 from distpc.parallel.processes import python_path
 from distpc.parallel.room import count_places
+from distpc.parallel.tally import Tally
 from distpc.parallel.worker import WorkerHost
 
 _KNOCK_SECONDS = 5.0
@@ -55,11 +56,13 @@ class Cluster:
     def connect(cls, parallel: ParallelConfig) -> Cluster:
         """Join or start a cluster that has room for the workers that `parallel` asks for.
 
+        In a session that has a cluster, that one, with the workers that this call asks for.
+
         Raises:
             ResourceError: it has not, or RAY_ADDRESS names no cluster.
         """
         if cls._shared is not None:
-            return cls._shared
+            return cls(parallel, cls._shared._own)
         address = os.environ.get("RAY_ADDRESS")
         cluster = _join(parallel, address) if address else _start(parallel)
         if cls._in_session:
@@ -82,14 +85,19 @@ class Cluster:
             if shared is not None:
                 shared.close()
 
-    def pool(self, worker: str, kwargs: dict[str, Any], *, ahead: int = 0) -> Pool:
+    def pool(
+        self, worker: str, kwargs: dict[str, Any], *, ahead: int = 0, tally: Tally | None = None
+    ) -> Pool:
         """Workers that keep living, with what they cached, over several `map` calls.
 
         Args:
             ahead: items that a worker is given beside the one that it works on; then its methods
                 are called from several threads at a time.
+            tally: of the time that the workers spend; shown in Ray's dashboard, too.
         """
-        return Pool(_ray(), _Host, worker, kwargs, self.parallel, ahead, _ask_autoscaler)
+        if tally is not None:
+            tally.show_in(Gauges(_gauge(), tally.stage))
+        return Pool(_ray(), _Host, worker, kwargs, self.parallel, ahead, _ask_autoscaler, tally)
 
     def map(
         self,
@@ -100,14 +108,16 @@ class Cluster:
         method: str = "__call__",
         label: str = "",
         retries: int | None = None,
+        tally: Tally | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Yield (index, result) of every item as it is finished; see `Pool.map`.
 
         Args:
             worker: `module:Class`; every worker process constructs `Class(**kwargs)` once.
             kwargs: of the constructor; handles of `put` arrive as their values.
+            tally: see `pool`.
         """
-        with contextlib.closing(self.pool(worker, kwargs)) as pool:
+        with contextlib.closing(self.pool(worker, kwargs, tally=tally)) as pool:
             yield from pool.map(items, method=method, label=label, retries=retries, release=True)
 
     def put(self, value: Any) -> Any:
@@ -118,11 +128,9 @@ class Cluster:
         """Places for `num_ranks` training ranks of `num_cpus` CPUs each; see `RankHosts`."""
         return RankHosts(_ray(), num_ranks, num_cpus, seconds)
 
-    def gauges(self, path: Path, stage: str) -> Gauges:
-        """What shows the figures that ranks leave in a file in Ray's dashboard; see `Gauges`."""
-        from ray.util.metrics import Gauge
-
-        return Gauges(Gauge, path, stage)
+    def gauges(self, path: Path, stage: str) -> RankGauges:
+        """What shows the figures that ranks leave in a file in Ray's dashboard."""
+        return RankGauges(_gauge(), path, stage)
 
     def address(self) -> str:
         """The address of this machine by which others of the cluster reach it."""
@@ -153,7 +161,7 @@ class Cluster:
 
         A cluster that a session shares stays until the session ends.
         """
-        if self is Cluster._shared:
+        if Cluster._shared is not None:
             return
         _ray().shutdown()
         if self._own is not None:
@@ -322,6 +330,13 @@ def _set(values: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def _gauge() -> Any:
+    """Ray's class of gauges."""
+    from ray.util.metrics import Gauge
+
+    return Gauge
 
 
 def _ray() -> Any:

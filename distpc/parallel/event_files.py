@@ -1,22 +1,84 @@
-"""TensorBoard writers that continue the curves of an interrupted attempt."""
+"""TensorBoard: what a process shows of its work, and a continuation of an earlier attempt's."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-def open_writer(folder: Path, first_step: int = 0) -> SummaryWriter:
-    """A writer of event files in `folder`.
+class Curves:
+    """Writes event files; silent where not enabled.
 
     Args:
-        folder: of one training alone.
+        folder: of the event files; of one job alone, because going on with it purges in it.
+        enabled: whether this process reports.
         first_step: what an earlier attempt logged from this step on is dropped; 0 drops nothing.
     """
+
+    def __init__(self, folder: Path, *, enabled: bool = True, first_step: int = 0) -> None:
+        self._writer: SummaryWriter | None = None
+        if enabled:
+            self._writer = open_writer(folder, first_step)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this process reports."""
+        return self._writer is not None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write figures under their names; the caller puts units into the names."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Write a picture, (height, width, 3) uint8."""
+        if self._writer is not None:
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Write how values of any shape are distributed."""
+        if self._writer is not None:
+            self._writer.add_histogram(name, values.flatten(), step)
+
+    def text(self, name: str, text: str, step: int = 0) -> None:
+        """Write Markdown."""
+        if self._writer is not None:
+            self._writer.add_text(name, text, step)
+
+    def flush(self) -> None:
+        """Let readers of the files see all that was written."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_writer(folder: Path, first_step: int = 0) -> SummaryWriter:
+    """A writer of event files in `folder`; see `Curves`."""
     from torch.utils.tensorboard import SummaryWriter
 
     # Files are read in the order of their names, which begin with the second of their making:

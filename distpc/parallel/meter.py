@@ -10,16 +10,20 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.autograd.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from distpc.artifacts.files import write_json
 from distpc.parallel.collectives import gather_objects
 from distpc.parallel.mesh import Mesh
+
+T = TypeVar("T")
 
 FIGURES = "figures.json"
 """Where rank 0 leaves them, in a stage's folder of logs."""
@@ -35,27 +39,53 @@ class Meter:
 
     Args:
         mesh: this process among the ranks.
-        flops_per_sample: floating-point operations that a step takes for a sample, on this rank.
+        flops_per_sample: floating-point operations that a step takes for a sample, on this rank;
+            None: torch counts those of the first step that `run` is given.
         every: steps between two that are measured; 0: none is.
         folder: where rank 0 leaves the figures of all; None: nowhere.
 
     Attributes:
         figures: of every rank, in their order, at the last step that was measured; see `step`.
+        measured_step: number of that step, 0 before there is one.
     """
 
     def __init__(
-        self, mesh: Mesh, flops_per_sample: float, every: int, folder: Path | None = None
+        self, mesh: Mesh, flops_per_sample: float | None, every: int, folder: Path | None = None
     ) -> None:
         self.mesh = mesh
         self.folder = folder
         self.flops_per_sample = flops_per_sample
         self.every = every
         self.figures: list[dict[str, float]] = []
+        self.measured_step = 0
+        self._waited = 0.0
         self._device_flops = matmul_flops(mesh.device) if every else 0.0
 
     def is_due(self, step: int) -> bool:
         """Whether a step is measured; the same on every rank."""
         return self.every > 0 and (step == _FIRST or step % self.every == 0)
+
+    def run(self, step: int, num_samples: int, waited: float, update: Callable[[], T]) -> T:
+        """Do a step by `update`, and measure it if it is due; a collective.
+
+        Args:
+            step: its number, from 1.
+            num_samples: of this rank.
+            waited: seconds that this rank waited for data so far, in all steps.
+        """
+        waiting, self._waited = waited - self._waited, waited
+        if self.every and self.flops_per_sample is None:
+            # Not measured as well: counting takes time.
+            with FlopCounterMode(display=False) as counter:
+                outcome = update()
+            self.flops_per_sample = counter.get_total_flops() / max(1, num_samples)
+            return outcome
+        if not self.is_due(step):
+            return update()
+        with self.step(num_samples, waiting):
+            outcome = update()
+        self.measured_step = step
+        return outcome
 
     @contextmanager
     def step(self, num_samples: int, data_seconds: float) -> Iterator[None]:
@@ -76,7 +106,7 @@ class Meter:
             busy = time.perf_counter() - began
         seconds = busy + data_seconds
         communication = min(covered(intervals), busy)
-        flops = self.flops_per_sample * num_samples / seconds
+        flops = (self.flops_per_sample or 0.0) * num_samples / seconds
         own = {
             "samples_per_second": num_samples / seconds,
             "tflops": flops / 1e12,
@@ -93,16 +123,18 @@ class Meter:
             write_json(self.folder / FIGURES, {"ranks": self.figures})
 
 
-def by_rank(figures: list[dict[str, float]], most: int = 16) -> Mapping[str, float]:
-    """Figures of ranks under names for curves: the least and the largest, and where ranks are few
-    each rank's."""
+def by_member(
+    figures: Sequence[Mapping[str, float]], group: str, most: int = 16
+) -> dict[str, float]:
+    """Figures of the members of a group (ranks, workers) under names for curves: the least and the
+    largest, and where members are few each one's."""
     named = {}
-    for name in figures[0]:
-        values = [of_rank[name] for of_rank in figures]
-        named[f"ranks/{name}/least"] = min(values)
-        named[f"ranks/{name}/largest"] = max(values)
-        if len(values) <= most:
-            named |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values)}
+    for name in dict.fromkeys(name for own in figures for name in own):
+        values = {number: own[name] for number, own in enumerate(figures) if name in own}
+        named[f"{group}/{name}/least"] = min(values.values())
+        named[f"{group}/{name}/largest"] = max(values.values())
+        if len(figures) <= most:
+            named |= {f"{group}/{name}/{number}": value for number, value in values.items()}
     return named
 
 

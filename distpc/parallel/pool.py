@@ -16,6 +16,7 @@ from distpc.parallel import losses
 from distpc.parallel.items import ItemQueue
 from distpc.parallel.progress import Progress
 from distpc.parallel.room import count_places
+from distpc.parallel.tally import Tally
 from distpc.parallel.worker import WorkerHost, split
 
 _PATIENCE_SECONDS = 30.0
@@ -87,6 +88,7 @@ class Pool:
         parallel: how many workers, of what size.
         ahead: items that a worker may hold beside the one that it works on.
         ask: tells the cluster's autoscaler the places that are wanted in all.
+        tally: of the time that workers spend.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Pool:
         parallel: ParallelConfig,
         ahead: int,
         ask: Callable[[list[dict[str, float]]], None],
+        tally: Tally | None = None,
     ) -> None:
         self._ray = ray
         self._worker = worker
@@ -105,6 +108,7 @@ class Pool:
         self._parallel = parallel
         self._ahead = ahead
         self._ask = ask
+        self._tally = tally or Tally("")
         self._asked_places = 0
         self._actor_class = ray.remote(host).options(
             num_cpus=parallel.cpus_per_worker,
@@ -221,6 +225,8 @@ class Pool:
                     self._homes[task.index] = task.worker
                     # Before the caller computes with the result: no worker should wait for that.
                     self._hand_out(job)
+                    if outcome.work is not None:
+                        self._tally.add(outcome.work)
                 yield task, outcome
 
     def _fit_to_cluster(self, job: _Job) -> None:
@@ -363,6 +369,7 @@ class Pool:
         self.most_workers = max(self.most_workers, running)
         if self.ready_seconds is None:
             self.ready_seconds = time.monotonic() - self._asked
+        self._tally.running(running, self.ready_seconds)
 
     def _outcome(self, task: _Task, reference: Any) -> Any:
         errors = self._ray.exceptions
@@ -393,6 +400,7 @@ class Pool:
     def _of_the_dead(self, job: _Job, task: _Task) -> Iterator[tuple[_Task, Any]]:
         """All that the dead worker of `task` held."""
         self._refuse_if_cut_off()
+        self._tally.lost += 1
         # It may be cut off rather than dead.
         self._dismiss(task.worker)
         self._looked = min(self._looked, time.monotonic() - _LOOK_SECONDS)

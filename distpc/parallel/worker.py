@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from distpc.errors import DistpcError, ResourceError
 from distpc.parallel.rank import import_target
+from distpc.parallel.stopwatch import Stopwatch, Work
 
 _SHOWN_CHARACTERS = 300
 _SHOWN_LINES = 15
@@ -25,10 +26,11 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an item: a value, or the error to raise in the driver."""
+    """What became of an item: a value and the time it took, or the error to raise in the driver."""
 
     value: Any = None
     error: DistpcError | None = None
+    work: Work | None = None
 
 
 class WorkerHost:
@@ -51,6 +53,7 @@ class WorkerHost:
             self._failure = Outcome(
                 error=as_own_error(error, f"{worker}, constructed with", kwargs)
             )
+        self._stopwatch = Stopwatch(torch.device("cuda" if num_gpus > 0 else "cpu"))
 
     def gpu_ids(self) -> list[Any]:
         """The GPUs that the cluster reserved for this process."""
@@ -65,7 +68,9 @@ class WorkerHost:
         if self._failure is not None:
             return self._failure
         try:
-            return Outcome(getattr(self._worker, method)(fill(item, values)))
+            with self._stopwatch.call() as work:
+                value = getattr(self._worker, method)(fill(item, values))
+            return Outcome(value, work=work)
         except Exception as error:
             return Outcome(
                 error=as_own_error(error, f"{type(self._worker).__name__}.{method}", item)
@@ -77,7 +82,7 @@ class WorkerHost:
         if outcome.error is not None:
             return outcome, None
         note, held = outcome.value
-        return Outcome(note), held
+        return replace(outcome, value=note), held
 
 
 def take_gpu(gpu_ids: list[Any]) -> None:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from distpc.artifacts import Artifact
+from distpc.circuits.sharding import check_shares
 from distpc.config import RunConfig
 from distpc.config.sources import ShardsSource
 from distpc.data import existing
@@ -17,7 +18,8 @@ from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, DataError
 from distpc.parallel.cluster import Cluster, check_machine
 from distpc.parallel.mesh import check_node_axis
-from distpc.training.structure import check_fit
+from distpc.training.needs import planned_costs
+from distpc.training.structure import check_fit, sketch
 
 
 def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
@@ -28,7 +30,8 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
         shards: the finished shards; without them the source itself is opened.
 
     Raises:
-        ConfigError, DataError: the source, its splits, patches and batches do not fit together.
+        ConfigError, DataError: the source, its splits, patches and batches do not fit together,
+            or the ranks of the node axis have no units to share.
         ResourceError: Ray has less than the workers ask for.
     """
     check_node_axis(config.parallel.num_ranks, config.parallel.node_parallel)
@@ -38,6 +41,9 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
     if config.structure.kind == "patches" and not spec.is_discrete:
         raise ConfigError("patch circuits need categorical values", where="data.source")
     check_fit(config, spec)
+    if config.parallel.node_parallel > 1:
+        schedule = planned_costs(config, sketch(config, spec), spec.num_categories).schedule
+        check_shares(schedule, config.parallel.node_parallel)
     batches = {"finetune.batch_size": config.finetune.batch_size}
     if config.teacher.training is not None:
         batches[f"teacher.{config.teacher.kind}.batch_size"] = config.teacher.training.batch_size

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distpc.artifacts.manifest import LOGS
 from distpc.artifacts.stage import StageContext
 from distpc.config.teachers import TrainingConfig
 from distpc.data.index import ShardIndex
@@ -27,6 +28,7 @@ from distpc.errors import TrainingError
 from distpc.parallel.collectives import barrier, sum_across
 from distpc.parallel.engine import Engine
 from distpc.parallel.mesh import Mesh
+from distpc.parallel.meter import Meter, by_member
 from distpc.parallel.progress import Progress
 from distpc.teachers.checkpoint import (
     TrainingState,
@@ -98,10 +100,14 @@ class TeacherTrainer:
         )
         self.num_samples = self.config.num_epochs * self.loader.num_samples
         self.total_steps = num_steps(self.num_samples, self.config.batch_size)
-        self.monitor = None
-        if mesh.is_main:
-            folder = ctx.tensorboard / "teacher"
-            self.monitor = Monitor(folder, self.state.step, self.total_steps, model.figure)
+        self.monitor = Monitor(
+            ctx.tensorboard / "teacher",
+            enabled=mesh.is_main,
+            first_step=self.state.step,
+            total_steps=self.total_steps,
+            figure=model.figure,
+        )
+        self.meter = Meter(mesh, None, ctx.config.parallel.measure_every_steps, ctx.out / LOGS)
 
     def train(self) -> None:
         """Train to the end and write the teacher (rank 0).
@@ -117,18 +123,27 @@ class TeacherTrainer:
             progress.advance(start.step)
             for batch in self.loader.batches(self.num_samples):
                 ends_epoch = batch.state.epoch > self.state.loader.epoch
-                train = self._step(batch)
+                train = self._measured_step(batch)
                 now = time.monotonic()
                 seconds = start.seconds + now - started
                 self.state = TrainingState(self.state.step + 1, batch.state, seconds)
                 figures: dict[str, Any] = {f"train_{self.model.figure}": train}
                 progress.advance(**figures)
-                self._log_step(train)
+                self.monitor.train(self.state.step, train, self.optimizer.param_groups[0]["lr"])
                 valid = self.evaluate() if ends_epoch else None
                 if ends_epoch or now - saved > CHECKPOINT_SECONDS:
                     self._checkpoint()
                     saved = time.monotonic()
         self._finish(self.evaluate() if valid is None else valid)
+
+    def _measured_step(self, batch: Batch) -> float:
+        """A step; of some also where each rank's time went."""
+        meter, step = self.meter, self.state.step + 1
+        waited = self.loader.seconds_waiting
+        train = meter.run(step, len(batch.x), waited, lambda: self._step(batch))
+        if meter.measured_step == step:
+            self.monitor.scalars(step, by_member(meter.figures, "ranks"))
+        return train
 
     def _step(self, batch: Batch) -> float:
         """One optimizer step; the figure of the global batch."""
@@ -166,7 +181,7 @@ class TeacherTrainer:
             total += measured[:, 1:].double().sum(dim=0).cpu()
         self.model.train()
         figure, weight = sum_across(total, self.mesh).tolist()
-        if self.monitor is not None:
+        if self.monitor.enabled:
             self.monitor.valid(self.state.step, figure / weight, self._picture())
         return float(figure / weight)
 
@@ -199,11 +214,6 @@ class TeacherTrainer:
             rows = self._rows(drawn, start - offset, stop - offset)
             yield torch.from_numpy(x).long(), rows
 
-    def _log_step(self, train: float) -> None:
-        if self.monitor is not None:
-            rate = self.optimizer.param_groups[0]["lr"]
-            self.monitor.train(self.state.step, train, rate)
-
     def _picture(self) -> np.ndarray | None:
         batch = next(iterate_split(self.index, self.spec, "valid", _NUM_PICTURES))
         draws = seeded_generator(self.ctx.config.seed, _VALID_DRAWS)
@@ -217,8 +227,8 @@ class TeacherTrainer:
 
     def _finish(self, valid: float) -> None:
         baseline = self.baseline()
-        if self.monitor is not None:
-            self.monitor.close()
+        self.monitor.close()
+        if self.mesh.is_main:
             facts = {
                 "fingerprint": self.ctx.fingerprint,
                 f"valid_{self.model.figure}": valid,
@@ -226,6 +236,7 @@ class TeacherTrainer:
                 "explained": 1 - valid / baseline if baseline > 0 else None,
                 "seconds": round(self.state.seconds, 3),
                 "num_steps": self.state.step,
+                "ranks": self.meter.figures,
             }
             self.model.save(self.ctx.out, training=facts)
         barrier(self.mesh)

@@ -22,10 +22,10 @@ from distpc.data.index import ShardEntry
 from distpc.data.spec import MISSING
 from distpc.errors import LatentError
 from distpc.latents.store import write_tensors
-from distpc.parallel.cluster import Cluster
+from distpc.parallel.stopwatch import count
 from distpc.structures.chain_layout import ChainLayout
 from distpc.training.assembly import mix_rows, random_emissions, random_transitions
-from distpc.training.pieces import Piece, describe, load_graph
+from distpc.training.pieces import Piece, load_graph, make_pieces
 from distpc.training.samples import LatentSource, num_states
 
 WORKER = "distpc.training.chain:ChainWorker"
@@ -59,12 +59,7 @@ def distil_chain(ctx: StageContext) -> tuple[Circuit, dict[str, Any], LatentSour
             fix="run the structure stage again",
         )
     pieces = _plan(source, layout)
-    missing = [piece for piece in pieces if not piece.is_finished(ctx)]
-    if missing:
-        kwargs = {"context": ctx.to_json()}
-        with Cluster.connect(ctx.config.parallel) as cluster:
-            for _ in cluster.map(WORKER, kwargs, list(map(describe, missing)), label="distill"):
-                pass
+    missing, workers = make_pieces(ctx, WORKER, pieces)
     counts = _summed(ctx, pieces)
     circuit = Circuit(graph, spec.num_categories, seed=ctx.config.seed)
     assemble_chain_(circuit, counts, ctx.config.distill, ctx.config.seed)
@@ -73,6 +68,7 @@ def distil_chain(ctx: StageContext) -> tuple[Circuit, dict[str, Any], LatentSour
         "states_never_used": int((counts["emission"].sum((0, 2)) == 0).sum()),
         "pieces": {piece.name: {} for piece in pieces},
         "kept_pieces": len(pieces) - len(missing),
+        "workers": workers,
     }
     return circuit, notes, source
 
@@ -160,8 +156,8 @@ class ChainWorker:
         self._source = LatentSource.of(self._ctx, self._layout.length)
         self._entries = {entry.name: entry for entry in self._source.shards()}
 
-    def __call__(self, item: dict[str, Any]) -> float:
-        """Make the piece that `describe` described; returns the seconds it took."""
+    def __call__(self, item: dict[str, Any]) -> None:
+        """Make the piece that `describe` described."""
         piece = Piece(**{**item, "shards": tuple(item["shards"])})
         began = time.monotonic()
         total: dict[str, Tensor] = {}
@@ -175,10 +171,11 @@ class ChainWorker:
             "seconds": f"{seconds:.3f}",
         }
         write_tensors(piece.path(self._ctx.out), total, notes)
-        return seconds
+        count(pieces=1)
 
     def _count(self, entry: ShardEntry) -> dict[str, Tensor]:
         x, latents = self._source.read(entry)
+        count(tokens=x.size)
         categories = int(self._source.index.spec.num_categories[0] or 0)
         return count_chain(x, latents, self._layout.num_states, categories, self._layout.is_tied)
 

@@ -15,12 +15,11 @@ from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.io import save_model
 from distpc.errors import LatentError
-from distpc.parallel.cluster import Cluster
 from distpc.structures.patch_layout import PatchLayout
 from distpc.training.assembly import Counts, assemble_
 from distpc.training.chain import distil_chain
 from distpc.training.figures import Figures, tally
-from distpc.training.pieces import WORKER, Piece, describe, load_graph, plan_pieces
+from distpc.training.pieces import WORKER, Piece, load_graph, make_pieces, plan_pieces
 from distpc.training.samples import LatentSource, take_rows
 
 EVALUATION_SAMPLES = 2000
@@ -64,12 +63,7 @@ def _distil_patches(ctx: StageContext) -> tuple[Circuit, dict[str, Any], LatentS
             fix="run the structure stage again",
         )
     pieces = plan_pieces(ctx, layout, source)
-    missing = [piece for piece in pieces if not piece.is_finished(ctx)]
-    if missing:
-        kwargs = {"context": ctx.to_json()}
-        with Cluster.connect(ctx.config.parallel) as cluster:
-            for _ in cluster.map(WORKER, kwargs, list(map(describe, missing)), label="distill"):
-                pass
+    missing, workers = make_pieces(ctx, WORKER, pieces)
     counts, notes = collect(ctx, layout, pieces)
     spec = source.index.spec
     circuit = Circuit(
@@ -84,6 +78,7 @@ def _distil_patches(ctx: StageContext) -> tuple[Circuit, dict[str, Any], LatentS
         "states_never_used": int((counts.usage.sum(0) == 0).sum()),
         "pieces": notes,
         "kept_pieces": len(pieces) - len(missing),
+        "workers": workers,
     }
     return circuit, facts, source
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.config.schema import DistillConfig
+from distpc.parallel.stopwatch import count
 from distpc.structures.patch_layout import PatchLayout
 from distpc.structures.patches import group_graph
 from distpc.training.optimizer import CircuitOptimizer
@@ -93,6 +94,7 @@ def fit_leaf(
             (-log_prob.sum() / len(rows)).backward()
             optimizer.step()
             consumed += len(rows)
+            count(patches=len(rows))
             nats += float(log_prob.detach().double().sum())
         curve.append(nats / len(patches))
     return curve

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +13,7 @@ import torch
 from distpc.circuits.circuit import Circuit
 from distpc.data.pictures import to_display, to_grid
 from distpc.data.spec import DatasetSpec
-from distpc.parallel.event_files import open_writer
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from distpc.parallel.event_files import Curves
 
 DEAD_STATE_THRESHOLD = 1e-4
 """Uses per sample below which a state counts as dead."""
@@ -28,8 +22,8 @@ NUM_COMPLETED_IMAGES = 6
 COMPLETIONS_PER_IMAGE = 4
 
 
-class Monitor:
-    """Writes to TensorBoard; silent where not enabled.
+class Monitor(Curves):
+    """Shows a circuit that is trained in TensorBoard; silent where not enabled.
 
     Args:
         folder: of the event files; of one training alone, because resuming purges in it.
@@ -48,35 +42,10 @@ class Monitor:
         first_step: int = 0,
         picture_seconds: float = 20.0,
     ) -> None:
+        super().__init__(folder, enabled=enabled, first_step=first_step)
         self.spec = spec
         self.picture_seconds = picture_seconds
         self._last_pictures = -math.inf
-        self._writer: SummaryWriter | None = None
-        if enabled:
-            self._writer = open_writer(folder, first_step)
-
-    def __enter__(self) -> Monitor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    @property
-    def enabled(self) -> bool:
-        """Whether this process reports."""
-        return self._writer is not None
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write figures under their names; the caller puts units into the names."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
 
     def health(self, step: int, circuit: Circuit) -> dict[str, float]:
         """Write latent usage, dead states and weight entropies; return them.
@@ -85,7 +54,7 @@ class Monitor:
             step: number of the step.
             circuit: with whole parameters (not ZeRO-3's shards).
         """
-        if self._writer is None:
+        if not self.enabled:
             return {}
         figures = {"latents/dead_states": float(circuit.dead_states(DEAD_STATE_THRESHOLD))}
         for name, bits in circuit.entropy_of_weights().items():
@@ -94,7 +63,7 @@ class Monitor:
         if usage is not None:
             entropy = -(usage * usage.clamp_min(1e-30).log2()).sum(-1).mean()
             figures["latents/usage_entropy_bits"] = float(entropy)
-            self._writer.add_histogram("latents/usage", usage.flatten(), step)
+            self.histogram(step, "latents/usage", usage)
         self.scalars(step, figures)
         return figures
 
@@ -110,24 +79,20 @@ class Monitor:
             force: draw in any case.
         """
         due = time.monotonic() - self._last_pictures >= self.picture_seconds
-        if self._writer is None or self.spec.kind != "image" or not (due or force):
+        if not self.enabled or self.spec.kind != "image" or not (due or force):
             return
         drawn = _as_array(circuit.sample(NUM_SAMPLES, seed=0))
-        self._image("samples", to_grid(to_display(drawn, self.spec)), step)
+        self.image(step, "samples", to_grid(to_display(drawn, self.spec)))
         completions = completion_grid(circuit, examples, self.spec)
         if completions is not None:
-            self._image("completions", completions, step)
+            self.image(step, "completions", completions)
         self._last_pictures = time.monotonic()
-
-    def _image(self, name: str, grid: np.ndarray, step: int) -> None:
-        if self._writer is not None:
-            self._writer.add_image(name, grid, step, dataformats="HWC")
 
 
 def note_stop(folder: Path, error: BaseException) -> None:
     """Say in a training's event files what stopped it: a rank that was lost, for one."""
-    with contextlib.closing(open_writer(folder)) as writer:
-        writer.add_text("stopped", str(error))
+    with Curves(folder) as curves:
+        curves.text("stopped", str(error))
 
 
 def completion_grid(circuit: Circuit, examples: np.ndarray, spec: DatasetSpec) -> np.ndarray | None:

@@ -23,6 +23,9 @@ from distpc.artifacts.stage import StageContext
 from distpc.data.index import ShardEntry
 from distpc.errors import LatentError
 from distpc.latents.store import read_tensors, write_tensors
+from distpc.parallel.cluster import Cluster
+from distpc.parallel.stopwatch import count
+from distpc.parallel.tally import Tally
 from distpc.structures.patch_layout import PatchLayout
 from distpc.structures.region_graph import RegionGraph
 from distpc.training.leaf import train_group
@@ -147,8 +150,8 @@ class PieceWorker:
         self._source = LatentSource.of(self._ctx, self._layout.num_patches)
         self._entries = {entry.name: entry for entry in self._source.shards()}
 
-    def __call__(self, item: dict[str, Any]) -> float:
-        """Make the piece that `describe` described; returns the seconds it took."""
+    def __call__(self, item: dict[str, Any]) -> None:
+        """Make the piece that `describe` described."""
         piece = Piece(**{**item, "shards": tuple(item["shards"])})
         began = time.monotonic()
         notes: dict[str, Any] = {}
@@ -161,12 +164,13 @@ class PieceWorker:
         seconds = time.monotonic() - began
         notes.update(fingerprint=self._ctx.fingerprint, holds=piece.name, seconds=f"{seconds:.3f}")
         write_tensors(piece.path(self._ctx.out), tensors, notes)
-        return seconds
+        count(pieces=1)
 
     def _count_top(self) -> dict[str, Tensor]:
         """`usage` (Z, K), and `transitions` (Z, K, K): pairs of a parent's and a patch's value."""
         size = self._layout.num_clusters
         latents = np.concatenate([self._source.latents(entry) for entry in self._entries.values()])
+        count(patches=latents.size)
         columns = np.ascontiguousarray(latents.T)
         usage = np.stack([np.bincount(column, minlength=size) for column in columns])
         transitions = np.zeros((len(columns), size, size), dtype=np.int32)
@@ -186,6 +190,7 @@ class PieceWorker:
         tables = [np.zeros(size * count, dtype=np.int64) for count in categories]
         for name in shards:
             x, latents = self._source.read(self._entries[name])
+            count(patches=latents.size)
             for d, table in enumerate(tables):
                 values = x[:, self._layout.variables[:, d]]
                 known = values >= 0
@@ -194,6 +199,30 @@ class PieceWorker:
         return {
             f"leaf/{d}": torch.from_numpy(table.reshape(size, -1)) for d, table in enumerate(tables)
         }
+
+
+def make_pieces(
+    ctx: StageContext, worker: str, pieces: Sequence[Piece]
+) -> tuple[list[Piece], dict[str, Any]]:
+    """Let workers make the pieces that an interrupted attempt has not left.
+
+    Args:
+        worker: `module:Class` of what makes a piece that `describe` described.
+
+    Returns:
+        the pieces that were made, and where the time went; see `Tally.to_json`.
+
+    Raises:
+        ResourceError: the cluster is too small, or keeps losing workers.
+    """
+    missing = [piece for piece in pieces if not piece.is_finished(ctx)]
+    tally = Tally("distill", ctx.tensorboard / "distill")
+    if missing:
+        kwargs, items = {"context": ctx.to_json()}, list(map(describe, missing))
+        with Cluster.connect(ctx.config.parallel) as cluster, tally:
+            for _ in cluster.map(worker, kwargs, items, label="distill", tally=tally):
+                pass
+    return missing, tally.to_json()
 
 
 def describe(piece: Piece) -> dict[str, Any]:

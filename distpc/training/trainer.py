@@ -22,7 +22,7 @@ from distpc.parallel.collectives import broadcast_object, gather_objects, sum_ac
 from distpc.parallel.engine import Engine
 from distpc.parallel.heap import steady
 from distpc.parallel.mesh import Mesh
-from distpc.parallel.meter import Meter, by_rank, peak_memory_bytes
+from distpc.parallel.meter import Meter, by_member, peak_memory_bytes
 from distpc.parallel.progress import Progress
 from distpc.training.checkpoint import Checkpoints, Piece, Saver, TrainingFacts, take_snapshot
 from distpc.training.figures import Figures, bits_per_value, tally
@@ -101,7 +101,6 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._started_at = time.monotonic()
         self._started_samples = facts.samples
-        self._waited = 0.0
 
     def run(self) -> None:
         """Train from where `facts` stand to the end; the last step is always validated.
@@ -170,12 +169,9 @@ class Trainer:
         """One global batch; on some steps also where each rank's time went."""
         meter, step = self.parts.meter, self.facts.step + 1
         waited = self.parts.loader.seconds_waiting
-        waiting, self._waited = waited - self._waited, waited
-        if not meter.is_due(step):
-            return self._update(batch)
-        with meter.step(len(batch.x), waiting):
-            outcome = self._update(batch)
-        self.parts.monitor.scalars(step, by_rank(meter.figures))
+        outcome = meter.run(step, len(batch.x), waited, lambda: self._update(batch))
+        if meter.measured_step == step:
+            self.parts.monitor.scalars(step, by_member(meter.figures, "ranks"))
         return outcome
 
     def _update(self, batch: Any) -> tuple[Figures, bool]:

@@ -32,6 +32,7 @@ from distpc.parallel.cluster import Cluster, check_room
 from distpc.parallel.items import ItemQueue
 from distpc.parallel.launch import alone
 from distpc.parallel.placement import LOST
+from distpc.parallel.tally import Tally
 
 ADDER = "parallel_targets:Adder"
 
@@ -294,13 +295,36 @@ def test_figures_of_ranks_reach_ray(cluster: Cluster, tmp_path: Path) -> None:
     write_json(path, {"ranks": [{"tflops": 1.5}, {"tflops": 2.5}]})
     gauges.pass_on()
     gauges.lost([1])
+    tally = Tally("features")
+    with tally:
+        began = time.monotonic()
+        items = [{"value": 1, "seconds": 0.2}]
+        with cluster.pool(ADDER, {"base": torch.ones(2)}, tally=tally) as pool:
+            list(pool.map(items, method="slow"))
+            one, before = time.monotonic(), dict(tally.seconds)
+            list(pool.map(items * 5, method="slow"))
+    facts = tally.to_json()
+    assert facts["lost_workers"] == 0 and 1 <= facts["most_workers"] <= 2
+    assert 1.2 <= facts["seconds"]["compute"] < 2.0
+    assert sum(before.values()) <= one - began
+    # Every worker's time, less what it was idle after its last call.
+    assert sum(facts["seconds"].values()) <= facts["most_workers"] * facts["wall_seconds"] + 0.5
+    assert sum(facts["seconds"].values()) >= 1.2
 
     def exported() -> list[str]:
         with urllib.request.urlopen(page, timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         return [line for line in lines if line.startswith("ray_distpc_")]
 
-    wait_until(lambda: len(exported()) >= 3, 60, "the figures to be exported")
+    def seen(name: str) -> list[str]:
+        return [line for line in exported() if line.startswith(f"ray_distpc_{name}")]
+
+    wanted = ("tflops", "rank_lost", "worker_compute_seconds", "worker_peak_memory_bytes")
+    wait_until(lambda: all(map(seen, wanted)), 60, "the figures to be exported")
+    computing = seen("worker_compute_seconds")
+    assert all('stage="features"' in line and 'worker="' in line for line in computing)
+    found = sum(float(line.split()[-1]) for line in computing)
+    assert found == pytest.approx(facts["seconds"]["compute"], abs=0.01)
     for name, rank, value in (("tflops", 0, 1.5), ("tflops", 1, 2.5), ("rank_lost", 1, 1.0)):
         (line,) = [
             line

@@ -8,7 +8,7 @@ import torch
 
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh
-from distpc.parallel.meter import Meter, by_rank, covered
+from distpc.parallel.meter import Meter, by_member, covered
 
 
 def test_time_in_which_something_is_under_way() -> None:
@@ -23,15 +23,36 @@ def test_what_is_measured_when() -> None:
     assert not any(never.is_due(step) for step in range(1, 31))
 
 
+def test_operations_are_counted_once_where_nobody_knows_them() -> None:
+    meter = Meter(Mesh(0, 1, 0, torch.device("cpu")), None, 1)
+    weight, x = torch.ones(8, 16, requires_grad=True), torch.ones(5, 8)
+
+    def update() -> str:
+        (x @ weight).sum().backward()
+        return "done"
+
+    assert meter.run(1, 5, 0.5, update) == "done"
+    # Forwards and to the weight's gradient; x has none.
+    assert meter.flops_per_sample == 2 * 2 * 8 * 16
+    assert meter.measured_step == 0 and not meter.figures
+    assert meter.run(2, 5, 0.75, update) == "done"
+    (figures,) = meter.figures
+    assert meter.measured_step == 2 and figures["data_seconds"] == 0.25
+    assert figures["tflops"] == pytest.approx(512 * figures["samples_per_second"] / 1e12)
+    assert 0 < figures["device_peak_fraction"] < 1
+
+
 def test_many_ranks_are_summed_up() -> None:
-    few = by_rank([{"tflops": 1.0}, {"tflops": 3.0}])
+    few = by_member([{"tflops": 1.0}, {"tflops": 3.0}], "ranks")
     assert few == {
         "ranks/tflops/least": 1.0,
         "ranks/tflops/largest": 3.0,
         "ranks/tflops/0": 1.0,
         "ranks/tflops/1": 3.0,
     }
-    many = by_rank([{"tflops": float(rank)} for rank in range(512)])
+    late = by_member([{}, {"tflops": 3.0}], "workers")
+    assert set(late) == {f"workers/tflops/{name}" for name in ("least", "largest", "1")}
+    many = by_member([{"tflops": float(rank)} for rank in range(512)], "ranks")
     assert many == {"ranks/tflops/least": 0.0, "ranks/tflops/largest": 511.0}
 
 

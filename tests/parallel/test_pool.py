@@ -51,7 +51,7 @@ def test_workers_join_and_leave_with_machines(nodes: Any, tmp_path: Path) -> Non
                 added = nodes.add_node(num_cpus=1, wait=True)
             elif len(set(pids.values())) == 1:
                 # Starting a worker takes as long as it takes: items are not to run out meanwhile.
-                time.sleep(0.3)
+                time.sleep(1.0)
             elif added and list(pids.values()).count(pid) == 3:
                 assert pool.most_workers == 2
                 nodes.remove_node(added, allow_graceful=False)

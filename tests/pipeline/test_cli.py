@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from distpc.cli import STAGE_HELP, main
+from distpc.cli import main
+from distpc.cli.runs import STAGE_HELP
 from distpc.pipeline.stages import STAGES
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "digits.yaml")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distpc.config import load_config
-from distpc.errors import DistpcError
+from distpc.errors import ConfigError, DistpcError
 from distpc.pipeline.preflight import check_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -30,6 +30,16 @@ def test_refused(monkeypatch: pytest.MonkeyPatch, override: str, words: list[str
         check_run(load_config(CONFIG, [override]))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_node_axis_without_units_is_refused() -> None:
+    settings = ["structure.num_states=4", "parallel.num_ranks=32", "parallel.node_parallel=32"]
+    config = CONFIG.with_name("digits_hclt.yaml")
+    with pytest.raises(ConfigError) as caught:
+        check_run(load_config(config, settings))
+    for word in ("parallel.node_parallel", "32 ranks", "4 units", "1, 2, 4", "node_parallel=4"):
+        assert word in str(caught.value)
+    check_run(load_config(config, [*settings[:2], "parallel.node_parallel=4"]))
 
 
 def test_shipped_digits_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from distpc.artifacts import StageContext, file_digest
 from distpc.config.teachers import MaeConfig
 from distpc.errors import DataError, TeacherError, TrainingError
 from distpc.parallel.mesh import Mesh
+from distpc.parallel.meter import FIGURES
 from distpc.teachers import load_teacher, train
 from distpc.teachers.checkpoint import checkpoint_path
 from distpc.teachers.shuffled import ShuffledTeacher
@@ -66,6 +67,24 @@ def _scalars(ctx: StageContext, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def _check_what_ranks_measured(ctx: StageContext, num_ranks: int) -> None:
+    """At the second step: in the manifest, TensorBoard and the file for Ray's gauges."""
+    ranks = ctx.metadata["ranks"]
+    assert ranks == json.loads((ctx.out / "logs" / FIGURES).read_text())["ranks"]
+    assert len(ranks) == num_ranks
+    for number, figures in enumerate(ranks):
+        parts = ("compute_seconds", "communication_seconds", "data_seconds")
+        assert figures["step_seconds"] == pytest.approx(sum(figures[part] for part in parts))
+        assert figures["communication_seconds"] > 0
+        # 16 patches, width 16: some thousands of weights, used six times for each patch.
+        flops = figures["tflops"] * 1e12 / figures["samples_per_second"]
+        assert 1e4 < flops < 1e7
+        assert 0 < figures["device_peak_fraction"] < 1
+        assert figures["peak_memory_bytes"] > 2**20
+        for name, value in figures.items():
+            assert _scalars(ctx, f"ranks/{name}/{number}") == [(2, pytest.approx(value, rel=1e-5))]
+
+
 @pytest.mark.parametrize("kind", ["pixels", "random"])
 def test_controls_are_written_at_once(make_context: ContextMaker, kind: str) -> None:
     ctx = make_context({"kind": kind, "random_width": 6})
@@ -114,6 +133,8 @@ def test_two_ranks_train_the_same_teacher_as_one(make_context: ContextMaker) -> 
     assert sorted(rates) == list(range(1, 24))
     assert rates[1] == pytest.approx(1e-3)
     assert len(_scalars(two, "teacher/train_mse")) == 23
+    _check_what_ranks_measured(one, 1)
+    _check_what_ranks_measured(two, 2)
     assert [step for step, _ in _scalars(two, "teacher/valid_mse")] == [12, 23]
 
 
@@ -127,7 +148,7 @@ def test_killed_training_ends_with_the_same_weights(
     arguments = [json.dumps(broken.to_json()), str(checkpoint_seconds)]
     died = subprocess.run([sys.executable, "-c", DYING, *arguments], check=False, timeout=120)
     assert died.returncode == -signal.SIGKILL
-    assert [path.name for path in broken.out.iterdir()] == ["checkpoints"]
+    assert sorted(path.name for path in broken.out.iterdir()) == ["checkpoints", "logs"]
     _train_here(broken)
     train.run(broken)
     assert not checkpoint_path(broken.out).parent.exists()

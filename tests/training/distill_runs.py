@@ -86,7 +86,7 @@ class CountedWorker(PieceWorker):
     after the other piece was finished.
     """
 
-    def __call__(self, item: dict[str, Any]) -> float:
+    def __call__(self, item: dict[str, Any]) -> None:
         self._folder = self._ctx.out.parent
         name = item["name"]
         note(self._folder / "begun.txt", name)
@@ -96,9 +96,8 @@ class CountedWorker(PieceWorker):
             if int(left) > 0:
                 deaths.write_text(f"{int(left) - 1} {other}")
                 self._die_after(other)
-        seconds = super().__call__(item)
+        super().__call__(item)
         note(self._folder / "finished.txt", name)
-        return seconds
 
     def _die_after(self, piece: str) -> None:
         finished = self._folder / "finished.txt"

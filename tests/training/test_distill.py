@@ -128,6 +128,10 @@ def test_distilled_beats_random_by_far_and_bits_are_right(product):
     assert facts["train_with_latents_bpd"] == pytest.approx(float(bits), abs=1e-4)
     assert facts["train_samples_measured"] == len(x)
     assert facts["valid_impossible"] == 0
+    workers = facts["workers"]
+    assert workers["patches_per_second"] > 0 and workers["pieces_per_second"] > 0
+    assert set(workers["seconds"]) == {"read", "wait", "compute", "write", "idle"}
+    assert sum(workers["seconds"].values()) <= 2 * workers["wall_seconds"] + 1
     assert facts["train_bpd"] < facts["train_with_latents_bpd"]
     random = Circuit(circuit.graph, circuit.num_categories)
     bits = float(random.log_prob(x[:300]).mean()) / -np.log(2) / 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from distpc.artifacts.files import read_json
 
 BPD_TOLERANCE = 1e-4
 STATISTICS_TOLERANCE = 1e-5
+HELD = "held"
+"""A file in the folder of an undisturbed run that passed its checks."""
 _BEGUN = time.monotonic()
 
 
@@ -59,6 +62,12 @@ def wait_for_ends(started: Mapping[str, subprocess.Popen[bytes]], seconds: float
         return None not in codes.values()
 
     wait_for(all_ended, seconds, f"the end of what runs on {', '.join(started)}")
+
+
+def fresh(run: Path) -> Path:
+    """A run's folder without what an earlier call of this tool left there."""
+    shutil.rmtree(run, ignore_errors=True)
+    return run
 
 
 def read_report(run: Path) -> dict[str, Any]:

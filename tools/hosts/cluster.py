@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 from checks import (
+    HELD,
     STATISTICS_TOLERANCE,
     Failed,
     check,
+    fresh,
     has_trained,
     read_report,
     resumed_at_step,
@@ -29,6 +31,8 @@ _PORT = 6379
 _RUN_SECONDS = 900.0
 _NOTICE_SECONDS = 90.0
 """Most that may pass until Ray has noticed that a host is lost."""
+_TAUGHT = ("shards", "index", "teacher")
+_BEFORE_TRAINING = (*_TAUGHT, "features", "fit", "assign", "structure", "distill")
 _VARIABLES = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -46,16 +50,21 @@ class Clusters:
 
     Args:
         arguments: of `distpc run`, the configuration first.
-        folder: of run folders and of the clusters' own files.
+        folder: of the clusters' own files.
+        runs: of run folders; a finished undisturbed run there is taken as it is.
     """
 
-    def __init__(self, arguments: list[str], folder: Path) -> None:
+    def __init__(self, arguments: list[str], folder: Path, runs: Path) -> None:
         self._arguments = arguments
         self._folder = folder
+        self._runs = runs
 
     def undisturbed(self, hosts: list[Host], name: str) -> Path:
         """The whole run, workers and training ranks on all hosts."""
-        out = self._folder / "runs" / name
+        out = self._runs / name
+        if (out / HELD).exists():
+            return out
+        fresh(out)
         workers: dict[str, set[str]] = {host.name: set() for host in hosts}
         with self._cluster(hosts, name):
             run = self._run(hosts, out, name, workers=len(hosts), ranks=len(hosts))
@@ -80,11 +89,14 @@ class Clusters:
             f"a Ray cluster over {len(hosts)} hosts extracts, clusters, assigns, distils, trains",
             f"test_bpd {report['test_bpd']:.7f}",
         )
+        (out / HELD).touch()
         return out
 
     def cut_off(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Pull the last host's cable during extraction; the rest finishes the run."""
-        out = self._folder / "runs" / name
+        out = fresh(self._runs / name)
+        # The same teacher: two ranks train one that a single rank only matches up to rounding.
+        _begin_with(out, whole, *_TAUGHT)
         lost, rest = hosts[-1], hosts[:-1]
         expected = len(list((whole / "features").glob("*.safetensors")))
         with self._cluster(hosts, name):
@@ -117,9 +129,8 @@ class Clusters:
 
     def lose(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Switch the last host off during fine-tuning; the rest resumes."""
-        out = self._folder / "runs" / name
-        kept = shutil.ignore_patterns("finetune", "evaluate", "report.json", "model", "tb")
-        shutil.copytree(whole, out, ignore=kept)
+        out = fresh(self._runs / name)
+        _begin_with(out, whole, *_BEFORE_TRAINING)
         lost, rest = hosts[-1], hosts[:-1]
         with self._cluster(hosts, name):
             run = self._run(hosts, out, name, workers=len(hosts), ranks=len(hosts))
@@ -175,6 +186,12 @@ class Clusters:
         finally:
             for host in hosts:
                 host.kill_all()
+
+
+def _begin_with(out: Path, whole: Path, *stages: str) -> None:
+    """Make a run folder in which `stages` are done, as in `whole`."""
+    for stage in stages:
+        shutil.copytree(whole / stage, out / stage)
 
 
 def _kinds(host: Host) -> set[str]:

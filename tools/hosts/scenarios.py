@@ -1,11 +1,14 @@
-"""What tools/hosts.sh runs inside its namespaces: scenarios.py FOLDER [--quick RUN]"""
+"""What tools/hosts.sh runs inside its namespaces: scenarios.py FOLDER [OPTIONS]"""
 
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
+import time
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from checks import Failed, same_result
 from cluster import Clusters
@@ -28,49 +31,124 @@ _DIGITS = [
 def main(folder: Path) -> int:
     """0 if all held, 1 if something did not."""
     parser = argparse.ArgumentParser(prog="tools/hosts.sh")
-    parser.add_argument(
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
         "--quick",
         metavar="RUN",
         type=Path,
         help="two hosts and training only, compared with the finished run in this folder",
     )
+    choice.add_argument(
+        "--only",
+        metavar="NAME",
+        action="append",
+        choices=list(Scenarios.ALL),
+        help=f"this scenario and the undisturbed run it needs: {', '.join(Scenarios.ALL)}",
+    )
+    parser.add_argument(
+        "--runs",
+        metavar="FOLDER",
+        type=Path,
+        help="keep run folders there; undisturbed runs that are finished there are not run again",
+    )
     options = parser.parse_args(sys.argv[2:])
-    try:
-        quick(folder, options.quick.absolute()) if options.quick else full(folder)
-    except Failed as failed:
-        print(f"[hosts] FAILED: {failed}", file=sys.stderr)
-        for log in sorted((folder / "logs").glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text()[-_TAIL_CHARACTERS:]}", file=sys.stderr)
-        return 1
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"[hosts] all held; {usage.ru_utime + usage.ru_stime:.0f} s of processor time")
-    return 0
+    runs = options.runs.absolute() if options.runs else folder / "runs"
+    scenarios = Scenarios(folder, runs)
+    begun = time.monotonic()
+    if options.quick:
+        failed = scenarios.run_quick(options.quick.absolute())
+    else:
+        failed = scenarios.run(options.only or list(Scenarios.ALL))
+    outcome = f"FAILED: {', '.join(failed)}" if failed else "all held"
+    print(f"[hosts] {outcome}: {time.monotonic() - begun:.0f} s")
+    return 1 if failed else 0
 
 
-def quick(folder: Path, whole: Path) -> None:
-    """Two hosts train, one is cut off, the other finishes."""
-    hosts = make_hosts(2, folder / "logs")
-    trainings = Trainings([str(whole / "resolved_config.yaml")], folder / "runs")
-    trainings.cut_off(hosts, "cut", whole)
+class Scenarios:
+    """A Ray cluster and trainings over two hosts, then three, whole and cut off.
+
+    Args:
+        folder: of the clusters' own files and of all logs; new.
+        runs: of run folders.
+    """
+
+    def __init__(self, folder: Path, runs: Path) -> None:
+        self._folder = folder
+        self._hosts = make_hosts(3, folder / "logs")
+        self._clusters = Clusters(_DIGITS, folder, runs)
+        self._trainings = Trainings(_HCLT, runs)
+
+    def run(self, names: list[str]) -> list[str]:
+        """Run the scenarios `names`, in this order; those that failed."""
+        return [name for name in names if not self._holds(name, self.ALL[name])]
+
+    def run_quick(self, whole: Path) -> list[str]:
+        """Two hosts train as `whole` did, one is cut off, the other finishes."""
+        trainings = Trainings([str(whole / "resolved_config.yaml")], self._folder / "runs")
+        hosts = self._hosts[:2]
+        held = self._holds("quick", lambda _: trainings.cut_off(hosts, "cut", whole))
+        return [] if held else ["quick"]
+
+    def _holds(self, name: str, scenario: Scenario) -> bool:
+        begun = time.time()
+        try:
+            scenario(self)
+        except Failed as failed:
+            print(f"[hosts] FAILED: {name}: {failed}", file=sys.stderr, flush=True)
+            for log in sorted(self._hosts[0].log_folder.glob("*.log")):
+                if log.stat().st_mtime >= begun:
+                    print(f"--- {log.name}\n{log.read_text()[-_TAIL_CHARACTERS:]}", file=sys.stderr)
+            # The others begin with hosts that do nothing.
+            for host in self._hosts:
+                host.kill_all()
+                host.plug()
+            return False
+        print(f"[hosts] {name} held: {time.time() - begun:.0f} s", flush=True)
+        return True
+
+    @cached_property
+    def _on_ray(self) -> Path:
+        """The undisturbed run on a Ray cluster over two hosts."""
+        return self._clusters.undisturbed(self._hosts[:2], "ray-2")
+
+    @cached_property
+    def _alone(self) -> Path:
+        """The undisturbed training on one host."""
+        return self._trainings.undisturbed(self._hosts[:1], "alone")
+
+    def _traffic(self) -> None:
+        compare_traffic(self._hosts[:2], self._folder / "traffic")
+
+    def _ray_cut(self, number: int) -> None:
+        self._clusters.cut_off(self._hosts[:number], f"ray-{number}-cut", self._on_ray)
+
+    def _ray_lost(self) -> None:
+        self._clusters.lose(self._hosts[:2], "ray-2-lost", self._on_ray)
+
+    def _torchrun(self) -> None:
+        same_result(self._trainings.undisturbed(self._hosts[:2], "torchrun-2"), self._alone)
+
+    def _torchrun_cut(self, number: int) -> None:
+        self._trainings.cut_off(self._hosts[:number], f"torchrun-{number}-cut", self._alone)
+
+    def _elastic(self) -> None:
+        self._trainings.goes_on(self._hosts, "torchrun-elastic", self._alone)
+
+    ALL: ClassVar[dict[str, Scenario]] = {
+        "traffic": _traffic,
+        "ray-2": lambda self: self._on_ray,
+        "ray-2-cut": lambda self: self._ray_cut(2),
+        "ray-3-cut": lambda self: self._ray_cut(3),
+        "ray-2-lost": _ray_lost,
+        "torchrun-2": _torchrun,
+        "torchrun-2-cut": lambda self: self._torchrun_cut(2),
+        "torchrun-3-cut": lambda self: self._torchrun_cut(3),
+        "torchrun-elastic": _elastic,
+    }
 
 
-def full(folder: Path) -> None:
-    """A Ray cluster and trainings over two hosts, then three, whole and cut off."""
-    hosts = make_hosts(3, folder / "logs")
-    compare_traffic(hosts[:2], folder / "traffic")
-
-    clusters = Clusters(_DIGITS, folder)
-    whole = clusters.undisturbed(hosts[:2], "ray-2")
-    for number in (2, 3):
-        clusters.cut_off(hosts[:number], f"ray-{number}-cut", whole)
-    clusters.lose(hosts[:2], "ray-2-lost", whole)
-
-    trainings = Trainings(_HCLT, folder / "runs")
-    alone = trainings.undisturbed(hosts[:1], "alone")
-    same_result(trainings.undisturbed(hosts[:2], "torchrun-2"), alone)
-    for number in (2, 3):
-        trainings.cut_off(hosts[:number], f"torchrun-{number}-cut", alone)
-    trainings.goes_on(hosts, "torchrun-elastic", alone)
+Scenario = Callable[[Scenarios], object]
+"""Raises `Failed` if something did not hold."""
 
 
 if __name__ == "__main__":

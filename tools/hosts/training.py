@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 
 from checks import (
+    HELD,
+    Failed,
     check,
+    fresh,
     has_trained,
     read_report,
     resumed_at_step,
@@ -30,7 +33,7 @@ class Trainings:
 
     Args:
         arguments: of `distpc run`, the configuration first.
-        folder: of all run folders.
+        folder: of all run folders; a finished undisturbed run there is taken as it is.
     """
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
@@ -42,18 +45,21 @@ class Trainings:
     def undisturbed(self, hosts: list[Host], name: str) -> Path:
         """Train on all hosts, to the end."""
         out = self._folder / name
-        wait_for_ends(self._start(hosts, out, name), 600)
+        if (out / HELD).exists():
+            return out
+        wait_for_ends(self._start(hosts, fresh(out), name), 600)
         report = read_report(out)
         check(
             report["ranks"]["num_ranks"] == len(hosts),
             f"torchrun trains over {len(hosts)} host(s) with ZeRO-3",
             f"test_bpd {report['test_bpd']:.7f}",
         )
+        (out / HELD).touch()
         return out
 
     def cut_off(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Pull the last host's cable during training; the others stop, then finish without it."""
-        out = self._folder / name
+        out = fresh(self._folder / name)
         lost, rest = hosts[-1], hosts[:-1]
         started = self._start(hosts, out, name)
         self._wait_for_training(out, started)
@@ -94,7 +100,7 @@ class Trainings:
 
     def goes_on(self, hosts: list[Host], name: str, whole: Path) -> None:
         """Pull the last host's cable; the launchers of the others start again without it."""
-        out = self._folder / name
+        out = fresh(self._folder / name)
         started = self._start(hosts, out, name, NNODES=f"1:{len(hosts)}", MAX_RESTARTS="3")
         self._wait_for_training(out, started)
         hosts[-1].unplug()
@@ -141,7 +147,8 @@ class Trainings:
     def _wait_for_training(self, out: Path, started: dict[str, subprocess.Popen[bytes]]) -> None:
         def in_the_middle() -> bool:
             ended = [name for name, process in started.items() if process.poll() is not None]
-            assert not ended, f"{ended} ended before a checkpoint was there"
+            if ended:
+                raise Failed(f"{ended} ended before a checkpoint was there")
             return has_trained(out)
 
         wait_for(in_the_middle, 300, "the first checkpoint")
