@@ -180,6 +180,7 @@ class Pool:
         self._looked = 0.0
         self._asked = self._asked or time.monotonic()
         with contextlib.ExitStack() as stack:
+            stack.callback(self._forget, job)
             progress = stack.enter_context(Progress(label, len(items))) if label else None
             for task, outcome in self._results(job):
                 if outcome is None:
@@ -333,11 +334,11 @@ class Pool:
                 self._note_start(starting[reference])
                 continue
             task = job.running.pop(reference)
+            self._workers[task.worker].held.remove(task.index)
             outcome = self._outcome(task, reference)
             if outcome is None:
                 yield from self._of_the_dead(job, task)
             else:
-                self._workers[task.worker].held.remove(task.index)
                 yield task, outcome
 
     def _may_change(self, job: _Job) -> bool:
@@ -424,6 +425,15 @@ class Pool:
         if lost == "raise":
             raise losses.of_item(task.index, job.items[task.index], deaths, self._cause)
         return False
+
+    def _forget(self, job: _Job) -> None:
+        """Take from the workers what a call that ended early gave them: to later calls it would
+        look like work that they have, and with enough of it they would be given none."""
+        for task in job.running.values():
+            worker = self._workers.get(task.worker)
+            if worker is not None:
+                worker.held.remove(task.index)
+        job.running.clear()
 
     def _tell_who_waits(self, waiting: int) -> None:
         """Say once that a shared cluster has not given all workers their place."""

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,10 @@ class Adder:
         began = time.monotonic()
         value, _ = self.slow(item)
         return value, (began, time.monotonic())
+
+    def lock(self, item: Any) -> Any:
+        """What cannot be sent."""
+        return threading.Lock()
 
     def _leave_mark(self, mark: Path) -> None:
         """The first process to come here says who it is, and waits to be killed."""

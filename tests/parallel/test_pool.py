@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distpc.config.schema import ParallelConfig
-from distpc.errors import ResourceError
+from distpc.errors import DataError, DistpcError, ResourceError
 from distpc.parallel.cluster import Cluster
 from distpc.parallel.items import ItemQueue
 from distpc.parallel.pool import Lost
@@ -95,6 +95,32 @@ def test_the_item_that_kills_is_told_from_the_one_beside_it(nodes: Any) -> None:
         found = dict(pool.map(items, retries=1, lost="yield"))
     assert isinstance(found[2], Lost) and found[2].deaths == 2 and found[2].cause
     assert {i: v for i, v in found.items() if i != 2} == {i: 10.0 + i for i in (0, 1, 3, 4, 5)}
+
+
+def test_a_call_that_ended_early_leaves_its_workers_free(nodes: Any) -> None:
+    """Or a later call would wait for ever, for workers that seem to have work."""
+    bad: list[dict[str, Any]] = [{"value": 0, "error": "own"}, *({"value": v} for v in range(5))]
+    found: list[tuple[int, float]] = []
+    with (
+        Cluster.connect(ParallelConfig(num_workers=1)) as cluster,
+        cluster.pool(ADDER, KWARGS, ahead=1) as pool,
+    ):
+        with pytest.raises(DataError, match="a shard is cut"):
+            list(pool.map(bad))
+        with pytest.raises(DistpcError, match="cannot travel"):
+            list(pool.map([{}], method="lock"))
+        for _ in pool.map([{"value": v} for v in range(9)]):
+            break
+
+        def go_on() -> None:
+            # One item at a time: a single one that is left over keeps the worker from it.
+            found.extend(pool.map([{"value": v} for v in range(3)], ahead=0))
+
+        later = threading.Thread(target=go_on, daemon=True)
+        later.start()
+        later.join(60)
+        assert not later.is_alive()
+    assert sorted(found) == [(v, 10.0 + v) for v in range(3)]
 
 
 def test_a_cluster_that_lost_all_its_room_is_an_error_with_both_numbers(nodes: Any) -> None:

@@ -16,6 +16,7 @@ from distpc.config import RunConfig
 from distpc.config.schema import ParallelConfig
 from distpc.latents.fit import holders_of, make_job
 from distpc.latents.holder import Draw, View
+from distpc.latents.questions import Holders
 from distpc.latents.state import FitState
 from distpc.latents.store import feature_shards
 from distpc.parallel.cluster import Cluster
@@ -77,8 +78,7 @@ def cluster_points(
     moments: list[float] = []
     with holders_of(cluster, ctx) as holders:
         names = feature_shards(features)
-        # Every worker opens a file and reads none of its rows.
-        holders.ask("draw", [Draw(View(name), 0, (0,)) for name in names[:num_workers]])
+        _let_all_begin(holders, features, num_workers)
         before = _worker_bytes("VmRSS")
         facts = holders.each("describe", names)
         views = [View(name) for name in names]
@@ -87,20 +87,38 @@ def cluster_points(
         job.run(state)
         after = _worker_bytes("VmHWM")
     assert state.best is not None
-    growth = [after[worker] - before.get(worker, 0) for worker in after]
+    growth = [after[worker] - before[worker] for worker in after]
     return Result(state.best, state.inertia[0], np.diff(moments).tolist(), growth)
+
+
+def _let_all_begin(holders: Holders, features: Artifact, num_workers: int) -> None:
+    """Every worker opens a file and reads none of its rows; some start later than others."""
+    items = [Draw(View(name), 0, (0,)) for name in feature_shards(features)[:num_workers]]
+    while True:
+        holders.ask("draw", items)
+        if sum(str(features.path) in maps for maps in _of_workers("maps").values()) == num_workers:
+            return
+        time.sleep(0.1)
 
 
 def _worker_bytes(field: str) -> dict[int, int]:
     """A field of the status of every worker process, by process."""
     found = {}
+    for process, status in _of_workers("status").items():
+        # A process that is ending has no memory any more.
+        lines = [line for line in status.splitlines() if line.startswith(f"{field}:")]
+        if lines:
+            found[process] = int(lines[0].split()[1]) * 1024
+    return found
+
+
+def _of_workers(name: str) -> dict[int, str]:
+    """What the system tells in one of its files about every worker process, by process."""
+    found = {}
     for process in psutil.Process(os.getpid()).children(recursive=True):
         try:
-            if not " ".join(process.cmdline()).startswith(WORKER):
-                continue
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            if " ".join(process.cmdline()).startswith(WORKER):
+                found[process.pid] = Path(f"/proc/{process.pid}/{name}").read_text()
         except (psutil.Error, OSError):
             continue
-        line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
-        found[process.pid] = int(line.split()[1]) * 1024
     return found
