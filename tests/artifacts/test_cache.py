@@ -125,12 +125,19 @@ draw = random.Random(int(sys.argv[3]))
 fetched = []
 fetch = Place.fetch
 Place.fetch = lambda self, name, target: (fetched.append(name), fetch(self, name, target))
+
+def size(copy):
+    try:
+        return copy.stat().st_size
+    except FileNotFoundError:
+        return 0  # removed by another process since it was listed
+
 for _ in range(25):
     number = draw.randrange(6)
     content = bytes([number]) * 1000
     with cache.hold(place, str(number), 1000, hashlib.sha256(content).hexdigest()) as (path, _):
         assert path.read_bytes() == content
-        total = sum(p.stat().st_size for p in path.parent.iterdir() if p.name[0] != ".")
+        total = sum(size(p) for p in path.parent.iterdir() if p.name[0] != ".")
         assert total <= 3000, total
 print(len(fetched))
 """
