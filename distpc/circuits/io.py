@@ -77,8 +77,8 @@ def load_model(folder: Path | str) -> Circuit:
     from distpc.circuits.circuit import Circuit
 
     folder = Path(folder)
-    description = _read_description(folder / DESCRIPTION)
-    _check_tensors(folder / TENSORS, description)
+    description = read_description(folder / DESCRIPTION)
+    check_tensors(folder / TENSORS, description)
     try:
         graph = RegionGraph.from_json(description["graph"])
         circuit = Circuit(
@@ -140,7 +140,16 @@ def _layout(circuit: Circuit) -> dict[str, list[int]]:
     }
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path, tensors: str = TENSORS) -> dict[str, Any]:
+    """The JSON of a model's folder.
+
+    Args:
+        path: of the JSON.
+        tensors: name of the file that belongs to it, for errors.
+
+    Raises:
+        ModelFileError: it is missing, damaged, or of a version this code cannot read.
+    """
     try:
         description = json.loads(path.read_bytes())
     except OSError as error:
@@ -148,7 +157,7 @@ def _read_description(path: Path) -> dict[str, Any]:
             "not a model folder",
             where=path,
             found="no such file" if isinstance(error, FileNotFoundError) else error,
-            expected=f"a folder with {DESCRIPTION} and {TENSORS}",
+            expected=f"a folder with {path.name} and {tensors}",
             fix="name a model folder, such as runs/digits/model",
         ) from error
     except ValueError as error:
@@ -168,12 +177,22 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def _check_tensors(path: Path, description: dict[str, Any]) -> None:
+def check_tensors(path: Path, description: dict[str, Any], where: str = DESCRIPTION) -> None:
+    """Compare a file of tensors with what the model's JSON says of it.
+
+    Args:
+        path: of the tensors.
+        description: the JSON.
+        where: name of its file, for errors.
+
+    Raises:
+        ModelFileError: the tensors are missing, cut or damaged.
+    """
     expected = description.get("tensors")
     if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
         raise ModelFileError(
             "a model's description is damaged",
-            where=path.parent / DESCRIPTION,
+            where=path.parent / where,
             found=f"tensors: {expected!r}",
             expected="bytes and sha256 of the tensors",
             fix=RESTORE,

@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   distpc sample-teacher models/smollm2 --out datasets/smollm2_samples --num 20000
   distpc compress runs/digits/model test --out test.dpcz
   distpc decompress runs/digits/model test.dpcz --out test.npy
+  distpc materialise runs/mnist_integral/model --num-states 256 --out models/mnist_256
 """
 
 
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         models.add_query,
         models.add_compress,
         models.add_decompress,
+        models.add_materialise,
         teachers.add_sample_teacher,
     ):
         add(commands)

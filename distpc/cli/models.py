@@ -1,4 +1,4 @@
-"""Commands that use a model: sample, inpaint, query, compress, decompress."""
+"""Commands that use a model: sample, inpaint, query, compress, decompress, materialise."""
 
 from __future__ import annotations
 
@@ -159,6 +159,21 @@ def add_decompress(commands: Commands) -> None:
     parser.set_defaults(command=_decompress)
 
 
+def add_materialise(commands: Commands) -> None:
+    """`materialise`."""
+    parser = _add_model(
+        commands,
+        "materialise",
+        "write the circuit of another number of states that an integral circuit's networks make",
+        "distpc materialise runs/mnist_integral/model --num-states 256 --out models/mnist_256",
+    )
+    parser.add_argument(
+        "--num-states", type=int, required=True, help="quadrature points in place of every latent"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the ordinary model")
+    parser.set_defaults(command=_materialise)
+
+
 def _sample(options: argparse.Namespace) -> None:
     from distpc.inference.sample import sample_command
 
@@ -207,3 +222,10 @@ def _decompress(options: argparse.Namespace) -> None:
     from distpc.inference.compress_files import decompress_command
 
     decompress_command(options.model, options.file, options.out, force=options.force)
+
+
+def _materialise(options: argparse.Namespace) -> None:
+    from distpc.inference.integral import materialise_command
+
+    circuit = materialise_command(options.model, options.num_states, options.out)
+    print(f"wrote {options.out}: {circuit}")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distpc.config.compare import CompareConfig
+from distpc.config.integral import IntegralConfig
 from distpc.config.places import ArtifactsConfig
 from distpc.config.sources import Section, Source
 from distpc.config.teachers import TeacherConfig
@@ -364,6 +365,8 @@ class RunConfig(Section):
     """K-means of teacher features."""
     structure: StructureConfig = StructureConfig()
     """The circuit's region graph."""
+    integral: IntegralConfig = IntegralConfig()
+    """Networks that write the circuit's weights."""
     distill: DistillConfig = DistillConfig()
     """Training on data and latents together."""
     finetune: FinetuneConfig = FinetuneConfig()
@@ -413,9 +416,36 @@ class RunConfig(Section):
             )
         if kind not in ("patches", "hmm") and has_teacher:
             raise ValueError(f"structure.kind {kind} uses no teacher: set teacher.kind to none")
-        if self.finetune.rule not in ("online_em", "growing_em") and self.parallel.zero_stage > 0:
+        if self.integral.enabled:
+            self._check_integral()
+        elif self.finetune.rule not in ("online_em", "growing_em") and self.parallel.zero_stage > 0:
             raise ValueError(
                 f"finetune.rule {self.finetune.rule} needs whole rows at its step, and ZeRO shards "
                 "cut them: set parallel.zero_stage to 0, or finetune.rule to online_em"
             )
         return self
+
+    def _check_integral(self) -> None:
+        """Refuse what networks that write weights do not go with."""
+        structure, finetune, parallel = self.structure, self.finetune, self.parallel
+        for field, value, goes, expected in (
+            ("finetune.rule", finetune.rule, "adam", "adam: networks follow gradients"),
+            ("finetune.initialization", finetune.initialization, "random", "random"),
+            ("parallel.node_parallel", parallel.node_parallel, 1, "1: every rank writes all rows"),
+            ("parallel.recompute_messages", parallel.recompute_messages, False, "false"),
+        ):
+            if value != goes:
+                raise ValueError(f"integral circuits: {field} is {value}, must be {expected}")
+        if parallel.zero_stage == 3:
+            raise ValueError(
+                "integral circuits: parallel.zero_stage is 3, must be 0 to 2: what ZeRO-3 shards "
+                "are parameters, and the networks are small"
+            )
+        if structure.kind == "chow_liu" or structure.layer == "monarch":
+            raise ValueError(
+                f"integral circuits: structure.kind {structure.kind} with layer {structure.layer} "
+                "has units that are no points of a latent: take another kind, and layer cp or "
+                "tucker"
+            )
+        if structure.num_states < 2 and structure.kind not in ("patches", "factorised"):
+            raise ValueError("integral circuits: structure.num_states must be 2 or more")

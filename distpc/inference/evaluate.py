@@ -11,11 +11,13 @@ import torch
 from distpc.artifacts.files import write_json
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
+from distpc.circuits.integral.io import load_networks
 from distpc.data.index import ShardIndex
 from distpc.data.reader import iterate_split
 from distpc.data.spec import DatasetSpec
 from distpc.data.tokenizers import tokenizer_of
 from distpc.inference.inpaint import Completions, complete, completion_grid, first_samples
+from distpc.inference.integral import measure_states
 from distpc.inference.likelihood import SplitFigures, measure
 from distpc.inference.masks import observed_mask
 from distpc.inference.model import open_model
@@ -67,6 +69,10 @@ def run(ctx: StageContext) -> None:
     }
     if spec.kind == "text":
         result.update(_of_documents(ctx, circuit, index))
+    if ctx.config.integral.enabled:
+        networks = load_networks(ctx.input("finetune").path / "model")
+        states = [networks.num_states, *ctx.config.integral.evaluate_states]
+        result["integral"] = measure_states(networks, index, states, batch_size=batch_size)
     with _open_tensorboard(ctx) as writer:
         for split, value in figures.items():
             writer.add_scalar(f"evaluate/{split}_{spec.unit}", value.bits, 0)

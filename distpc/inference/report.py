@@ -51,7 +51,8 @@ def build_report(
 
     Returns:
         JSON values: config, dataset, seed, num_parameters, {train,valid,test}_bpd (text: _bpc
-        or _bpt, perplexity, and `OF_DOCUMENTS`), teacher, latents (None where the run has no
+        or _bpt, perplexity, and `OF_DOCUMENTS`), integral (of integral circuits: figures for each
+        number of states), teacher, latents (None where the run has no
         teacher), stages, peak_memory_bytes, versions.
 
     Raises:
@@ -70,7 +71,7 @@ def build_report(
         "seed": config.seed,
         "num_parameters": evaluation["num_parameters"],
         **{name: evaluation[name] for name in figures},
-        **{name: evaluation[name] for name in OF_DOCUMENTS if name in evaluation},
+        **{name: evaluation[name] for name in (*OF_DOCUMENTS, "integral") if name in evaluation},
         "teacher": _teacher(run_dir, config, stages),
         "latents": _latents(run_dir, stages),
         "stages": {name: {key: stage[key] for key in STAGE_KEYS} for name, stage in stages.items()},

@@ -60,7 +60,7 @@ def _circuit(pipeline: Pipeline) -> list[str]:
         layout,
         micro_batch=share(local, pieces),
         num_micro_batches=pieces,
-        state_copies=state_copies(finetune),
+        state_copies=state_copies(config),
     )
     return [
         f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables",

@@ -62,9 +62,9 @@ def job_of(config: RunConfig) -> Job:
     return Job(
         costs=planned_costs(config, graph, spec.num_categories),
         batch=config.finetune.batch_size,
-        state_copies=state_copies(config.finetune),
+        state_copies=state_copies(config),
         needs_whole_rows=config.finetune.rule != "online_em",
-        needs_whole_circuit=config.finetune.rule == "anemone",
+        needs_whole_circuit=config.finetune.rule == "anemone" or config.integral.enabled,
         offload=config.parallel.offload,
     )
 

@@ -77,7 +77,17 @@ def _distill(config: RunConfig) -> Any:
 
 def _finetune(config: RunConfig) -> Any:
     how = ("micro_batch_size", "checkpoint_every_seconds", "keep_checkpoints")
-    return _values(config.finetune, without=how), config.seed
+    settings = _values(config.finetune, without=how), config.seed
+    if not config.integral.enabled:
+        return settings
+    return *settings, _values(config.integral, without=("evaluate_states", "block_points"))
+
+
+def _evaluate(config: RunConfig) -> Any:
+    figures = config.evaluate.num_pictures, config.seed
+    if not config.integral.enabled:
+        return figures
+    return *figures, config.integral.evaluate_states
 
 
 def has_teacher(config: RunConfig) -> bool:
@@ -145,6 +155,6 @@ STAGES: tuple[Stage, ...] = (
         "evaluate",
         "distpc.inference.evaluate:run",
         (*DATA, "finetune"),
-        lambda config: (config.evaluate.num_pictures, config.seed),
+        _evaluate,
     ),
 )

@@ -10,6 +10,8 @@ from distpc.artifacts.files import fingerprint, read_json, write_json
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.footprint import footprint
+from distpc.circuits.integral.circuit import IntegralCircuit
+from distpc.circuits.integral.io import FOLDER, save_networks
 from distpc.circuits.io import DESCRIPTION, load_model, save_model
 from distpc.circuits.share_out import share_units_, splits_of
 from distpc.data.index import ShardIndex
@@ -33,6 +35,7 @@ from distpc.training.checkpoint import (
     load_optimizer,
     load_parameters,
 )
+from distpc.training.integral import Model, as_circuit, starting_networks
 from distpc.training.last_good import LAST_GOOD
 from distpc.training.monitor import Monitor, note_stop
 from distpc.training.optimizer import CircuitOptimizer
@@ -130,7 +133,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
 
 def starting_circuit(
     ctx: StageContext, spec: DatasetSpec, index: ShardIndex, *, random_rows: bool = True
-) -> Circuit:
+) -> Model:
     """The circuit that training starts from, equal on every rank, as its rule wants it.
 
     Args:
@@ -141,6 +144,10 @@ def starting_circuit(
             when a checkpoint will overwrite it.
     """
     config = ctx.config.finetune
+    if ctx.config.integral.enabled:
+        graph = RegionGraph.from_json(read_json(_graph_path(ctx)))
+        batches = take_rows(index, "train", MARGINAL_SAMPLES) if random_rows else None
+        return starting_networks(ctx.config, graph, spec, batches)
     if config.initialization == "distilled":
         circuit = load_model(ctx.input("distill").path / "model")
     else:
@@ -182,18 +189,18 @@ def _assemble(
     spec: DatasetSpec,
     index: ShardIndex,
     mesh: Mesh,
-    circuit: Circuit,
+    circuit: Model,
     saver: Saver,
     facts: TrainingFacts,
 ) -> Parts:
     config, parallel = ctx.config.finetune, ctx.config.parallel
-    if parallel.recompute_messages:
+    if parallel.recompute_messages and isinstance(circuit, Circuit):
         circuit.recompute_messages_()
     costs = footprint(circuit.graph, circuit.schedule, mesh.node_parallel)
     # A multiply-add is two operations; backward takes two products for forward's one.
     flops = 6.0 * costs.multiply_adds
     whole, splits = _shared(ctx, mesh, circuit)
-    rule = rule_of(ctx, circuit, index)
+    rule = rule_of(ctx, circuit, index) if isinstance(circuit, Circuit) else None
     optimizer = CircuitOptimizer(
         circuit.parameter_groups(),
         step_size=config.step_size,
@@ -201,11 +208,12 @@ def _assemble(
         gradient_learning_rate=config.gradient_learning_rate,
         gradient_clip=config.gradient_clip,
     )
+    needs_all_data = rule is not None and rule.needs_all_data
     loader = Loader(
         index,
         spec,
         "train",
-        global_batch=index.num_samples("train") if rule.needs_all_data else config.batch_size,
+        global_batch=index.num_samples("train") if needs_all_data else config.batch_size,
         mesh_rank=mesh.data_rank,
         num_ranks=mesh.data_parallel,
         seed=ctx.config.seed,
@@ -245,8 +253,10 @@ def _assemble(
     )
 
 
-def _shared(ctx: StageContext, mesh: Mesh, circuit: Circuit) -> tuple[Circuit, dict[str, Split]]:
+def _shared(ctx: StageContext, mesh: Mesh, circuit: Model) -> tuple[Model, dict[str, Split]]:
     """Keep this rank's units of the circuit; a circuit for whole parameters, and what is split."""
+    if isinstance(circuit, IntegralCircuit):
+        return circuit, {}
     whole = circuit
     if mesh.is_main and (ctx.config.parallel.zero_stage == 3 or mesh.node_parallel > 1):
         whole = Circuit(
@@ -268,9 +278,10 @@ def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
     spec = DatasetSpec.load(ctx.input("shards").path)
     index = ShardIndex.load(ctx.input("index").path)
     best = Checkpoints(ctx.out / CHECKPOINTS, identity_of(ctx)).at(results["best_step"])
-    circuit = starting_circuit(ctx, spec, index, random_rows=False)
-    load_parameters(circuit, best)
-    rule_of(ctx, circuit, index).finish()
+    model = starting_circuit(ctx, spec, index, random_rows=False)
+    load_parameters(model, best)
+    if isinstance(model, Circuit):
+        rule_of(ctx, model, index).finish()
     training = {
         "step": results["best_step"],
         "epoch": results["best_epoch"],
@@ -279,7 +290,10 @@ def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
         "finetune": ctx.config.finetune.model_dump(mode="json"),
     }
     copy_tokenizer(ctx.input("shards").path, ctx.out / MODEL)
-    save_model(circuit, ctx.out / MODEL, dataset=spec.to_json(), training=training)
+    facts: dict[str, Any] = {"dataset": spec.to_json(), "training": training}
+    if isinstance(model, IntegralCircuit):
+        save_networks(model, ctx.out / MODEL / FOLDER, **facts)
+    save_model(as_circuit(model), ctx.out / MODEL, **facts)
 
 
 def _graph_path(ctx: StageContext) -> Path:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distpc.circuits.circuit import Circuit
 from distpc.circuits.io import save_model
 from distpc.data.spec import DatasetSpec
 from distpc.errors import DistpcError, TrainingError
 from distpc.parallel.collectives import broadcast_object
 from distpc.parallel.mesh import Mesh
 from distpc.training.checkpoint import Checkpoints, load_parameters
+from distpc.training.integral import Model, as_circuit
 
 LAST_GOOD = "last_good_model"
 """Folder beside the stage's own, which is emptied as soon as a setting changes."""
@@ -19,7 +19,7 @@ LAST_GOOD = "last_good_model"
 def with_last_good(
     error: TrainingError,
     checkpoints: Checkpoints,
-    circuit: Circuit,
+    model: Model,
     spec: DatasetSpec,
     folder: Path,
     mesh: Mesh,
@@ -29,7 +29,7 @@ def with_last_good(
     Args:
         error: why training stops; every rank has it.
         checkpoints: of the training.
-        circuit: whole on rank 0; it gets the parameters of the best model.
+        model: whole on rank 0; it gets the parameters of the best model.
         spec: of the data.
         folder: of the model; an older one is replaced.
         mesh: this process among the ranks.
@@ -40,7 +40,7 @@ def with_last_good(
     kept: str | None = None
     if mesh.is_main:
         try:
-            kept = _save(error, checkpoints, circuit, spec, folder)
+            kept = _save(error, checkpoints, model, spec, folder)
         except (DistpcError, OSError) as reason:
             # Why training stopped matters more than why its model cannot be saved.
             kept = f"the best model so far could not be saved: {reason}"
@@ -55,7 +55,7 @@ def with_last_good(
 def _save(
     error: TrainingError,
     checkpoints: Checkpoints,
-    circuit: Circuit,
+    model: Model,
     spec: DatasetSpec,
     folder: Path,
 ) -> str | None:
@@ -65,7 +65,8 @@ def _save(
     if newest is None or newest.facts.best is None:
         return None
     best = newest.facts.best
-    load_parameters(circuit, checkpoints.at(int(best["step"])))
+    load_parameters(model, checkpoints.at(int(best["step"])))
+    circuit = as_circuit(model)
     if not any(circuit.smoothing[:2]):
         # Rules that smooth in their update leave rows of any sum: back to the flow scale.
         circuit.rescale_to_uses_()

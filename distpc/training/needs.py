@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from distpc.circuits.compiled import compile_graph
 from distpc.circuits.footprint import Footprint, backward_peak, footprint, shared
-from distpc.config.schema import FinetuneConfig, RunConfig
+from distpc.config.schema import RunConfig
 from distpc.parallel.memory import (
     FLOAT_BYTES,
     Layout,
@@ -24,8 +24,12 @@ _BUILDING_COPIES = 3
 """Copies of the largest parameter while random statistics are made and brought to scale."""
 
 
-def state_copies(settings: FinetuneConfig) -> int:
+def state_copies(config: RunConfig) -> int:
     """Tensors of a parameter's size that a training rule keeps."""
+    settings = config.finetune
+    if config.integral.enabled:
+        # What Adam keeps is of the size of the networks.
+        return 0
     if settings.rule == "anemone":
         return int(settings.momentum > 0)
     return {"adam": 2, "growing_em": 1}.get(settings.rule, 0)

@@ -33,8 +33,9 @@ class CircuitOptimizer(torch.optim.Optimizer):
 
     Args:
         groups: mapping from kind to parameters, as `parameter_groups()` of a circuit gives it:
-            "em" holds statistics, "gradient" what follows gradients.
-        step_size: of the rule, in (0, 1].
+            "em" holds statistics, "gradient" what follows gradients, "network" the parameters of
+            networks that write a circuit's weights: Adam as well, unclipped, at the step size.
+        step_size: of the rule, in (0, 1]; of networks the learning rate.
         rule: of the circuit that the parameters belong to; None is online EM, which needs none.
         gradient_learning_rate: of Adam, for the group "gradient".
         gradient_clip: largest entry of a gradient of that group.
@@ -49,11 +50,11 @@ class CircuitOptimizer(torch.optim.Optimizer):
         gradient_learning_rate: float = 0.01,
         gradient_clip: float = 1.0,
     ) -> None:
-        unknown = set(groups) - {"em", "gradient"}
+        # "lr" is the name under which torch and DeepSpeed expect a group's rate.
+        rates = {"em": step_size, "gradient": gradient_learning_rate, "network": step_size}
+        unknown = set(groups) - set(rates)
         if unknown:
             raise ValueError(f"unknown kinds of parameters: {sorted(unknown)}")
-        # "lr" is the name under which torch and DeepSpeed expect a group's rate.
-        rates = {"em": step_size, "gradient": gradient_learning_rate}
         of_kinds = [
             {"params": list(groups[kind]), "kind": kind, "lr": rate}
             for kind, rate in rates.items()
@@ -67,9 +68,10 @@ class CircuitOptimizer(torch.optim.Optimizer):
         self._updated: set[Tensor] = set()
 
     def set_step_size(self, step_size: float) -> None:
-        """Set the step size of the rule for the steps to come; Adam's rate stays."""
+        """Set the step size of the rule, and of networks, for the steps to come; Adam's rate for the
+        group "gradient" stays."""
         for group in self.param_groups:
-            if group["kind"] == "em":
+            if group["kind"] != "gradient":
                 group["lr"] = step_size
 
     def watch(self) -> None:
@@ -104,7 +106,9 @@ class CircuitOptimizer(torch.optim.Optimizer):
                 if group["kind"] == "em":
                     self._update(parameter, group["lr"])
                 elif parameter.grad is not None:
-                    gradient = parameter.grad.clamp(-self.gradient_clip, self.gradient_clip)
+                    gradient = parameter.grad
+                    if group["kind"] == "gradient":
+                        gradient = gradient.clamp(-self.gradient_clip, self.gradient_clip)
                     direction = adam_direction(gradient, self.state[parameter])
                     parameter.add_(direction, alpha=-group["lr"])
                 self._watch(parameter)

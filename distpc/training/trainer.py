@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distpc.circuits.circuit import Circuit
 from distpc.config.schema import FinetuneConfig
 from distpc.data.loader import Loader
 from distpc.data.spec import MISSING, DatasetSpec
@@ -27,6 +26,7 @@ from distpc.parallel.progress import Progress
 from distpc.training.checkpoint import Checkpoints, Piece, Saver, TrainingFacts, take_snapshot
 from distpc.training.figures import Figures, bits_per_value, tally
 from distpc.training.guard import Guard
+from distpc.training.integral import Model, as_circuit, begin_step
 from distpc.training.last_good import with_last_good
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
@@ -40,14 +40,14 @@ class Parts:
 
     Attributes:
         circuit: the module inside the engine.
-        whole: a circuit that holds whole parameters on rank 0: the same object, except under
-            ZeRO-3 and on a node axis, where it is a copy that validations load `full_state` into.
+        whole: what holds whole parameters on rank 0: the same object, except under ZeRO-3 and on a
+            node axis, where it is a copy that validations load `full_state` into.
         checkpoints, saver: where checkpoints are, and what writes them.
         last_good: folder for the best model so far, should training have to stop.
     """
 
-    circuit: Circuit
-    whole: Circuit
+    circuit: Model
+    whole: Model
     optimizer: CircuitOptimizer
     engine: Engine
     loader: Loader
@@ -179,6 +179,7 @@ class Trainer:
         parts, facts = self.parts, self.facts
         step = facts.step + 1
         parts.optimizer.set_step_size(self.schedule(facts.samples))
+        begin_step(parts.circuit, step)
         watched = self.guard.wants_statistics(step)
         if watched:
             parts.optimizer.watch()
@@ -334,9 +335,9 @@ class Trainer:
         if not parts.monitor.enabled:
             return
         parts.monitor.scalars(facts.step, {f"valid_{unit}": facts.valid["bits"]})
-        health = parts.monitor.health(facts.step, parts.whole)
-        examples = parts.validation.examples()
-        parts.monitor.pictures(facts.step, parts.whole, examples, force=last)
+        circuit, examples = as_circuit(parts.whole), parts.validation.examples()
+        health = parts.monitor.health(facts.step, circuit)
+        parts.monitor.pictures(facts.step, circuit, examples, force=last)
         train = "" if facts.train_bits is None else f"train {facts.train_bits:.4f}  "
         progress.say(
             f"finetune: step {facts.step}  epoch {facts.valid['epoch']:.2f}  {train}"

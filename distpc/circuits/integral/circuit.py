@@ -1,0 +1,271 @@
+"""The integral circuit as a torch module: its parameters are the networks'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from distpc.circuits.circuit import Circuit
+from distpc.circuits.compiled import MAX_FOLD_BYTES
+from distpc.circuits.inputs import TableBank
+from distpc.circuits.integral.layout import Layout, layout_of
+from distpc.circuits.integral.leaves import leaf_writer
+from distpc.circuits.integral.networks import FunctionGroup
+from distpc.circuits.integral.quadrature import jittered, quadrature
+from distpc.circuits.integral.settings import IntegralSettings
+from distpc.circuits.integral.writing import Points, Writer
+from distpc.circuits.schedule import Schedule
+from distpc.circuits.sums import SumBank
+from distpc.structures.region_graph import RegionGraph
+from distpc.structures.resize import width_of, with_num_states, with_shared_inputs
+
+_SUM_FLOOR = 1e-20
+"""Smoothing of sums while networks are trained: too small to change a weight that matters, and
+enough for sums to know that none of their units is 0."""
+
+
+@dataclass
+class _Skeleton:
+    """A compiled circuit of one K without parameters of its own, and what writes them."""
+
+    circuit: Circuit
+    names: list[str]
+    writer: Writer
+    sizes: list[int]
+
+
+class IntegralCircuit(nn.Module):
+    """A probabilistic integral circuit over any structure of dense sums.
+
+    Calling it gives log-likelihoods (B,) in nats of the circuit that its networks write: with
+    gradients enabled that of the step's draw (see `begin_step`), otherwise of `num_states` points
+    where the quadrature has them. Gradients are true ones, for Adam.
+
+    Args:
+        graph: the structure; its own number of states is the one that is evaluated.
+        num_categories: of each variable.
+        settings: see `IntegralSettings`.
+        seed: of the initial parameters and of all draws in training.
+        max_fold_bytes: as of `Circuit`.
+
+    Attributes:
+        graph: with inputs tied, where they share their function.
+        networks: the functions, by what they are functions of.
+        any_rank: as of `Circuit`.
+
+    Raises:
+        StructureError: the structure has units that stand for no points of latents, cannot have
+            another number of states, or has inputs that no network writes.
+    """
+
+    def __init__(
+        self,
+        graph: RegionGraph,
+        num_categories: Sequence[int | None],
+        settings: IntegralSettings | None = None,
+        *,
+        seed: int = 0,
+        max_fold_bytes: int = MAX_FOLD_BYTES,
+    ) -> None:
+        super().__init__()
+        self.settings = settings or IntegralSettings()
+        if self.settings.leaf_sharing == "full":
+            graph = with_shared_inputs(graph, num_categories)
+        self.graph = with_num_states(graph, width_of(graph))
+        self.num_categories = tuple(num_categories)
+        self.num_states = width_of(graph)
+        self.seed = seed
+        self.max_fold_bytes = max_fold_bytes
+        self.any_rank: Callable[[bool], bool] = bool
+        self.dataset: dict[str, Any] = {}
+        self.training_facts: dict[str, Any] = {}
+        self._skeletons: dict[tuple[int, torch.device], _Skeleton] = {}
+        self._step = 0
+        self._evaluated: tuple[Any, list[Tensor]] | None = None
+        circuit = self._empty_circuit(self.num_states)
+        layout = layout_of(circuit.graph, circuit.schedule)
+        self._functions = layout.functions
+        self.networks = nn.ModuleDict(self._build_networks(layout))
+
+    def forward(self, x: Any, latents: Any = None, observed: Any = None) -> Tensor:
+        """Log-likelihoods (B,) in nats; arguments as of `Circuit`."""
+        if torch.is_grad_enabled():
+            num_states, points = self._draw()
+            skeleton = self._skeleton(num_states)
+            statistics = skeleton.writer(points)
+        else:
+            skeleton = self._skeleton(self.num_states)
+            statistics = self._written(skeleton)
+        skeleton.circuit.any_rank = self.any_rank
+        named = dict(zip(skeleton.names, statistics, strict=True))
+        log_prob: Tensor = functional_call(skeleton.circuit, named, (x, latents, observed))
+        return log_prob
+
+    def begin_step(self, step: int) -> None:
+        """Draw K and the points of a training step, by the seed and the step's number alone: all
+        micro-batches and ranks of a step have the same ones, and so has a resumed training."""
+        self._step = step
+        self._evaluated = None
+
+    @torch.no_grad()
+    def materialise(self, num_states: int | None = None) -> Circuit:
+        """The ordinary circuit of K quadrature points in place of every latent.
+
+        Its rows are normalised exactly (see `writing`), all smoothing is part of its statistics,
+        and these are on the scale of flows, so that any rule can train it further.
+
+        Args:
+            num_states: K; default: the structure's own.
+        """
+        num_states = self.num_states if num_states is None else num_states
+        skeleton = self._skeleton(num_states)
+        made = skeleton.writer.write(self._points(skeleton.sizes))
+        circuit = self._empty_circuit(num_states)
+        for bank, statistics in zip(circuit.bank_list, made, strict=True):
+            bank.statistics.data = statistics
+        circuit.to(self.device)
+        circuit.set_smoothing(0.0, self.settings.leaf_floor, 1)
+        circuit.rescale_to_uses_()
+        circuit.set_smoothing(0.0, 0.0, 1)
+        circuit.dataset = self.dataset
+        return circuit
+
+    @torch.no_grad()
+    def start_near_(self, counts: Sequence[Tensor | None]) -> None:
+        """Move input units to the data's marginals.
+
+        Args:
+            counts: of each variable (C,) counts of its values; None leaves its inputs alone.
+        """
+        shares = {}
+        for index, region in enumerate(self.graph.regions):
+            count = None if region.variable is None else counts[region.variable]
+            if count is not None:
+                owner = index if region.tie is None else region.tie
+                first, pooled = shares.get(owner, (index, torch.zeros_like(count)))
+                shares[owner] = first, pooled + count
+        of_region = {first: pooled for first, pooled in shares.values()}
+        for group, functions in self._functions.items():
+            kind, size = group.split("_")[:2]
+            if kind == "sum":
+                continue
+            for slot, (region_index, _) in enumerate(functions):
+                if region_index in of_region:
+                    smoothed = of_region[region_index] + 1.0 / int(size)
+                    network = self.networks[group]
+                    assert isinstance(network, FunctionGroup)
+                    leaf_writer(kind).start_near(smoothed / smoothed.sum(), network.bias[slot])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.parameters()).device
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the circuit with the structure's own number of states."""
+        return self._skeleton(self.num_states).circuit.schedule
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters: entries of the networks'."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """ "network": all of them, whose `.grad` is the loss's gradient."""
+        return {"network": list(self.parameters())}
+
+    def _written(self, skeleton: _Skeleton) -> list[Tensor]:
+        """Statistics of an evaluation, written once for all of its batches."""
+        key = (id(skeleton), self._step, sum(p._version for p in self.parameters()))
+        if self._evaluated is None or self._evaluated[0] != key:
+            made = skeleton.writer.write(self._points(skeleton.sizes))
+            self._evaluated = key, made
+        return self._evaluated[1]
+
+    def _draw(self) -> tuple[int, Points]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._step)
+        choices = self.settings.train_states or (self.num_states,)
+        chosen = int(torch.randint(len(choices), (), generator=generator))
+        sizes = self._skeleton(choices[chosen]).sizes
+        exact = self._points(sizes)
+        moved = {
+            size: jittered(exact[size], self.settings.jitter, generator)
+            if size > 1
+            else exact[size]
+            for size in sizes
+        }
+        return choices[chosen], moved
+
+    def _points(self, sizes: Sequence[int]) -> Points:
+        return {size: quadrature(self.settings.rule, size) for size in sizes}
+
+    def _skeleton(self, num_states: int) -> _Skeleton:
+        """The compiled circuit of that K, kept for the next time."""
+        key = (num_states, self.device)
+        if key not in self._skeletons:
+            circuit = self._empty_circuit(num_states)
+            shapes = [tuple(bank.statistics.shape) for bank in circuit.bank_list]
+            for bank in circuit.bank_list:
+                # Never read: every call brings statistics with it.
+                bank.statistics.requires_grad_(False).data = torch.empty(0)
+                if isinstance(bank, SumBank):
+                    bank.smoothing = _SUM_FLOOR
+                elif isinstance(bank, TableBank):
+                    bank.set_smoothing(self.settings.leaf_floor, 1)
+            circuit.to(self.device)
+            layout = layout_of(circuit.graph, circuit.schedule)
+            writer = Writer(
+                layout,
+                shapes,
+                {group: self.networks[group] for group in self._functions},  # type: ignore[misc]
+                self._slots(),
+                self.settings.leaf_floor,
+                self.settings.block_points,
+            )
+            names = [f"banks.{name}.statistics" for name in circuit.banks]
+            self._skeletons[key] = _Skeleton(circuit, names, writer, layout.sizes)
+        return self._skeletons[key]
+
+    def _empty_circuit(self, num_states: int) -> Circuit:
+        graph = self.graph
+        if num_states != self.num_states:
+            graph = with_num_states(graph, num_states)
+        return Circuit(
+            graph, self.num_categories, init_noise=0.0, max_fold_bytes=self.max_fold_bytes
+        )
+
+    def _slots(self) -> dict[tuple[str, int, int], int]:
+        """Of each function its number in its group; shared ones have one for each alternative."""
+        slots = {}
+        for group, functions in self._functions.items():
+            is_shared = group.startswith("sum") and self.settings.sum_sharing == "full"
+            for number, (region, alternative) in enumerate(functions):
+                slots[group, region, alternative] = alternative if is_shared else number
+        return slots
+
+    def _build_networks(self, layout: Layout) -> dict[str, nn.Module]:
+        generator = torch.Generator().manual_seed(self.seed)
+        settings, slots = self.settings, self._slots()
+        sizes = {use.group: use for use in layout.inputs}
+        networks: dict[str, nn.Module] = {}
+        for group in self._functions:
+            numbers = [slot for (name, _, _), slot in slots.items() if name == group]
+            use = sizes.get(group)
+            axes = sum(map(int, group.split("_")[1:])) if use is None else int(use.num_units > 1)
+            networks[group] = FunctionGroup(
+                axes,
+                1 + max(numbers),
+                1 if use is None else leaf_writer(use.kind).num_outputs(use.size),
+                width=settings.width,
+                num_layers=settings.num_layers if use is None else 1,
+                num_frequencies=settings.num_frequencies,
+                frequency_scale=settings.frequency_scale,
+                generator=generator,
+            )
+        return networks

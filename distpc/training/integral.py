@@ -1,0 +1,67 @@
+"""Training of integral circuits: where networks start, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from distpc.circuits.circuit import Circuit
+from distpc.circuits.integral.circuit import IntegralCircuit
+from distpc.circuits.integral.settings import IntegralSettings
+from distpc.config.integral import IntegralConfig
+from distpc.config.schema import RunConfig
+from distpc.data.spec import DatasetSpec
+from distpc.structures.region_graph import RegionGraph
+from distpc.training.start import marginals_of
+
+Model = Circuit | IntegralCircuit
+"""What the trainer trains."""
+
+
+def as_circuit(model: Model) -> Circuit:
+    """The model as an ordinary circuit: itself, or what its networks write."""
+    return model.materialise() if isinstance(model, IntegralCircuit) else model
+
+
+def settings_of(config: IntegralConfig) -> IntegralSettings:
+    """The part of the section that the circuit reads."""
+    values: dict[str, Any] = config.model_dump(exclude={"enabled", "evaluate_states"})
+    return IntegralSettings(**values)
+
+
+def starting_networks(
+    config: RunConfig,
+    graph: RegionGraph,
+    spec: DatasetSpec,
+    batches: Iterable[np.ndarray] | None,
+) -> IntegralCircuit:
+    """Networks that training starts from, equal on every rank.
+
+    Args:
+        config: of the run.
+        graph: the structure.
+        spec: of the data.
+        batches: (B, V) samples whose marginals input units start at; None where a checkpoint
+            follows.
+
+    Raises:
+        StructureError: networks cannot write this structure's weights.
+    """
+    model = IntegralCircuit(
+        graph,
+        spec.num_categories,
+        settings_of(config.integral),
+        seed=config.seed,
+        max_fold_bytes=config.structure.max_fold_bytes,
+    )
+    if batches is not None:
+        model.start_near_(marginals_of(batches, spec.num_categories).counts)
+    return model
+
+
+def begin_step(model: Model, step: int) -> None:
+    """Tell a model that draws something anew in each training step which one comes next."""
+    if isinstance(model, IntegralCircuit):
+        model.begin_step(step)
