@@ -39,7 +39,7 @@ class IntegralConfig(Section):
     """Quadrature points of a training step, one of these numbers drawn for each, so that the
     networks hold for any number; default: structure.num_states alone."""
     jitter: float = Field(default=1.0, ge=0, le=1)
-    """How far quadrature points move in their cells in a training step: 0 not at all, 1 anywhere."""
+    """How far quadrature points move in their cells in a training step: 0 not, 1 anywhere."""
     evaluate_states: list[States] = Field(default=[])
     """Numbers of points with which the test split is evaluated besides structure.num_states."""
     block_points: int = Field(default=16384, ge=1)

@@ -68,8 +68,8 @@ class CircuitOptimizer(torch.optim.Optimizer):
         self._updated: set[Tensor] = set()
 
     def set_step_size(self, step_size: float) -> None:
-        """Set the step size of the rule, and of networks, for the steps to come; Adam's rate for the
-        group "gradient" stays."""
+        """Set the step size of the rule, and of networks, for the steps to come; that of the group
+        "gradient" stays."""
         for group in self.param_groups:
             if group["kind"] != "gradient":
                 group["lr"] = step_size

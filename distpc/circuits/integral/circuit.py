@@ -142,14 +142,14 @@ class IntegralCircuit(nn.Module):
         Args:
             counts: of each variable (C,) counts of its values; None leaves its inputs alone.
         """
-        shares = {}
+        shares: dict[str | int, tuple[int, Tensor]] = {}
         for index, region in enumerate(self.graph.regions):
             count = None if region.variable is None else counts[region.variable]
             if count is not None:
                 owner = index if region.tie is None else region.tie
                 first, pooled = shares.get(owner, (index, torch.zeros_like(count)))
                 shares[owner] = first, pooled + count
-        of_region = {first: pooled for first, pooled in shares.values()}
+        of_region = dict(shares.values())
         for group, functions in self._functions.items():
             kind, size = group.split("_")[:2]
             if kind == "sum":
@@ -193,13 +193,8 @@ class IntegralCircuit(nn.Module):
         choices = self.settings.train_states or (self.num_states,)
         chosen = int(torch.randint(len(choices), (), generator=generator))
         sizes = self._skeleton(choices[chosen]).sizes
-        exact = self._points(sizes)
-        moved = {
-            size: jittered(exact[size], self.settings.jitter, generator)
-            if size > 1
-            else exact[size]
-            for size in sizes
-        }
+        exact, jitter = self._points(sizes), self.settings.jitter
+        moved = {size: jittered(rule, jitter, generator) for size, rule in exact.items()}
         return choices[chosen], moved
 
     def _points(self, sizes: Sequence[int]) -> Points:

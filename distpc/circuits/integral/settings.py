@@ -22,8 +22,8 @@ class IntegralSettings:
         num_layers: hidden layers of the trunk of sums; inputs' have one.
         num_frequencies: random frequencies, two Fourier features each.
         frequency_scale: standard deviation of the frequencies, in cycles per unit of the latent.
-        sum_sharing: "heads": sums of one kind share the trunk and have heads of their own (composite
-            sharing, C in the paper); "full": they share the function (F).
+        sum_sharing: "heads": sums of one kind share the trunk and have heads of their own
+            (composite sharing, C in the paper); "full": they share the function (F).
         leaf_sharing: the same of inputs, which "full" ties to each other.
         leaf_floor: share of a uniform distribution in every unit over categories, in (0, 1).
         train_states: K of training steps, one of them drawn for each; empty: the graph's own.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distpc.circuits.integral.layout import Grid, InputUse, Layout, SumUse
+from distpc.circuits.integral.layout import Grid, InputUse, Layout
 from distpc.circuits.integral.leaves import leaf_writer
 from distpc.circuits.integral.networks import FunctionGroup
 from distpc.circuits.integral.quadrature import Quadrature
@@ -99,13 +99,13 @@ class Writer:
                     target.copy_(outputs.view(target.shape))
         for bank in {use.bank for _, uses in self.layout.sums for use in uses}:
             _normalise_(made[bank])
-        for use in self.layout.inputs:
-            network = self.networks[use.group]
-            features = network.features(_latents(use, points, like))
-            slots = self._slots[use.group, use.owners].to(like.device)
+        for of_input in self.layout.inputs:
+            network = self.networks[of_input.group]
+            features = network.features(_latents(of_input, points, like))
+            slots = self._slots[of_input.group, of_input.owners].to(like.device)
             outputs = network.weight[slots] @ features.T + network.bias[slots].unsqueeze(-1)
-            table = _table(made[use.bank], use)
-            table.copy_(leaf_writer(use.kind).write(outputs).view(table.shape))
+            table = _table(made[of_input.bank], of_input)
+            table.copy_(leaf_writer(of_input.kind).write(outputs).view(table.shape))
         return made
 
     @torch.no_grad()
