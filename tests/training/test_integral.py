@@ -1,0 +1,128 @@
+"""Integral circuits through the engine: every layout, resuming, what is left, what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import prepare
+
+from distpc.artifacts.stage import StageContext
+from distpc.circuits.integral.io import load_networks
+from distpc.circuits.io import load_model
+from distpc.config import parse_config
+from distpc.errors import ConfigError
+from distpc.parallel.launch import run_ranks
+from distpc.training import finetune
+from distpc.training.checkpoint import Checkpoints
+
+NUM_STEPS = 15
+SETTINGS = {
+    "enabled": True,
+    "width": 16,
+    "num_frequencies": 8,
+    "train_states": [3, 4, 6],
+    "evaluate_states": [8],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> StageContext:
+    return prepare(
+        tmp_path_factory.mktemp("run"),
+        num_epochs=1,
+        evaluate_every_epochs=0.4,
+        batch_size=101,
+        micro_batch_size=40,
+        rule="adam",
+        step_size=0.02,
+        checkpoint_every_seconds=0.0,
+    )
+
+
+def variant(ctx: StageContext, name: str, **parallel: Any) -> StageContext:
+    values = ctx.config.model_dump(mode="json")
+    values["integral"] = SETTINGS
+    values["parallel"].update(parallel)
+    out = ctx.out.parent / name
+    out.mkdir(exist_ok=True)
+    return StageContext(parse_config(values, "test"), out, ctx.inputs, ctx.fingerprint, out / "tb")
+
+
+def newest(ctx: StageContext) -> dict[str, torch.Tensor]:
+    found = Checkpoints(ctx.out / "checkpoints", finetune.identity_of(ctx)).newest()
+    assert found is not None and found.facts.step == NUM_STEPS
+    return found.statistics()
+
+
+@pytest.fixture(scope="module")
+def stages(base: StageContext) -> dict[str, StageContext]:
+    """Trained by one process, resumed from an early step, and by two ranks under ZeRO 0 to 2."""
+    alone, resumed = variant(base, "alone", num_ranks=1), variant(base, "resumed", num_ranks=1)
+    shared = {f"zero{stage}": variant(base, f"zero{stage}", zero_stage=stage) for stage in range(3)}
+    options: dict[str, Any] = {"threads_per_rank": 1, "log_folder": base.out.parent / "logs"}
+    payload = {
+        "contexts": [alone.to_json()],
+        "resumed": [(alone.to_json(), resumed.to_json())],
+        "early_checkpoints": 1,
+    }
+    run_ranks("runs:train_and_resume", payload, num_ranks=1, **options)
+    contexts = [ctx.to_json() for ctx in shared.values()]
+    run_ranks("runs:train_each", {"contexts": contexts}, num_ranks=2, **options)
+    return {"alone": alone, "resumed": resumed, **shared}
+
+
+@pytest.mark.parametrize("layout", ["resumed", "zero0", "zero1", "zero2"])
+def test_every_layout_gives_the_networks_of_one_process(
+    stages: dict[str, StageContext], layout: str
+) -> None:
+    alone, other = newest(stages["alone"]), newest(stages[layout])
+    assert alone.keys() == other.keys() and any("trunk" in name for name in alone)
+    tolerance = {"rtol": 0.0, "atol": 0.0} if layout == "resumed" else {"rtol": 1e-3, "atol": 2e-4}
+    for name, tensor in alone.items():
+        torch.testing.assert_close(other[name], tensor, **tolerance)
+
+
+def test_learns_and_leaves_networks_and_a_circuit(stages: dict[str, StageContext]) -> None:
+    ctx = stages["zero1"]
+    results = json.loads((ctx.out / finetune.RESULTS).read_text())
+    assert results["valid_bpd"] < results["curve"][0][1] - 0.3
+    finetune._save_best(ctx, results)
+    networks = load_networks(ctx.out / "model")
+    assert results["num_parameters"] == networks.num_parameters
+    circuit = load_model(ctx.out / "model")
+    x = torch.randint(0, 17, (5, 64), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(circuit(x), networks.materialise()(x), rtol=0, atol=1e-4)
+    assert circuit.training_facts["valid_bpd"] == results["valid_bpd"]
+    shutil.rmtree(ctx.out / "model")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("finetune", {"rule": "online_em"}, ["finetune.rule is online_em", "adam"]),
+        ("finetune", {"initialization": "distilled"}, ["initialization"]),
+        ("parallel", {"num_ranks": 2, "node_parallel": 2}, ["node_parallel is 2", "all rows"]),
+        ("parallel", {"zero_stage": 3}, ["zero_stage is 3", "0 to 2"]),
+        ("parallel", {"recompute_messages": True}, ["recompute_messages"]),
+        ("structure", {"kind": "chow_liu"}, ["chow_liu", "no points of a latent"]),
+        ("structure", {"layer": "monarch"}, ["layer monarch"]),
+        ("structure", {"num_states": 1}, ["2 or more"]),
+        ("integral", {"train_states": [4, 1]}, ["integral.train_states.1"]),
+        ("integral", {"rule": "simpson"}, ["integral.rule"]),
+        ("integral", {"jiter": 1}, ["jiter", "did you mean 'jitter'"]),
+    ],
+)
+def test_what_networks_do_not_go_with_is_refused(
+    base: StageContext, section: str, values: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    config = base.config.model_dump(mode="json")
+    config["integral"] = dict(SETTINGS)
+    parse_config(config, "test")
+    config[section].update(values)
+    with pytest.raises(ConfigError) as caught:
+        parse_config(config, "test")
+    for word in words:
+        assert word in str(caught.value)
