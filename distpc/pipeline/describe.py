@@ -10,7 +10,10 @@ from distpc.config import dump_config
 from distpc.pipeline.sharing import where_finished
 
 if TYPE_CHECKING:
+    from distpc.config import RunConfig
+    from distpc.data.spec import DatasetSpec
     from distpc.pipeline.runner import Pipeline
+    from distpc.structures.region_graph import RegionGraph
 
 GIB = 2**30
 
@@ -65,11 +68,20 @@ def _circuit(pipeline: Pipeline) -> list[str]:
     return [
         f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables",
         f"circuit: {config.structure.kind}, {len(graph.regions)} regions, "
-        f"{costs.num_parameters:,} parameters",
+        f"{costs.num_parameters:,} parameters" + _networks(config, graph, spec),
         f"ranks: {parallel.num_ranks} (node axis x data axis: {layout.name}); bytes per rank: "
         + ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
         + f", total {sum(sizes.values()):,}",
     ]
+
+
+def _networks(config: RunConfig, graph: RegionGraph, spec: DatasetSpec) -> str:
+    """How many parameters the networks have that write the circuit's, if any do."""
+    from distpc.training.integral import count_parameters
+
+    if not config.integral.enabled:
+        return ""
+    return f", written by networks of {count_parameters(config, graph, spec):,}"
 
 
 def summarize(report: dict[str, Any], folder: Path) -> str:

@@ -61,6 +61,15 @@ def starting_networks(
     return model
 
 
+def count_parameters(config: RunConfig, graph: RegionGraph, spec: DatasetSpec) -> int:
+    """Trainable parameters of a run's networks.
+
+    Raises:
+        StructureError: networks cannot write this structure's weights.
+    """
+    return starting_networks(config, graph, spec, None).num_parameters
+
+
 def begin_step(model: Model, step: int) -> None:
     """Tell a model that draws something anew in each training step which one comes next."""
     if isinstance(model, IntegralCircuit):

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distpc.circuits.circuit import Circuit
-from distpc.circuits.compiled import MAX_FOLD_BYTES
+from distpc.circuits.compiled import MAX_FOLD_BYTES, compile_graph
 from distpc.circuits.inputs import TableBank
-from distpc.circuits.integral.layout import Layout, layout_of
+from distpc.circuits.integral.layout import layout_of
 from distpc.circuits.integral.leaves import leaf_writer
-from distpc.circuits.integral.networks import FunctionGroup
+from distpc.circuits.integral.networks import FunctionGroup, build_networks, slots_of
 from distpc.circuits.integral.quadrature import jittered, quadrature
 from distpc.circuits.integral.settings import IntegralSettings
 from distpc.circuits.integral.writing import Points, Writer
-from distpc.circuits.schedule import Schedule
 from distpc.circuits.sums import SumBank
 from distpc.structures.region_graph import RegionGraph
 from distpc.structures.resize import width_of, with_num_states, with_shared_inputs
@@ -55,6 +54,7 @@ class IntegralCircuit(nn.Module):
 
     Attributes:
         graph: with inputs tied, where they share their function.
+        schedule: of the circuit with the structure's own number of states.
         networks: the functions, by what they are functions of.
         any_rank: as of `Circuit`.
 
@@ -76,7 +76,8 @@ class IntegralCircuit(nn.Module):
         self.settings = settings or IntegralSettings()
         if self.settings.leaf_sharing == "full":
             graph = with_shared_inputs(graph, num_categories)
-        self.graph = with_num_states(graph, width_of(graph))
+        # Refuses what cannot have another number of states.
+        self.graph = with_num_states(graph, max(2, width_of(graph)))
         self.num_categories = tuple(num_categories)
         self.num_states = width_of(graph)
         self.seed = seed
@@ -87,10 +88,10 @@ class IntegralCircuit(nn.Module):
         self._skeletons: dict[tuple[int, torch.device], _Skeleton] = {}
         self._step = 0
         self._evaluated: tuple[Any, list[Tensor]] | None = None
-        circuit = self._empty_circuit(self.num_states)
-        layout = layout_of(circuit.graph, circuit.schedule)
-        self._functions = layout.functions
-        self.networks = nn.ModuleDict(self._build_networks(layout))
+        self.schedule = compile_graph(self.graph, self.num_categories, max_fold_bytes)
+        layout = layout_of(self.graph, self.schedule)
+        self._slots = slots_of(layout, self.settings)
+        self.networks = nn.ModuleDict(build_networks(layout, self.settings, seed))
 
     def forward(self, x: Any, latents: Any = None, observed: Any = None) -> Tensor:
         """Log-likelihoods (B,) in nats; arguments as of `Circuit`."""
@@ -150,26 +151,19 @@ class IntegralCircuit(nn.Module):
                 first, pooled = shares.get(owner, (index, torch.zeros_like(count)))
                 shares[owner] = first, pooled + count
         of_region = dict(shares.values())
-        for group, functions in self._functions.items():
-            kind, size = group.split("_")[:2]
-            if kind == "sum":
-                continue
-            for slot, (region_index, _) in enumerate(functions):
-                if region_index in of_region:
-                    smoothed = of_region[region_index] + 1.0 / int(size)
-                    network = self.networks[group]
-                    assert isinstance(network, FunctionGroup)
-                    leaf_writer(kind).start_near(smoothed / smoothed.sum(), network.bias[slot])
+        for use in layout_of(self.graph, self.schedule).inputs:
+            network = self.networks[use.group]
+            assert isinstance(network, FunctionGroup)
+            for owner in use.owners:
+                if owner[0] in of_region:
+                    smoothed = of_region[owner[0]] + 1.0 / use.size
+                    bias = network.bias[self._slots[use.group, *owner]]
+                    leaf_writer(use.kind).start_near(smoothed / smoothed.sum(), bias)
 
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
         return next(self.parameters()).device
-
-    @property
-    def schedule(self) -> Schedule:
-        """Of the circuit with the structure's own number of states."""
-        return self._skeleton(self.num_states).circuit.schedule
 
     @property
     def num_parameters(self) -> int:
@@ -218,8 +212,8 @@ class IntegralCircuit(nn.Module):
             writer = Writer(
                 layout,
                 shapes,
-                {group: self.networks[group] for group in self._functions},  # type: ignore[misc]
-                self._slots(),
+                dict(self.networks.items()),  # type: ignore[arg-type]
+                self._slots,
                 self.settings.leaf_floor,
                 self.settings.block_points,
             )
@@ -234,33 +228,3 @@ class IntegralCircuit(nn.Module):
         return Circuit(
             graph, self.num_categories, init_noise=0.0, max_fold_bytes=self.max_fold_bytes
         )
-
-    def _slots(self) -> dict[tuple[str, int, int], int]:
-        """Of each function its number in its group; shared ones have one for each alternative."""
-        slots = {}
-        for group, functions in self._functions.items():
-            is_shared = group.startswith("sum") and self.settings.sum_sharing == "full"
-            for number, (region, alternative) in enumerate(functions):
-                slots[group, region, alternative] = alternative if is_shared else number
-        return slots
-
-    def _build_networks(self, layout: Layout) -> dict[str, nn.Module]:
-        generator = torch.Generator().manual_seed(self.seed)
-        settings, slots = self.settings, self._slots()
-        sizes = {use.group: use for use in layout.inputs}
-        networks: dict[str, nn.Module] = {}
-        for group in self._functions:
-            numbers = [slot for (name, _, _), slot in slots.items() if name == group]
-            use = sizes.get(group)
-            axes = sum(map(int, group.split("_")[1:])) if use is None else int(use.num_units > 1)
-            networks[group] = FunctionGroup(
-                axes,
-                1 + max(numbers),
-                1 if use is None else leaf_writer(use.kind).num_outputs(use.size),
-                width=settings.width,
-                num_layers=settings.num_layers if use is None else 1,
-                num_frequencies=settings.num_frequencies,
-                frequency_scale=settings.frequency_scale,
-                generator=generator,
-            )
-        return networks

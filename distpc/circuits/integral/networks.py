@@ -7,6 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from distpc.circuits.integral.layout import Layout
+from distpc.circuits.integral.leaves import leaf_writer
+from distpc.circuits.integral.settings import IntegralSettings
+
+Slots = dict[tuple[str, int, int], int]
+"""Of each function (group, region, alternative) its number in its group."""
+
 
 class FourierFeatures(nn.Module):
     """cos and sin of 2 pi z B with random frequencies B that stay (Tancik et al., NeurIPS 2020).
@@ -98,3 +105,41 @@ def _linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
 def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
     """Uniform within 1 / sqrt(fan-in) of 0."""
     return (2.0 * torch.rand(shape, generator=generator) - 1.0) / math.sqrt(fan_in)
+
+
+def slots_of(layout: Layout, settings: IntegralSettings) -> Slots:
+    """Which functions are one: sums that share all of it have one for each alternative."""
+    slots: Slots = {}
+    for group, functions in layout.functions.items():
+        is_shared = group.startswith("sum") and settings.sum_sharing == "full"
+        for number, (region, alternative) in enumerate(functions):
+            slots[group, region, alternative] = alternative if is_shared else number
+    return slots
+
+
+def build_networks(layout: Layout, settings: IntegralSettings, seed: int) -> dict[str, nn.Module]:
+    """The networks of a layout's functions, by group.
+
+    Raises:
+        StructureError: inputs that no network writes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {use.group: use for use in layout.inputs}
+    axes = {grid.group: len(grid.sizes) for grid, _ in layout.sums}
+    counts: dict[str, int] = {}
+    for (group, _, _), slot in slots_of(layout, settings).items():
+        counts[group] = max(counts.get(group, 0), slot + 1)
+    networks: dict[str, nn.Module] = {}
+    for group, count in counts.items():
+        use = inputs.get(group)
+        networks[group] = FunctionGroup(
+            axes[group] if use is None else int(use.num_units > 1),
+            count,
+            1 if use is None else leaf_writer(use.kind).num_outputs(use.size),
+            width=settings.width,
+            num_layers=settings.num_layers if use is None else 1,
+            num_frequencies=settings.num_frequencies,
+            frequency_scale=settings.frequency_scale,
+            generator=generator,
+        )
+    return networks
