@@ -154,10 +154,10 @@ class IntegralCircuit(nn.Module):
         for use in layout_of(self.graph, self.schedule).inputs:
             network = self.networks[use.group]
             assert isinstance(network, FunctionGroup)
-            for owner in use.owners:
-                if owner[0] in of_region:
-                    smoothed = of_region[owner[0]] + 1.0 / use.size
-                    bias = network.bias[self._slots[use.group, *owner]]
+            for function in use.owners:
+                if function[0] in of_region:
+                    smoothed = of_region[function[0]] + 1.0 / use.size
+                    bias = network.bias[self._slots[use.group, *function]]
                     leaf_writer(use.kind).start_near(smoothed / smoothed.sum(), bias)
 
     @property
