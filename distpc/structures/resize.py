@@ -29,7 +29,8 @@ def with_num_states(graph: RegionGraph, num_states: int) -> RegionGraph:
         num_states: K, at least 2.
 
     Raises:
-        StructureError: a region whose units cannot be other ones, or a K below 2.
+        StructureError: a region whose units cannot be other ones, a K below 2, or one of which
+            groups of units cannot have whole shares.
     """
     num_states = check_size("num_states", num_states, 2)
     widest = width_of(graph)
@@ -58,7 +59,15 @@ def with_num_states(graph: RegionGraph, num_states: int) -> RegionGraph:
             )
         blocks = units if region.blocks > 1 else 1
         regions.append(replace(region, num_units=units, blocks=blocks))
-    return RegionGraph(regions, graph.num_variables)
+    try:
+        return RegionGraph(regions, graph.num_variables)
+    except StructureError as error:
+        raise StructureError(
+            "units of a structure cannot be scaled to that number of states",
+            where="num_states",
+            found=f"{num_states}: {error.where} would have {error.found}",
+            expected=f"whole shares of all regions, as multiples of {widest} give",
+        ) from error
 
 
 def with_shared_inputs(graph: RegionGraph, num_categories: Sequence[int | None]) -> RegionGraph:

@@ -25,7 +25,7 @@ GRAPHS = {
     "hclt": hclt_graph(TREE, 5),
     "quad_graph": quad_graph((2, 2), 4),
     "tucker": quad_graph((2, 2), 3, layer="tucker"),
-    "mixture": mixture([hclt_graph(TREE, 3), quad_graph((2, 2), 3, tied=True)]),
+    "mixture": mixture([hclt_graph(TREE, 3), quad_graph((2, 2), 3)]),
 }
 NO_LATENTS = {"chow_liu/mixed", "chow_liu/one", "factorised/own", "factorised/tied"}
 SMALL = [(name, small) for name, entry in STRUCTURES.items() for small in entry.small]
@@ -44,7 +44,7 @@ def model(graph, categories=None, **settings):
 @pytest.mark.parametrize("num_points", [1, 2, 5, 64])
 @pytest.mark.parametrize("rule", RULES)
 def test_quadrature_integrates(rule, num_points):
-    """Polynomials exactly up to the rule's degree, exp to the rule's order of error."""
+    """Polynomials exactly up to the rule's degree, exp within the textbook bounds of errors."""
     points, weights = quadrature(rule, num_points)
     assert (points[1:] > points[:-1]).all() and (weights > 0).all()
     degree = 2 * num_points - 1 if rule == "gauss_legendre" else 1
@@ -52,8 +52,13 @@ def test_quadrature_integrates(rule, num_points):
         exact = 2.0 / (power + 1) if power % 2 == 0 else 0.0
         assert float(weights @ points**power) == pytest.approx(exact, abs=1e-12)
     error = abs(float(weights @ points.exp()) - (math.e - 1 / math.e))
-    bound = 2.4 * (2 / num_points) ** 2 / 6 if rule == "trapezoid" else 1e-3
-    assert error < (1.0 if num_points == 1 else 2 * bound if num_points < 5 else bound)
+    n = num_points
+    if rule == "gauss_legendre" or n == 1:
+        factorials = math.factorial(n) ** 4 / math.factorial(2 * n) ** 3
+        bound = math.e * 2.0 ** (2 * n + 1) * factorials / (2 * n + 1)
+    else:
+        bound = math.e * (2 / (n - 1)) ** 2 / 6
+    assert error < bound + 1e-14
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -85,7 +90,13 @@ def test_any_structure_sums_to_one_at_any_number_of_states(name, small):
         assert caught.value.where.startswith("region ") and caught.value.fix
         return
     made, worlds = model(graph, categories, **settings), enumerate_worlds(tuple(categories))
-    for num_states in (2, 7):
+    if f"{name}/{small}" == "patches/hclt":
+        # The leaves of a group of two clusters and of a single one, which stays single.
+        with pytest.raises(StructureError, match="cannot be scaled") as caught:
+            made.materialise(6)
+        assert "multiples of 3" in caught.value.expected
+        return
+    for num_states in (6, 9) if name == "patches" else (2, 7):
         circuit = made.materialise(num_states)
         total = log_prob_exact(circuit, worlds).exp().sum()
         assert float(total) == pytest.approx(1.0, abs=1e-12)
@@ -171,7 +182,7 @@ def test_a_step_draws_by_its_number_alone():
     values = []
     for step in (1, 2, 1, *range(3, 20)):
         made.begin_step(step)
-        values.append(float(made(x[:3]).sum()))
+        values.append(float(made(x[:3]).detach().sum()))
     assert values[0] == values[2] != values[1]
     drawn = {made._draw()[0] for step in range(40) if made.begin_step(step) is None}
     assert drawn == {3, 4, 6}
@@ -189,7 +200,7 @@ def test_learns_and_holds_at_other_numbers_of_states():
     optimizer = torch.optim.Adam(made.parameters(), 0.02)
     with torch.no_grad():
         before = float(made(x).mean())
-    for step in range(120):
+    for step in range(80):
         made.begin_step(step)
         optimizer.zero_grad()
         (-made(x).mean()).backward()
