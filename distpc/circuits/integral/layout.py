@@ -52,12 +52,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Part:
-    """Columns start .. stop - 1 of a sum: those of one alternative."""
+    """Columns start .. stop - 1 of a sum: those of one alternative, which may be all there is."""
 
     grid: Grid
     alternative: int
     start: int
     stop: int
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ class SumUse:
     Attributes:
         bank: number of the bank.
         owners: (T,) the first region of each table, and the alternative: which function it is.
+        is_whole: whether there is no other alternative, so that a factor on f cancels.
     """
 
     bank: int
     owners: tuple[tuple[int, int], ...]
     start: int
     stop: int
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def layout_of(graph: RegionGraph, schedule: Schedule) -> Layout:
         for part in known[key]:
             owners = tuple((of_table[0], part.alternative) for of_table in plan.owners)
             _, uses = of_grids.setdefault(id(part.grid), (part.grid, []))
-            uses.append(SumUse(number, owners, part.start, part.stop))
+            uses.append(SumUse(number, owners, part.start, part.stop, part.is_whole))
     return Layout(tuple((grid, tuple(uses)) for grid, uses in of_grids.values()), tuple(inputs))
 
 
@@ -202,7 +205,8 @@ def _parts(graph: RegionGraph, index: int, alternatives: Sequence[tuple[Sizes, .
             of_columns = _unravel(mixed[:, columns] - first, sizes)
             indices = [torch.from_numpy(axis.reshape(-1).copy()) for axis in of_rows + of_columns]
             grid = Grid(shape, row_sizes + sizes, tuple(indices), len(row_sizes))
-            parts.append(Part(grid, number, int(columns[0]), int(columns[-1]) + 1))
+            is_whole = len(columns) == mixed.shape[1]
+            parts.append(Part(grid, number, int(columns[0]), int(columns[-1]) + 1, is_whole))
         first = last
     return parts
 

@@ -50,6 +50,7 @@ class FunctionGroup(nn.Module):
         num_axes: d; functions of no latent are constants.
         num_functions: S.
         num_outputs: O.
+        has_bias: whether heads have one.
         width: H of the trunk.
         num_layers: of the trunk.
         num_frequencies, frequency_scale: see `FourierFeatures`.
@@ -57,14 +58,17 @@ class FunctionGroup(nn.Module):
 
     Attributes:
         weight: (S, O, H) of the heads.
-        bias: (S, O).
+        bias: (S, O); zeros that stay where heads have none.
     """
+
+    bias: Tensor
 
     def __init__(
         self,
         num_axes: int,
         num_functions: int,
         num_outputs: int,
+        has_bias: bool,
         *,
         width: int,
         num_layers: int,
@@ -85,7 +89,11 @@ class FunctionGroup(nn.Module):
         features = width if num_axes else 1
         head = _uniform((1, num_outputs, features), features, generator)
         self.weight = nn.Parameter(head.repeat(num_functions, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(num_functions, num_outputs))
+        bias = torch.zeros(num_functions, num_outputs)
+        if has_bias:
+            self.bias = nn.Parameter(bias)
+        else:
+            self.register_buffer("bias", bias, persistent=False)
 
     def features(self, points: Tensor) -> Tensor:
         """(P, d) -> (P, H)."""
@@ -126,6 +134,8 @@ def build_networks(layout: Layout, settings: IntegralSettings, seed: int) -> dic
     generator = torch.Generator().manual_seed(seed)
     inputs = {use.group: use for use in layout.inputs}
     axes = {grid.group: len(grid.sizes) for grid, _ in layout.sums}
+    # Where there is one alternative a bias cancels: it would only follow the noise of rounding.
+    biased = {g.group for g, uses in layout.sums if not all(use.is_whole for use in uses)}
     counts: dict[str, int] = {}
     for (group, _, _), slot in slots_of(layout, settings).items():
         counts[group] = max(counts.get(group, 0), slot + 1)
@@ -136,6 +146,7 @@ def build_networks(layout: Layout, settings: IntegralSettings, seed: int) -> dic
             axes[group] if use is None else int(use.num_units > 1),
             count,
             1 if use is None else leaf_writer(use.kind).num_outputs(use.size),
+            use is not None or group in biased,
             width=settings.width,
             num_layers=settings.num_layers if use is None else 1,
             num_frequencies=settings.num_frequencies,

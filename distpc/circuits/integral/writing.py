@@ -132,7 +132,8 @@ class Writer:
                     of_outputs = weights * total[:, rows].unsqueeze(-1)
                     of_outputs = (flow[:, rows, use.start : use.stop] - of_outputs).flatten(1)
                     slots = self._slots[grid.group, use.owners].to(like.device)
-                    _pull_head_(gradients, network, slots, of_outputs.unsqueeze(1), features)
+                    of_heads = of_outputs.unsqueeze(1)
+                    _pull_head_(gradients, network, slots, of_heads, features, not use.is_whole)
                     of_features.addmm_(of_outputs.T, network.weight[slots, 0])
                 _pull_trunk_(gradients, network, features, of_features)
         for of_input in self.layout.inputs:
@@ -161,7 +162,7 @@ class Writer:
             self.leaf_floor,
         )
         slots = self._slots[use.group, use.owners].to(flow.device)
-        _pull_head_(gradients, network, slots, of_outputs, features)
+        _pull_head_(gradients, network, slots, of_outputs, features, True)
         of_features = of_outputs.flatten(0, 1).T @ network.weight[slots].flatten(0, 1)
         _pull_trunk_(gradients, network, features, of_features)
 
@@ -240,12 +241,14 @@ def _pull_head_(
     slots: Tensor,
     of_outputs: Tensor,
     features: Tensor,
+    bias_matters: bool,
 ) -> None:
     """Add the gradients of heads; `of_outputs` is (T, O, P), features (P, H)."""
     of_weight = of_outputs.flatten(0, 1) @ features.detach()
     shape = of_outputs.shape[:2]
     gradients[network.weight].index_add_(0, slots, of_weight.view(*shape, -1))
-    gradients[network.bias].index_add_(0, slots, of_outputs.sum(-1))
+    if bias_matters:
+        gradients[network.bias].index_add_(0, slots, of_outputs.sum(-1))
 
 
 def _pull_trunk_(
