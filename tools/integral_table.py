@@ -4,10 +4,10 @@
     python tools/integral_table.py configs/mnist_integral.yaml [section.field=value ...]
 
 trains the config's networks once and evaluates the circuits that they write for each number of
-states; then trains ordinary circuits of the same structure, with the same data, splits and passes,
-by tuned online EM and by Adam on logits, one for each number of states. Every run is an ordinary
-`distpc run` in a folder of its own under --out: the same command goes on where it was interrupted.
-Writes table.md and report.json there.
+states; then trains ordinary circuits of the same structure, with the same data and splits, by tuned
+online EM and by Adam on logits, one for each number of states and with --epochs passes; the report
+has passes and seconds of each. Every run is an ordinary `distpc run` in a folder of its own under
+--out: the same command goes on where it was interrupted. Writes table.md and report.json there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ RULES = {
         "schedule": "linear",
         "leaf_width": 8,
     },
-    "adam": {"rule": "adam", "step_size": 0.01, "final_step_size": 0.0005, "schedule": "cosine"},
+    "adam": {
+        "rule": "adam",
+        "batch_size": 256,
+        "micro_batch_size": 256,
+        "step_size": 0.01,
+        "final_step_size": 0.0005,
+        "schedule": "cosine",
+    },
 }
 """EM with the settings of configs/mnist_hclt.yaml, tuned there; Adam with the literature's rate."""
 
@@ -49,6 +56,9 @@ def main() -> None:
         "--states", type=int, nargs="*", help="of the ordinary circuits (default: as evaluated)"
     )
     parser.add_argument("--only", help="make runs whose name starts so, and no table")
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="passes of the ordinary circuits (default 5)"
+    )
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     folder = options.out or Path("runs") / f"{config.name}_table"
@@ -59,6 +69,7 @@ def main() -> None:
             runs[f"{rule}_{states}"] = [
                 "integral.enabled=false",
                 f"structure.num_states={states}",
+                f"finetune.num_epochs={options.epochs}",
                 *(f"finetune.{field}={value}" for field, value in settings.items()),
             ]
     for name, changes in runs.items():
@@ -126,13 +137,13 @@ def gather(folder: Path, names: list[str]) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| training | states | circuit parameters | trainable | test bpd | seconds |",
-        "|---|---|---|---|---|---|",
+        "| training | states | circuit parameters | trainable | passes | test bpd | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         lines.append(
             f"| {row['training']} | {row['num_states']} | {row['circuit_parameters']:,} | "
-            f"{row['trainable_parameters']:,} | {row['test_bpd']:.4f} | "
+            f"{row['trainable_parameters']:,} | {row['epochs']:.0f} | {row['test_bpd']:.4f} | "
             f"{row['finetune_seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
