@@ -22,6 +22,7 @@ from distpc.artifacts.files import read_json, write_bytes, write_json
 from distpc.config import load_config
 from distpc.inference.report import versions
 
+FIRST = "integral"
 RULES = {
     "em": {
         "rule": "online_em",
@@ -63,7 +64,7 @@ def main() -> None:
     config = load_config(options.config, options.overrides)
     folder = options.out or Path("runs") / f"{config.name}_table"
     evaluated = sorted({config.structure.num_states, *config.integral.evaluate_states})
-    runs: dict[str, list[str]] = {"integral": []}
+    runs: dict[str, list[str]] = {FIRST: []}
     for rule, settings in RULES.items():
         for states in options.states or evaluated:
             runs[f"{rule}_{states}"] = [
@@ -74,7 +75,7 @@ def main() -> None:
             ]
     for name, changes in runs.items():
         if options.only is None or name.startswith(options.only):
-            train(options.config, [*options.overrides, *changes], folder / name, folder)
+            train(options.config, [*options.overrides, *changes], folder, name)
     if options.only is None:
         report = gather(folder, list(runs))
         write_json(folder / "report.json", report)
@@ -82,12 +83,12 @@ def main() -> None:
         print(table(report))
 
 
-def train(config: Path, overrides: list[str], out: Path, folder: Path) -> None:
-    """One run, with the shards of those before."""
-    command = [sys.executable, "-m", "distpc", "run", str(config), *overrides, "--out", str(out)]
-    for done in sorted(folder.glob("*/report.json")):
-        command += ["--reuse", str(done.parent)]
-        break
+def train(config: Path, overrides: list[str], folder: Path, name: str) -> None:
+    """One run, with the shards of the first."""
+    out = str(folder / name)
+    command = [sys.executable, "-m", "distpc", "run", str(config), *overrides, "--out", out]
+    if name != FIRST and (folder / FIRST).is_dir():
+        command += ["--reuse", str(folder / FIRST)]
     print("$ distpc", " ".join(command[3:]), flush=True)
     subprocess.run(command, check=True)
 
@@ -103,7 +104,7 @@ def gather(folder: Path, names: list[str]) -> dict[str, Any]:
             "finetune_seconds": report["stages"]["finetune"]["seconds"],
             "epochs": training["epochs"],
         }
-        if name == "integral":
+        if name == FIRST:
             for states, figures in report["integral"]["states"].items():
                 rows.append(
                     {

@@ -1,7 +1,6 @@
 """Integral circuits through the engine: every layout, resuming, what is left, what is refused."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,16 @@ import pytest
 import torch
 from runs import prepare
 
+from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.integral.io import load_networks
 from distpc.circuits.io import load_model
+from distpc.cli import main
 from distpc.config import parse_config
+from distpc.data.index import ShardIndex
 from distpc.errors import ConfigError
+from distpc.inference import evaluate
+from distpc.inference.likelihood import measure
 from distpc.parallel.launch import run_ranks
 from distpc.training import finetune
 from distpc.training.checkpoint import Checkpoints
@@ -85,18 +89,38 @@ def test_every_layout_gives_the_networks_of_one_process(
         torch.testing.assert_close(other[name], tensor, **tolerance)
 
 
-def test_learns_and_leaves_networks_and_a_circuit(stages: dict[str, StageContext]) -> None:
+def test_learns_and_leaves_networks_and_a_circuit(
+    stages: dict[str, StageContext], tmp_path: Path
+) -> None:
+    """And evaluation says how the circuits of several numbers of states do."""
     ctx = stages["zero1"]
     results = json.loads((ctx.out / finetune.RESULTS).read_text())
     assert results["valid_bpd"] < results["curve"][0][1] - 0.3
     finetune._save_best(ctx, results)
-    networks = load_networks(ctx.out / "model")
-    assert results["num_parameters"] == networks.num_parameters
-    circuit = load_model(ctx.out / "model")
-    x = torch.randint(0, 17, (5, 64), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(circuit(x), networks.materialise()(x), rtol=0, atol=1e-4)
+    model = ctx.out / "model"
+    networks, circuit = load_networks(model), load_model(model)
+    assert results["num_parameters"] == networks.num_parameters < circuit.num_parameters
     assert circuit.training_facts["valid_bpd"] == results["valid_bpd"]
-    shutil.rmtree(ctx.out / "model")
+
+    Artifact.seal(ctx.out, "finetune", "finetune", 0.0, results)
+    inputs = {**ctx.inputs, "finetune": Artifact.open(ctx.out)}
+    ending = StageContext(ctx.config, tmp_path / "evaluate", inputs, "e", tmp_path / "tb")
+    ending.out.mkdir()
+    evaluate.run(ending)
+    found = ending.metadata["integral"]
+    assert found["num_trainable_parameters"] == networks.num_parameters
+    assert list(found["states"]) == ["4", "8"] and found["unit"] == "bpd"
+    assert found["states"]["4"]["bits"] == pytest.approx(ending.metadata["test_bpd"], abs=1e-6)
+
+    other = tmp_path / "other"
+    command = ["materialise", str(model), "--num-states", "8"]
+    assert main([*command, "--out", str(other)]) == 0
+    index = ShardIndex.load(ctx.input("index").path)
+    figures = measure(load_model(other), index, "test", batch_size=512)
+    assert figures.bits == pytest.approx(found["states"]["8"]["bits"], abs=1e-6)
+    assert load_model(other).dataset == circuit.dataset
+    assert main([*command, "--out", str(model)]) == 2
+    assert main(["materialise", str(other), "--num-states", "8", "--out", str(tmp_path / "x")]) == 2
 
 
 @pytest.mark.parametrize(
