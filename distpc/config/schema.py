@@ -431,7 +431,6 @@ class RunConfig(Section):
         for field, value, goes, expected in (
             ("finetune.rule", finetune.rule, "adam", "adam: networks follow gradients"),
             ("finetune.initialization", finetune.initialization, "random", "random"),
-            ("parallel.node_parallel", parallel.node_parallel, 1, "1: every rank writes all rows"),
             ("parallel.recompute_messages", parallel.recompute_messages, False, "false"),
         ):
             if value != goes:

@@ -64,7 +64,7 @@ def job_of(config: RunConfig) -> Job:
         batch=config.finetune.batch_size,
         state_copies=state_copies(config),
         needs_whole_rows=config.finetune.rule != "online_em",
-        needs_whole_circuit=config.finetune.rule == "anemone" or config.integral.enabled,
+        needs_whole_circuit=config.finetune.rule == "anemone",
         offload=config.parallel.offload,
     )
 

@@ -256,6 +256,8 @@ def _assemble(
 def _shared(ctx: StageContext, mesh: Mesh, circuit: Model) -> tuple[Model, dict[str, Split]]:
     """Keep this rank's units of the circuit; a circuit for whole parameters, and what is split."""
     if isinstance(circuit, IntegralCircuit):
+        if mesh.node_parallel > 1:
+            circuit.share_units_(axes(mesh).node)
         return circuit, {}
     whole = circuit
     if mesh.is_main and (ctx.config.parallel.zero_stage == 3 or mesh.node_parallel > 1):

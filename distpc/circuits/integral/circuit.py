@@ -18,8 +18,10 @@ from distpc.circuits.integral.leaves import leaf_writer
 from distpc.circuits.integral.networks import FunctionGroup, build_networks, slots_of
 from distpc.circuits.integral.quadrature import jittered, quadrature
 from distpc.circuits.integral.settings import IntegralSettings
-from distpc.circuits.integral.writing import Points, Writer
+from distpc.circuits.integral.writing import Points, Writer, Written
+from distpc.circuits.share_out import share_units_
 from distpc.circuits.sums import SumBank
+from distpc.parallel.axis import Axis
 from distpc.structures.region_graph import RegionGraph
 from distpc.structures.resize import width_of, with_num_states, with_shared_inputs
 
@@ -85,7 +87,8 @@ class IntegralCircuit(nn.Module):
         self.any_rank: Callable[[bool], bool] = bool
         self.dataset: dict[str, Any] = {}
         self.training_facts: dict[str, Any] = {}
-        self._skeletons: dict[tuple[int, torch.device], _Skeleton] = {}
+        self._axis: Axis | None = None
+        self._skeletons: dict[tuple[int, torch.device, bool], _Skeleton] = {}
         self._step = 0
         self._evaluated: tuple[Any, list[Tensor]] | None = None
         self.schedule = compile_graph(self.graph, self.num_categories, max_fold_bytes)
@@ -113,6 +116,17 @@ class IntegralCircuit(nn.Module):
         self._step = step
         self._evaluated = None
 
+    def share_units_(self, axis: Axis) -> None:
+        """Write and evaluate this rank's units only, as `share_out.share_units_` says.
+
+        The networks stay whole on every rank: each has a share of their gradient, and backward
+        adds the shares up.
+
+        Args:
+            axis: the ranks that share the units; they are to be given the same samples.
+        """
+        self._axis = axis
+
     @torch.no_grad()
     def materialise(self, num_states: int | None = None) -> Circuit:
         """The ordinary circuit of K quadrature points in place of every latent.
@@ -124,7 +138,7 @@ class IntegralCircuit(nn.Module):
             num_states: K; default: the structure's own.
         """
         num_states = self.num_states if num_states is None else num_states
-        skeleton = self._skeleton(num_states)
+        skeleton = self._skeleton(num_states, is_shared=False)
         made = skeleton.writer.write(self._points(skeleton.sizes))
         circuit = self._empty_circuit(num_states)
         for bank, statistics in zip(circuit.bank_list, made, strict=True):
@@ -194,12 +208,24 @@ class IntegralCircuit(nn.Module):
     def _points(self, sizes: Sequence[int]) -> Points:
         return {size: quadrature(self.settings.rule, size) for size in sizes}
 
-    def _skeleton(self, num_states: int) -> _Skeleton:
-        """The compiled circuit of that K, kept for the next time."""
-        key = (num_states, self.device)
+    def _skeleton(self, num_states: int, is_shared: bool = True) -> _Skeleton:
+        """The compiled circuit of that K, kept for the next time; of this rank's units, if any
+        ranks share them and it is to be shared."""
+        axis = self._axis if is_shared else None
+        key = (num_states, self.device, axis is not None)
         if key not in self._skeletons:
             circuit = self._empty_circuit(num_states)
-            shapes = [tuple(bank.statistics.shape) for bank in circuit.bank_list]
+            layout = layout_of(circuit.graph, circuit.schedule)
+            banks = [
+                Written(tuple(bank.statistics.shape), range(plan.num_units))
+                for bank, plan in zip(circuit.bank_list, circuit.schedule.banks, strict=True)
+            ]
+            if axis is not None:
+                lines = share_units_(circuit, axis).banks
+                banks = [
+                    Written(tuple(bank.statistics.shape), line.units(axis.rank), bool(line.split))
+                    for bank, line in zip(circuit.bank_list, lines, strict=True)
+                ]
             for bank in circuit.bank_list:
                 # Never read: every call brings statistics with it.
                 bank.statistics.requires_grad_(False).data = torch.empty(0)
@@ -208,14 +234,14 @@ class IntegralCircuit(nn.Module):
                 elif isinstance(bank, TableBank):
                     bank.set_smoothing(self.settings.leaf_floor, 1)
             circuit.to(self.device)
-            layout = layout_of(circuit.graph, circuit.schedule)
             writer = Writer(
                 layout,
-                shapes,
+                banks,
                 dict(self.networks.items()),  # type: ignore[arg-type]
                 self._slots,
                 self.settings.leaf_floor,
                 self.settings.block_points,
+                axis,
             )
             names = [f"banks.{name}.statistics" for name in circuit.banks]
             self._skeletons[key] = _Skeleton(circuit, names, writer, layout.sizes)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distpc.circuits.integral.layout import Grid, InputUse, Layout
+from distpc.circuits.integral.layout import Grid, InputUse, Layout, SumUse
 from distpc.circuits.integral.leaves import leaf_writer
 from distpc.circuits.integral.networks import FunctionGroup
 from distpc.circuits.integral.quadrature import Quadrature
+from distpc.parallel.axis import Axis
 
 _SOFTMAX_ENTRIES = 2**22
 
@@ -30,11 +31,24 @@ Points = Mapping[int, Quadrature]
 Gradients = dict[Tensor, Tensor]
 
 
-class _Block(NamedTuple):
-    """Some rows of a grid: rows first .. last - 1, their points (P, d) and log-weights (P,)."""
+class Written(NamedTuple):
+    """What is written of one bank.
 
-    first: int
-    last: int
+    Attributes:
+        shape: of its statistics here.
+        units: that these are of.
+        is_split: whether they are a rank's share of the bank's.
+    """
+
+    shape: tuple[int, ...]
+    units: range
+    is_split: bool = False
+
+
+class _Block(NamedTuple):
+    """Some rows of those written here, their points (P, d) and log-weights (P,)."""
+
+    rows: slice
     points: Tensor
     log_weights: Tensor
 
@@ -44,27 +58,30 @@ class Writer:
 
     Args:
         layout: of the circuit.
-        shapes: of its banks' statistics.
+        banks: what is written of each.
         networks: by group.
         slots: of each function (group, region, alternative) its number in its group.
         leaf_floor: see `IntegralSettings`.
         block_points: see there.
+        axis: ranks that share the units of banks; None: all are here.
     """
 
     def __init__(
         self,
         layout: Layout,
-        shapes: Sequence[tuple[int, ...]],
+        banks: Sequence[Written],
         networks: Mapping[str, FunctionGroup],
         slots: Mapping[tuple[str, int, int], int],
         leaf_floor: float,
         block_points: int,
+        axis: Axis | None = None,
     ) -> None:
         self.layout = layout
-        self.shapes = shapes
+        self.banks = banks
         self.networks = networks
         self.leaf_floor = leaf_floor
         self.block_points = block_points
+        self.axis = axis
         self._slots = {
             (group, owners): torch.tensor([slots[group, *owner] for owner in owners])
             for group, owners in _uses(layout)
@@ -85,23 +102,23 @@ class Writer:
     def write(self, points: Points) -> list[Tensor]:
         """Statistics of every bank: rows of sums and units of inputs have one use each."""
         like = self.parameters()[0]
-        made = [like.new_empty(shape) for shape in self.shapes]
+        made = [like.new_empty(bank.shape) for bank in self.banks]
         for grid, uses in self.layout.sums:
             network = self.networks[grid.group]
-            for block in self._blocks(grid, points, like):
+            for block in self._blocks(grid, self._rows(uses), points, like):
                 features = network.features(block.points).T
                 for use in uses:
                     slots = self._slots[grid.group, use.owners].to(like.device)
                     outputs = torch.addmm(
                         block.log_weights.unsqueeze(0), network.weight[slots, 0], features
                     ).add_(network.bias[slots])
-                    target = made[use.bank][:, block.first : block.last, use.start : use.stop]
+                    target = made[use.bank][:, block.rows, use.start : use.stop]
                     target.copy_(outputs.view(target.shape))
         for bank in {use.bank for _, uses in self.layout.sums for use in uses}:
             _normalise_(made[bank])
         for of_input in self.layout.inputs:
             network = self.networks[of_input.group]
-            features = network.features(_latents(of_input, points, like))
+            features = network.features(self._latents(of_input, points, like))
             slots = self._slots[of_input.group, of_input.owners].to(like.device)
             outputs = network.weight[slots] @ features.T + network.bias[slots].unsqueeze(-1)
             table = _table(made[of_input.bank], of_input)
@@ -115,10 +132,16 @@ class Writer:
         """Gradients of `parameters()` from the flows of what `write` gave."""
         gradients: Gradients = {p: torch.zeros_like(p) for p in self.parameters()}
         like = self.parameters()[0]
+        if self.axis is not None:
+            # Of what every rank writes alike each has the whole flow; gradients are added up.
+            flows = [
+                flow if flow is None or bank.is_split else flow / self.axis.size
+                for flow, bank in zip(flows, self.banks, strict=True)
+            ]
         totals = [None if flow is None else flow.sum(-1) for flow in flows]
         for grid, uses in self.layout.sums:
             network = self.networks[grid.group]
-            for block in self._blocks(grid, points, like):
+            for block in self._blocks(grid, self._rows(uses), points, like):
                 with torch.enable_grad():
                     features = network.features(block.points)
                 of_features = torch.zeros_like(features)
@@ -126,7 +149,7 @@ class Writer:
                     flow, total = flows[use.bank], totals[use.bank]
                     if flow is None or total is None:
                         continue
-                    rows = slice(block.first, block.last)
+                    rows = block.rows
                     weights = made[use.bank][:, rows, use.start : use.stop]
                     # Of a softmax theta with flow F by its entries: F - theta * (sum of F).
                     of_outputs = weights * total[:, rows].unsqueeze(-1)
@@ -138,7 +161,12 @@ class Writer:
                 _pull_trunk_(gradients, network, features, of_features)
         for of_input in self.layout.inputs:
             self._pull_input(gradients, points, of_input, made, flows)
-        return list(gradients.values())
+        if self.axis is None:
+            return list(gradients.values())
+        sizes = [gradient.numel() for gradient in gradients.values()]
+        total = self.axis.sum(torch.cat([gradient.view(-1) for gradient in gradients.values()]))
+        parts = zip(total.split(sizes), gradients.values(), strict=True)
+        return [part.view(gradient.shape) for part, gradient in parts]
 
     def _pull_input(
         self,
@@ -153,8 +181,8 @@ class Writer:
             return
         network = self.networks[use.group]
         with torch.enable_grad():
-            features = network.features(_latents(use, points, flow))
-        shape = (len(use.owners), -1, use.num_units)
+            features = network.features(self._latents(use, points, flow))
+        shape = (len(use.owners), -1, flow.shape[-1])
         of_outputs = leaf_writer(use.kind).pull_back(
             _table(made[use.bank], use).view(shape),
             _table(flow, use).reshape(shape),
@@ -166,11 +194,22 @@ class Writer:
         of_features = of_outputs.flatten(0, 1).T @ network.weight[slots].flatten(0, 1)
         _pull_trunk_(gradients, network, features, of_features)
 
-    def _blocks(self, grid: Grid, points: Points, like: Tensor) -> Iterator[_Block]:
-        num_rows, num_columns = grid.shape
+    def _rows(self, uses: Sequence[SumUse]) -> range:
+        """Rows of a grid that are written here; banks of one grid are shared alike."""
+        return self.banks[uses[0].bank].units
+
+    def _latents(self, use: InputUse, points: Points, like: Tensor) -> Tensor:
+        """(K, d) where an input's units lie."""
+        if use.num_units == 1:
+            return like.new_empty(1, 0)
+        units = self.banks[use.bank].units
+        return points[use.num_units].points[units.start : units.stop].to(like).unsqueeze(1)
+
+    def _blocks(self, grid: Grid, rows: range, points: Points, like: Tensor) -> Iterator[_Block]:
+        num_columns = grid.shape[1]
         size = max(1, self.block_points // num_columns)
-        for first in range(0, num_rows, size):
-            last = min(first + size, num_rows)
+        for first in range(rows.start, rows.stop, size):
+            last = min(first + size, rows.stop)
             chosen = slice(first * num_columns, last * num_columns)
             axes = [indices[chosen] for indices in grid.indices]
             rules = [points[number] for number in grid.sizes]
@@ -183,7 +222,8 @@ class Writer:
             of_columns = slice(grid.num_row_axes, None)
             for rule, axis in zip(rules[of_columns], axes[of_columns], strict=True):
                 log_weights += rule.weights.log()[axis]
-            yield _Block(first, last, at.to(like), log_weights.to(like))
+            own = slice(first - rows.start, last - rows.start)
+            yield _Block(own, at.to(like), log_weights.to(like))
 
 
 class _WriteFunction(torch.autograd.Function):
@@ -211,13 +251,6 @@ def _uses(layout: Layout) -> Iterator[tuple[str, tuple[tuple[int, int], ...]]]:
             yield grid.group, use.owners
     for of_input in layout.inputs:
         yield of_input.group, of_input.owners
-
-
-def _latents(use: InputUse, points: Points, like: Tensor) -> Tensor:
-    """(K, d) where an input's units lie."""
-    if use.num_units == 1:
-        return like.new_empty(1, 0)
-    return points[use.num_units].points.to(like).unsqueeze(1)
 
 
 def _table(statistics: Tensor, use: InputUse) -> Tensor:
