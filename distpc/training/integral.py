@@ -47,7 +47,8 @@ def starting_networks(
             follows.
 
     Raises:
-        StructureError: networks cannot write this structure's weights.
+        StructureError: networks cannot write this structure's weights, or it cannot have one of the
+            numbers of states to be evaluated.
     """
     model = IntegralCircuit(
         graph,
@@ -56,6 +57,8 @@ def starting_networks(
         seed=config.seed,
         max_fold_bytes=config.structure.max_fold_bytes,
     )
+    # Training may take long: better before it than after.
+    model.check_states(*config.integral.evaluate_states)
     if batches is not None:
         model.start_near_(marginals_of(batches, spec.num_categories).counts)
     return model

@@ -99,6 +99,8 @@ def test_any_structure_sums_to_one_at_any_number_of_states(name, small):
         with pytest.raises(StructureError, match="cannot be scaled") as caught:
             made.materialise(6)
         assert "multiples of 3" in caught.value.expected
+        with pytest.raises(StructureError, match="cannot be scaled"):
+            model(graph, categories, train_states=(3, 6))
         return
     for num_states in (6, 9) if name == "patches" else (2, 7):
         circuit = made.materialise(num_states)

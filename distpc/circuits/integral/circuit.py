@@ -78,10 +78,9 @@ class IntegralCircuit(nn.Module):
         self.settings = settings or IntegralSettings()
         if self.settings.leaf_sharing == "full":
             graph = with_shared_inputs(graph, num_categories)
-        # Refuses what cannot have another number of states.
-        self.graph = with_num_states(graph, max(2, width_of(graph)))
+        self.graph, self.num_states = graph, width_of(graph)
+        self.check_states(max(2, self.num_states), *self.settings.train_states)
         self.num_categories = tuple(num_categories)
-        self.num_states = width_of(graph)
         self.seed = seed
         self.max_fold_bytes = max_fold_bytes
         self.any_rank: Callable[[bool], bool] = bool
@@ -109,6 +108,15 @@ class IntegralCircuit(nn.Module):
         named = dict(zip(skeleton.names, statistics, strict=True))
         log_prob: Tensor = functional_call(skeleton.circuit, named, (x, latents, observed))
         return log_prob
+
+    def check_states(self, *states: int) -> None:
+        """Refuse numbers of states that the structure cannot have.
+
+        Raises:
+            StructureError: naming the region, or the number.
+        """
+        for num_states in states:
+            with_num_states(self.graph, num_states)
 
     def begin_step(self, step: int) -> None:
         """Draw K and the points of a training step, by the seed and the step's number alone: all
