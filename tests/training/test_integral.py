@@ -10,7 +10,9 @@ from runs import prepare
 
 from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
+from distpc.circuits.integral.circuit import IntegralCircuit
 from distpc.circuits.integral.io import load_networks
+from distpc.circuits.integral.settings import IntegralSettings
 from distpc.circuits.io import load_model
 from distpc.cli import main
 from distpc.config import parse_config
@@ -19,6 +21,9 @@ from distpc.errors import ConfigError
 from distpc.inference import evaluate
 from distpc.inference.likelihood import measure
 from distpc.parallel.launch import run_ranks
+from distpc.pipeline.describe import describe
+from distpc.pipeline.runner import Pipeline
+from distpc.structures import Tree, hclt_graph
 from distpc.training import finetune
 from distpc.training.checkpoint import Checkpoints
 
@@ -101,7 +106,7 @@ def test_learns_and_leaves_networks_and_a_circuit(
     finetune._save_best(ctx, results)
     model = ctx.out / "model"
     networks, circuit = load_networks(model), load_model(model)
-    assert results["num_parameters"] == networks.num_parameters < circuit.num_parameters
+    assert results["num_parameters"] == networks.num_parameters
     assert circuit.training_facts["valid_bpd"] == results["valid_bpd"]
 
     Artifact.seal(ctx.out, "finetune", "finetune", 0.0, results)
@@ -151,3 +156,12 @@ def test_what_networks_do_not_go_with_is_refused(
         parse_config(config, "test")
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_dry_run_says_how_large_the_networks_are(base: StageContext, tmp_path: Path) -> None:
+    config = base.config.model_dump(mode="json")
+    config["integral"] = dict(SETTINGS)
+    text = describe(Pipeline(parse_config(config, "test"), tmp_path))
+    graph = hclt_graph(Tree.balanced(64), base.config.structure.num_states)
+    networks = IntegralCircuit(graph, [17] * 64, IntegralSettings(width=16, num_frequencies=8))
+    assert f"written by networks of {networks.num_parameters:,}" in text
