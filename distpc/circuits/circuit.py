@@ -52,7 +52,8 @@ class Circuit(nn.Module):
     Args:
         graph: the structure.
         num_categories: for each variable its number of categories; None for a real variable.
-        seed: of the random initial weights.
+        seed: of the random initial weights; None leaves parameters unset, and takes no memory for
+            them, for who writes all of them anyway.
         init_noise: 0 makes all weights uniform; 1 gives rows whose entries differ up to e^2-fold.
         max_fold_bytes: bound on the parameters that are evaluated, and gathered, together.
         device: where parameters are drawn and kept; a seed draws other ones on a GPU than here.
@@ -73,7 +74,7 @@ class Circuit(nn.Module):
         graph: RegionGraph,
         num_categories: Sequence[int | None],
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         init_noise: float = 1.0,
         max_fold_bytes: int = MAX_FOLD_BYTES,
         device: torch.device | str = "cpu",
@@ -110,7 +111,8 @@ class Circuit(nn.Module):
         self.dataset: dict[str, Any] = {}
         self.training_facts: dict[str, Any] = {}
         self.scan = Scan.find(self)
-        self._init(seed, init_noise, torch.device(device))
+        if seed is not None:
+            self._init(seed, init_noise, torch.device(device))
 
     def __repr__(self) -> str:
         # torch's tree of modules shows the schedule, hundreds of lines that say little.

@@ -259,6 +259,4 @@ class IntegralCircuit(nn.Module):
         graph = self.graph
         if num_states != self.num_states:
             graph = with_num_states(graph, num_states)
-        return Circuit(
-            graph, self.num_categories, init_noise=0.0, max_fold_bytes=self.max_fold_bytes
-        )
+        return Circuit(graph, self.num_categories, seed=None, max_fold_bytes=self.max_fold_bytes)
