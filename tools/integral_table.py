@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One integral circuit at several numbers of states, against circuits of the same structure.
 
-    python tools/integral_table.py configs/mnist_integral.yaml [section.field=value ...]
+    python tools/integral_table.py configs/mnist7_integral.yaml [section.field=value ...]
 
 trains the config's networks once and evaluates the circuits that they write for each number of
 states; then trains ordinary circuits of the same structure, with the same data and splits, by tuned
@@ -58,6 +58,9 @@ def main() -> None:
     )
     parser.add_argument("--only", help="make runs whose name starts so, and no table")
     parser.add_argument(
+        "--table", action="store_true", help="train nothing: the table of the runs that are done"
+    )
+    parser.add_argument(
         "--epochs", type=int, default=5, help="passes of the ordinary circuits (default 5)"
     )
     options = parser.parse_args()
@@ -74,10 +77,11 @@ def main() -> None:
                 *(f"finetune.{field}={value}" for field, value in settings.items()),
             ]
     for name, changes in runs.items():
-        if options.only is None or name.startswith(options.only):
+        if not options.table and name.startswith(options.only or ""):
             train(options.config, [*options.overrides, *changes], folder, name)
     if options.only is None:
-        report = gather(folder, list(runs))
+        done = [name for name in runs if (folder / name / "report.json").is_file()]
+        report = gather(folder, done)
         write_json(folder / "report.json", report)
         write_bytes(folder / "table.md", table(report).encode())
         print(table(report))

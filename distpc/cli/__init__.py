@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   distpc sample-teacher models/smollm2 --out datasets/smollm2_samples --num 20000
   distpc compress runs/digits/model test --out test.dpcz
   distpc decompress runs/digits/model test.dpcz --out test.npy
-  distpc materialise runs/mnist_integral/model --num-states 256 --out models/mnist_256
+  distpc materialise runs/mnist7_integral/model --num-states 256 --out models/mnist7_256
 """
 
 

@@ -165,7 +165,7 @@ def add_materialise(commands: Commands) -> None:
         commands,
         "materialise",
         "write the circuit of another number of states that an integral circuit's networks make",
-        "distpc materialise runs/mnist_integral/model --num-states 256 --out models/mnist_256",
+        "distpc materialise runs/mnist7_integral/model --num-states 256 --out models/mnist7_256",
     )
     parser.add_argument(
         "--num-states", type=int, required=True, help="quadrature points in place of every latent"

@@ -78,7 +78,7 @@ def load_networks(folder: Path | str) -> IntegralCircuit:
             where=folder,
             found=f"no {DESCRIPTION}",
             expected=f"a folder with {DESCRIPTION} and {TENSORS}",
-            fix="train one with integral.enabled=true, such as configs/mnist_integral.yaml",
+            fix="train one with integral.enabled=true, such as configs/mnist7_integral.yaml",
         )
     description = read_description(path, TENSORS)
     check_tensors(folder / TENSORS, description, DESCRIPTION)
