@@ -201,7 +201,8 @@ def test_learns_and_holds_at_other_numbers_of_states():
     noise = torch.rand(400, 4, generator=generator)
     x = ((hidden.unsqueeze(1) + noise) > torch.tensor([0.2, 0.4, 0.6, 0.8])).long()
     graph = hclt_graph(TREE, 8)
-    made = model(graph, [2] * 4, train_states=(6, 8, 12), leaf_sharing="heads")
+    sizes = {"width": 24, "num_frequencies": 12, "leaf_sharing": "heads"}
+    made = model(graph, [2] * 4, train_states=(6, 8, 12), **sizes)
     made.start_near_([torch.bincount(column, minlength=2).double() for column in x.T])
     optimizer = torch.optim.Adam(made.parameters(), 0.02)
     with torch.no_grad():
