@@ -108,7 +108,8 @@ def add_compare(commands: Commands) -> None:
         "  distpc compare configs/digits_compare.yaml\n"
         "  distpc compare configs/cifar_patches.yaml data.source.path=train.tar.gz "
         "data.source.test_path=test.tar.gz\n"
-        "  distpc compare configs/digits_compare.yaml 'compare.seeds=[0,1,2]' --dry-run\n",
+        "  distpc compare configs/digits_compare.yaml 'compare.seeds=[0,1,2]' --dry-run\n"
+        "  distpc compare configs/cifar_patches.yaml 'compare.only=[em_a,em_b,em_c,pixels]'\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="YAML file of the run, see docs/config.md")

@@ -202,10 +202,10 @@ class StructureConfig(Section):
 class DistillConfig(Section):
     """Training on data and latents together."""
 
-    emission_noise: float = Field(default=0.1, ge=0, lt=1)
-    """Share of a random row mixed into counted leaf rows."""
-    transition_noise: float = Field(default=0.04, ge=0, lt=1)
-    """Share of a random row mixed into counted transition rows."""
+    emission_noise: float = Field(default=0.1, ge=0, le=1)
+    """Share of a random row mixed into counted leaf rows; 1: random rows alone, a control."""
+    transition_noise: float = Field(default=0.04, ge=0, le=1)
+    """Share of a random row mixed into counted transition rows; 1: random rows alone, a control."""
     pseudocount: float = Field(default=0.01, ge=0)
     """Samples' worth of smoothing a row."""
     leaf_epochs: int = Field(default=20, ge=1)
@@ -265,6 +265,11 @@ class FinetuneConfig(Section):
     """Largest entry of a gradient of those parameters."""
     init_noise: float = Field(default=1.0, gt=0)
     """Spread of random parameters: weights are proportional to exp(-init_noise * 2u), u uniform."""
+    reseed_every_epochs: float = Field(default=0.0, ge=0)
+    """How often dead states are started again from parts of the most used ones; 0: never. Not in
+    the last fifth of the training, which new states need to settle."""
+    reseed_below: float = Field(default=1e-4, gt=0)
+    """Uses a sample, over all positions, below which a state is dead."""
     evaluate_every_epochs: float = Field(default=1.0, gt=0)
     """How often the validation split is evaluated and a checkpoint may become the best one."""
     checkpoint_every_seconds: float = Field(default=60.0, ge=0)
@@ -279,6 +284,11 @@ class FinetuneConfig(Section):
         samples = [place for place, _ in self.milestones]
         if self.schedule == "piecewise" and (not samples or samples != sorted(samples)):
             raise ValueError("schedule piecewise needs milestones, by rising samples")
+        if self.reseed_every_epochs and self.rule not in ("online_em", "mini_batch_em"):
+            raise ValueError(
+                f"reseed_every_epochs: rule {self.rule} keeps more than the statistics that "
+                "re-seeding changes; use rule online_em or mini_batch_em"
+            )
         return self
 
 

@@ -30,6 +30,7 @@ from distpc.training.guard import Guard
 from distpc.training.last_good import with_last_good
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.reseed import RESEED_UNTIL, reseed_dead
 from distpc.training.schedule import make_schedule
 from distpc.training.validation import Validation
 
@@ -133,6 +134,7 @@ class Trainer:
             self._account(figures, before)
             progress.advance(min(batch.global_size, self.total - before), bits=bits)
             self._report_step(bits)
+            self._reseed(before, progress)
             ended = facts.samples >= self.total
             if ended or self._due(before, self.config.evaluate_every_epochs):
                 self._validate(progress, last=ended)
@@ -157,6 +159,7 @@ class Trainer:
             "epochs": facts.samples / self.num_samples,
             "curve": facts.curve,
             "train_impossible_samples": facts.impossible,
+            "reseeded_states": facts.reseeded,
             "samples_per_second": self._samples_per_second(),
             "waiting_fraction": self._waiting_fraction(),
             "peak_memory_bytes": max(memory),
@@ -288,6 +291,17 @@ class Trainer:
     def _due(self, before: int, every_epochs: float) -> bool:
         interval = every_epochs * self.num_samples
         return math.floor(before / interval) < math.floor(self.facts.samples / interval)
+
+    def _reseed(self, before: int, progress: Progress) -> None:
+        """Start dead states again where that is due; before a checkpoint, which then holds it."""
+        every, facts = self.config.reseed_every_epochs, self.facts
+        if every and facts.samples < RESEED_UNTIL * self.total and self._due(before, every):
+            below = self.config.reseed_below
+            number = reseed_dead(self.parts.engine, self.parts.whole, below, seed=facts.step)
+            facts.reseeded += number
+            self.parts.monitor.scalars(facts.step, {"latents/reseeded_states": number})
+            if number and self.parts.mesh.is_main:
+                progress.say(f"finetune: step {facts.step}  {number} dead states started again")
 
     def _report_step(self, bits: float) -> None:
         every = max(1, self.total // 1000 // self.config.batch_size)

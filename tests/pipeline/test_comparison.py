@@ -35,6 +35,11 @@ def test_runs_are_variants_by_sizes_by_seeds(tmp_path: Path) -> None:
     assert "size 4 seed 3" in fast.name
 
 
+def test_some_variants_can_be_asked_for(tmp_path: Path) -> None:
+    runs = plan_runs(config("compare.only=[pixels, em_fast]"), tmp_path)
+    assert [run.variant for run in runs] == ["pixels", "pixels", "em_fast", "em_fast"]
+
+
 @pytest.mark.parametrize(
     ("kind", "own"), [("pixels", {"pixels"}), ("mae", {"pixels", "mae"}), ("random", {"pixels"})]
 )
@@ -58,6 +63,7 @@ def test_standard_variants_have_every_control(kind: str, own: set[str], tmp_path
         ("compare.variants={a: {set: {nothing.here: 8}}}", "nothing.here"),
         ("compare.variants={a: {set: {finetune.step_sise: 0.1}}}", "step_size"),
         ("compare.variants={../a: {}}", "compare.variants"),
+        ("compare.only=[pixels, none_such]", "none_such"),
         ("structure.tree_of=latents", "tree_of"),
         ("compare.seeds=[]", "compare.seeds"),
     ],

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.io import load_model
-from distpc.errors import ArtifactError, TrainingError
+from distpc.errors import ArtifactError, ConfigError, TrainingError
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.meter import FIGURES
 from distpc.training import finetune
@@ -23,6 +23,8 @@ from distpc.training.last_good import LAST_GOOD
 
 HERE = Path(__file__).parent
 NUM_STEPS = 29
+RARE_USES = 4.5
+"""Uses a sample below which some of the circuit's states, each of 21 variables, lie early on."""
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +65,27 @@ def stages(base: StageContext) -> dict[str, Any]:
     shared = {f"zero{stage}": variant(base, f"zero{stage}", zero_stage=stage) for stage in range(4)}
     shared["offloaded"] = variant(base, "offloaded", zero_stage=2, offload=True)
     shared["node"] = variant(base, "node", node_parallel=2, recompute_messages=True)
+    reseeding = {"reseed_every_epochs": 0.6, "reseed_below": RARE_USES}
+    restarted = variant(base, "restarted", reseeding, num_ranks=1)
+    shared["restarted_shared"] = variant(base, "restarted_shared", reseeding, zero_stage=3)
+    shared["restarted_node"] = variant(base, "restarted_node", reseeding, node_parallel=2)
     poisoned = variant(base, "poisoned", zero_stage=3)
     payload = {
         "contexts": [ctx.to_json() for ctx in shared.values()],
         "poisoned": poisoned.to_json(),
     }
     options: dict[str, Any] = {"threads_per_rank": 1, "log_folder": base.out.parent / "logs"}
-    run_ranks("runs:train_each", {"contexts": [alone.to_json()]}, num_ranks=1, **options)
+    single = {"contexts": [alone.to_json(), restarted.to_json()]}
+    run_ranks("runs:train_each", single, num_ranks=1, **options)
     with pytest.raises(TrainingError) as caught:
         run_ranks("runs:train_each", payload, num_ranks=2, **options)
-    return {"alone": alone, **shared, "poisoned": poisoned, "error": caught.value}
+    return {
+        "alone": alone,
+        "restarted": restarted,
+        **shared,
+        "poisoned": poisoned,
+        "error": caught.value,
+    }
 
 
 @pytest.mark.parametrize("layout", ["zero0", "zero1", "zero2", "zero3", "offloaded", "node"])
@@ -85,6 +98,22 @@ def test_every_layout_gives_the_statistics_of_one_process(
     for figure in ("bits", "impossible"):
         assert alone.facts.best is not None and shared.facts.best is not None
         assert shared.facts.best[figure] == pytest.approx(alone.facts.best[figure], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["restarted_shared", "restarted_node"])
+def test_dead_states_are_started_again_alike_under_every_layout(
+    stages: dict[str, Any], layout: str
+) -> None:
+    alone, shared = newest(stages["restarted"]), newest(stages[layout])
+    assert shared.facts.reseeded == alone.facts.reseeded > 0
+    assert_same(shared, alone, rtol=1e-4, atol=1e-5)
+    untouched = newest(stages["alone"]).statistics()
+    assert any(not torch.equal(tensor, untouched[n]) for n, tensor in alone.statistics().items())
+
+
+def test_rules_that_keep_more_than_statistics_do_not_reseed(base: StageContext) -> None:
+    with pytest.raises(ConfigError, match="rule adam keeps more"):
+        variant(base, "refused", {"rule": "adam", "reseed_every_epochs": 1.0})
 
 
 def test_learns_and_says_so(stages: dict[str, Any]) -> None:
