@@ -62,8 +62,10 @@ def stages(base: StageContext) -> dict[str, Any]:
     alone = variant(base, "alone", num_ranks=1)
     shared = {f"zero{stage}": variant(base, f"zero{stage}", zero_stage=stage) for stage in range(4)}
     shared["offloaded"] = variant(base, "offloaded", zero_stage=2, offload=True)
-    shared["node"] = variant(base, "node", node_parallel=2, recompute_messages=True)
-    poisoned = variant(base, "poisoned", zero_stage=3)
+    # Where no process ever holds the whole circuit.
+    never_whole: dict[str, Any] = {"whole_circuit_gib": 0.0}
+    shared["node"] = variant(base, "node", node_parallel=2, recompute_messages=True, **never_whole)
+    poisoned = variant(base, "poisoned", zero_stage=3, **never_whole)
     payload = {
         "contexts": [ctx.to_json() for ctx in shared.values()],
         "poisoned": poisoned.to_json(),
@@ -102,6 +104,15 @@ def test_learns_and_says_so(stages: dict[str, Any]) -> None:
     ]
     (measured,) = events_of(stages["zero0"]).Scalars("ranks/tflops/1")
     assert measured.step == 2 and measured.value == pytest.approx(second["tflops"])
+
+
+def test_figures_of_the_whole_circuit_are_left_out_where_no_rank_may_hold_it(
+    stages: dict[str, Any],
+) -> None:
+    shown = {name: set(events_of(stages[name]).Tags()["scalars"]) for name in ("zero3", "node")}
+    assert "latents/dead_states" in shown["zero3"] and "valid_bpd" in shown["node"]
+    left_out = shown["zero3"] - shown["node"]
+    assert {name.split("/")[0] for name in left_out} == {"latents", "sum_weight_entropy_bits"}
 
 
 def test_another_training_is_refused(stages: dict[str, Any]) -> None:
