@@ -5,8 +5,8 @@ A rank *hangs* when its process is alive but
                  its machine is cut off, or something holds the interpreter's lock; or
     stands still: for as long its main thread has stood at one and the same place, all its threads
                  together have used less than a hundredth of a core, and none of them is inside
-                 torch.distributed or DeepSpeed, where a rank waits for others: it is stuck in a
-                 read, or in a lock.
+                 torch.distributed or DeepSpeed, where a rank waits for others, or waits for a
+                 process of its own (a compiler): it is stuck in a read, or in a lock.
 A rank that computes uses its core, however long a step takes; a long read moves on. Only time that
 the watching process has lived through itself counts, so that stopping all of them harms nobody.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _IDLE_SHARE = 0.01
 """Of a core: what a process uses whose threads only look whether there is something to do."""
-_WAITING = "/torch/distributed/", "/deepspeed/"
+_WAITING = "/torch/distributed/", "/deepspeed/", "/subprocess.py"
 _SHOWN_FRAMES = 4
 
 
@@ -97,7 +97,7 @@ class Pulse:
 
 
 def _waits(frames: dict[int, FrameType]) -> bool:
-    """Whether any thread is in code that waits for other ranks."""
+    """Whether any thread is in code that waits for other ranks, or for a process."""
     return any(
         part in frame.f_code.co_filename
         for top in frames.values()
