@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.schedule import Schedule, SumPlan
+from distpc.circuits.sums import SumBank
 from distpc.structures.region_graph import RegionGraph
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ def uses(circuit: Circuit, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     banks = circuit.bank_list
 
     def weights(bank: int) -> Iterable[WeightBlock]:
-        for table, units, theta in banks[bank].weight_blocks(torch.float64):  # type: ignore[operator]
-            yield WeightBlock(table, units, theta)
+        sums = banks[bank]
+        assert isinstance(sums, SumBank)
+        return (WeightBlock(*block) for block in sums.weight_blocks(torch.float64))
 
     return hand_down(circuit.graph, circuit.schedule, weights, circuit.device, dtype)
 
