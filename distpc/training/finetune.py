@@ -98,10 +98,16 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     facts = TrainingFacts() if found is None else found.facts
     # The trainer goes on in the same facts.
     resumed_at_step = facts.step
-    begin = beginning(ctx, spec, index, found, verify=mesh.is_main)
-    # Before the circuit is laid over the ranks: no whole parameter is left after it.
-    num_parameters = begin.circuit.num_parameters
-    parts = _assemble(ctx, spec, index, mesh, begin, saver, facts)
+    # Not under a name, by which it would keep blocks of random numbers.
+    parts = _assemble(
+        ctx,
+        spec,
+        index,
+        mesh,
+        beginning(ctx, spec, index, found, verify=mesh.is_main),
+        saver,
+        facts,
+    )
     if found is not None:
         load_optimizer(parts.engine, found)
     trainer = Trainer(
@@ -117,7 +123,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
         results = trainer.results()
     if mesh.is_main:
         extra = {
-            "num_parameters": num_parameters,
+            "num_parameters": parts.blank.num_parameters,
             "zero_stage": ctx.config.parallel.zero_stage,
             "node_parallel": mesh.node_parallel,
             "resumed_at_step": resumed_at_step,
@@ -259,7 +265,7 @@ def _assemble(
     )
     return Parts(
         circuit=circuit,
-        whole=_whole(ctx, mesh, begin, costs.num_parameters),
+        whole=_whole(ctx, mesh, begin),
         blank=begin.blank,
         optimizer=optimizer,
         engine=Engine(
@@ -291,12 +297,12 @@ def _assemble(
     )
 
 
-def _whole(ctx: StageContext, mesh: Mesh, begin: Beginning, num_parameters: int) -> Circuit | None:
+def _whole(ctx: StageContext, mesh: Mesh, begin: Beginning) -> Circuit | None:
     """What validations show figures of; None where rank 0 could not hold it, on every rank."""
     parallel = ctx.config.parallel
     if parallel.zero_stage < 3 and mesh.node_parallel == 1:
         return begin.circuit
-    is_small = FLOAT_BYTES * num_parameters <= parallel.whole_circuit_gib * 2**30
+    is_small = FLOAT_BYTES * begin.blank.num_parameters <= parallel.whole_circuit_gib * 2**30
     return begin.blank if is_small else None
 
 

@@ -191,5 +191,5 @@ def test_shares_of_a_large_circuit(tmp_path: Path) -> None:
     )
     assert of_sums <= 0.30
     assert of_zero <= 0.45
-    # No rank makes more than it keeps.
-    assert of_making[0] <= 0.32 and of_making[1] <= 0.45
+    # Making a share takes no more than a step with it.
+    assert of_making[0] <= 0.40 and of_making[1] <= 0.45
