@@ -65,6 +65,3 @@ class IndicatorBank(TableBank):
 
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         pass
-
-    def init(self, noise: float, generator: torch.Generator) -> None:
-        pass

@@ -319,6 +319,10 @@ class ParallelConfig(Section):
     recompute_messages: bool = False
     """Compute most messages again in the backward pass instead of keeping them for it: less memory
     for long chains and deep trees, and a third more products. Not with zero_stage 3."""
+    whole_circuit_gib: float = Field(default=8.0, ge=0)
+    """Where ranks share the parameters (zero_stage 3, node_parallel), rank 0 puts the whole circuit
+    together at validations, for samples, dead states and entropies, if it takes no more than
+    this."""
     check_replicas_every_steps: int = Field(default=50, ge=0)
     """Steps between two comparisons, bit by bit, of what ranks must hold alike; 0: never."""
     measure_every_steps: int = Field(default=100, ge=0)
@@ -342,8 +346,9 @@ class ParallelConfig(Section):
     join_seconds: float = Field(default=300.0, gt=0)
     """Time that all ranks have to join, under a launcher or on a Ray cluster."""
     lost_seconds: float = Field(default=120.0, ge=2)
-    """A rank that a launcher started and that gives no sign of life for this long is lost: all
-    ranks end."""
+    """A rank that gives no sign of life for this long is lost, and one that distpc started itself
+    also if it stands still for as long without computing and without waiting for others: all ranks
+    end."""
     wait_seconds: float = Field(default=86400.0, gt=0)
     """Time that the other ranks wait for rank 0 to finish one stage that it runs alone."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from distpc.circuits.circuit import Circuit
+from distpc.circuits.fill import fill_
 from distpc.circuits.io import save_model
 from distpc.data.spec import DatasetSpec
 from distpc.errors import DistpcError, TrainingError
 from distpc.parallel.collectives import broadcast_object
 from distpc.parallel.mesh import Mesh
-from distpc.training.checkpoint import Checkpoints, load_parameters
+from distpc.training.checkpoint import Checkpoint, Checkpoints
 
 LAST_GOOD = "last_good_model"
 """Folder beside the stage's own, which is emptied as soon as a setting changes."""
@@ -29,7 +30,7 @@ def with_last_good(
     Args:
         error: why training stops; every rank has it.
         checkpoints: of the training.
-        circuit: whole on rank 0; it gets the parameters of the best model.
+        circuit: whole, without values.
         spec: of the data.
         folder: of the model; an older one is replaced.
         mesh: this process among the ranks.
@@ -65,10 +66,13 @@ def _save(
     if newest is None or newest.facts.best is None:
         return None
     best = newest.facts.best
-    load_parameters(circuit, checkpoints.at(int(best["step"])))
+    values: Checkpoint | None = checkpoints.at(int(best["step"]))
     if not any(circuit.smoothing[:2]):
         # Rules that smooth in their update leave rows of any sum: back to the flow scale.
+        assert values is not None
+        fill_(circuit, values)
         circuit.rescale_to_uses_()
+        values = None
     training = {
         "stage": "finetune",
         "step": int(best["step"]),
@@ -76,5 +80,5 @@ def _save(
         f"valid_{spec.unit}": best["bits"],
         "stopped_by": error.what,
     }
-    save_model(circuit, folder, dataset=spec.to_json(), training=training)
+    save_model(circuit, folder, dataset=spec.to_json(), training=training, values=values)
     return f"the best model so far, of step {int(best['step'])}, is kept in {folder}"

@@ -26,7 +26,8 @@ def reseed_dead(engine: Engine, whole: Circuit, below: float, *, seed: int) -> i
     """
     state, number = engine.full_state(), 0
     if engine.mesh.is_main:
-        whole.load_state_dict(state)
+        if whole is not engine.module:
+            whole.load_state_dict(state, assign=True)
         found = reseed_states(whole, threshold=below, seed=seed)
         state, number = found.circuit.state_dict(), found.number
     number = broadcast_object(number, engine.mesh)

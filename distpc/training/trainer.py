@@ -18,7 +18,7 @@ from distpc.data.loader import Loader
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.errors import TrainingError
 from distpc.parallel.checks import check_replicas
-from distpc.parallel.collectives import broadcast_object, gather_objects, sum_across
+from distpc.parallel.collectives import gather_objects, sum_across
 from distpc.parallel.engine import Engine
 from distpc.parallel.heap import steady
 from distpc.parallel.mesh import Mesh
@@ -26,7 +26,7 @@ from distpc.parallel.meter import Meter, by_member, peak_memory_bytes
 from distpc.parallel.progress import Progress
 from distpc.training.checkpoint import Checkpoints, Piece, Saver, TrainingFacts, take_snapshot
 from distpc.training.figures import Figures, bits_per_value, tally
-from distpc.training.guard import Guard
+from distpc.training.guard import Guard, locate_in_places
 from distpc.training.last_good import with_last_good
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
@@ -41,14 +41,17 @@ class Parts:
 
     Attributes:
         circuit: the module inside the engine.
-        whole: a circuit that holds whole parameters on rank 0: the same object, except under
-            ZeRO-3 and on a node axis, where it is a copy that validations load `full_state` into.
+        whole: a circuit that holds whole parameters on rank 0, for figures and pictures: the same
+            object, except under ZeRO-3 and on a node axis, where it is a copy that validations load
+            `full_state` into, or None where that would be too large for one process.
+        blank: the whole circuit without values, to save models with.
         checkpoints, saver: where checkpoints are, and what writes them.
         last_good: folder for the best model so far, should training have to stop.
     """
 
     circuit: Circuit
-    whole: Circuit
+    whole: Circuit | None
+    blank: Circuit
     optimizer: CircuitOptimizer
     engine: Engine
     loader: Loader
@@ -117,7 +120,7 @@ class Trainer:
             except TrainingError as error:
                 parts.saver.settle()
                 raise with_last_good(
-                    error, parts.checkpoints, parts.whole, self.spec, parts.last_good, parts.mesh
+                    error, parts.checkpoints, parts.blank, self.spec, parts.last_good, parts.mesh
                 ) from error
 
     def _run(self, progress: Progress) -> None:
@@ -205,7 +208,7 @@ class Trainer:
             parts.saver.wait()
         if figures.not_a_number:
             # Where the statistics are the cause, they name the layer and the row.
-            self._check_statistics(facts.step, parts.engine.full_state())
+            self._check_statistics(facts.step)
         self.guard.check_batch(
             step,
             not_a_number=figures.not_a_number,
@@ -214,7 +217,7 @@ class Trainer:
         )
         parts.engine.step()
         if watched and self._found_by_any_rank():
-            self._check_statistics(step, parts.engine.full_state())
+            self._check_statistics(step)
         if self.check_replicas_every and step % self.check_replicas_every == 0:
             check_replicas(parts.engine, step)
         return figures, bool(totals[-1] > 0)
@@ -268,16 +271,18 @@ class Trainer:
         found = torch.tensor(float(self.parts.optimizer.end_watch()), device=mesh.device)
         return bool(sum_across(found, mesh) > 0)
 
-    def _check_statistics(self, step: int, state: dict[str, Tensor]) -> None:
-        """Every rank raises what rank 0 finds, which alone has the whole state; a collective."""
-        found: TrainingError | None = None
-        try:
-            self.guard.check_statistics(step, state)
-        except TrainingError as error:
-            found = error
-        found = broadcast_object(found, self.parts.mesh)
-        if found is not None:
-            raise found
+    def _check_statistics(self, step: int) -> None:
+        """Every rank looks at what it holds, and all raise what the first has found; a collective.
+
+        Raises:
+            TrainingError: naming the step, the parameter and the row.
+        """
+        engine = self.parts.engine
+        found = gather_objects(locate_in_places(engine.places(owned=True)), self.parts.mesh)
+        order = {name: place for place, name in enumerate(engine.module.state_dict())}
+        places = [place for place in found if place is not None]
+        if places:
+            raise self.guard.nonfinite(step, *min(places, key=lambda p: (order[p[0]], p[1])))
 
     def _account(self, figures: Figures, before: int) -> None:
         facts = self.facts
@@ -297,6 +302,7 @@ class Trainer:
         every, facts = self.config.reseed_every_epochs, self.facts
         if every and facts.samples < RESEED_UNTIL * self.total and self._due(before, every):
             below = self.config.reseed_below
+            assert self.parts.whole is not None
             number = reseed_dead(self.parts.engine, self.parts.whole, below, seed=facts.step)
             facts.reseeded += number
             self.parts.monitor.scalars(facts.step, {"latents/reseeded_states": number})
@@ -335,11 +341,11 @@ class Trainer:
         if facts.best is None or rank < (facts.best["impossible"], facts.best["bits"]):
             facts.best = facts.valid
         self._save()
-        if parts.engine.zero_stage == 3 or parts.mesh.node_parallel > 1:
+        if parts.whole is not None and parts.whole is not parts.circuit:
             # For figures and pictures of the circuit as a whole.
             state = parts.engine.full_state()
             if parts.mesh.is_main:
-                parts.whole.load_state_dict(state)
+                parts.whole.load_state_dict(state, assign=True)
         self._report_validation(progress, last)
 
     def _report_validation(self, progress: Progress, last: bool) -> None:
@@ -348,15 +354,17 @@ class Trainer:
         if not parts.monitor.enabled:
             return
         parts.monitor.scalars(facts.step, {f"valid_{unit}": facts.valid["bits"]})
-        health = parts.monitor.health(facts.step, parts.whole)
-        examples = parts.validation.examples()
-        parts.monitor.pictures(facts.step, parts.whole, examples, force=last)
+        dead = ""
+        if parts.whole is not None:
+            health = parts.monitor.health(facts.step, parts.whole)
+            dead = f"dead states {int(health.get('latents/dead_states', 0))}  "
+            examples = parts.validation.examples()
+            parts.monitor.pictures(facts.step, parts.whole, examples, force=last)
         train = "" if facts.train_bits is None else f"train {facts.train_bits:.4f}  "
         progress.say(
             f"finetune: step {facts.step}  epoch {facts.valid['epoch']:.2f}  {train}"
             f"valid {facts.valid['bits']:.4f} {unit}  best {facts.best['bits']:.4f} "
-            f"(step {int(facts.best['step'])})  "
-            f"dead states {int(health.get('latents/dead_states', 0))}  "
+            f"(step {int(facts.best['step'])})  {dead}"
             f"{self._samples_per_second():.0f} samples/s"
         )
 
@@ -367,7 +375,7 @@ class Trainer:
         parts.saver.wait()
         pieces = take_snapshot(parts.engine)
         if self._is_poisoned(pieces):
-            self._check_statistics(facts.step, parts.engine.full_state())
+            self._check_statistics(facts.step)
         parts.saver.save(facts, pieces)
         self._saved_at = time.monotonic()
 

@@ -64,12 +64,14 @@ def stages(base: StageContext) -> dict[str, Any]:
     alone = variant(base, "alone", num_ranks=1)
     shared = {f"zero{stage}": variant(base, f"zero{stage}", zero_stage=stage) for stage in range(4)}
     shared["offloaded"] = variant(base, "offloaded", zero_stage=2, offload=True)
-    shared["node"] = variant(base, "node", node_parallel=2, recompute_messages=True)
+    # Where no process ever holds the whole circuit.
+    never_whole: dict[str, Any] = {"whole_circuit_gib": 0.0}
+    shared["node"] = variant(base, "node", node_parallel=2, recompute_messages=True, **never_whole)
     reseeding = {"reseed_every_epochs": 0.6, "reseed_below": RARE_USES}
     restarted = variant(base, "restarted", reseeding, num_ranks=1)
     shared["restarted_shared"] = variant(base, "restarted_shared", reseeding, zero_stage=3)
     shared["restarted_node"] = variant(base, "restarted_node", reseeding, node_parallel=2)
-    poisoned = variant(base, "poisoned", zero_stage=3)
+    poisoned = variant(base, "poisoned", zero_stage=3, **never_whole)
     payload = {
         "contexts": [ctx.to_json() for ctx in shared.values()],
         "poisoned": poisoned.to_json(),
@@ -116,6 +118,13 @@ def test_rules_that_keep_more_than_statistics_do_not_reseed(base: StageContext) 
         variant(base, "refused", {"rule": "adam", "reseed_every_epochs": 1.0})
 
 
+def test_what_no_process_may_hold_is_not_reseeded(base: StageContext) -> None:
+    settings = {"reseed_every_epochs": 1.0}
+    ctx = variant(base, "too_large", settings, zero_stage=3, num_ranks=1, whole_circuit_gib=0.0)
+    with pytest.raises(ConfigError, match="whole_circuit_gib"):
+        finetune.run(ctx)
+
+
 def test_learns_and_says_so(stages: dict[str, Any]) -> None:
     results = json.loads((stages["zero0"].out / finetune.RESULTS).read_text())
     assert results["valid_bpd"] < 2.75 and results["train_bpd"] < 2.75
@@ -131,6 +140,15 @@ def test_learns_and_says_so(stages: dict[str, Any]) -> None:
     ]
     (measured,) = events_of(stages["zero0"]).Scalars("ranks/tflops/1")
     assert measured.step == 2 and measured.value == pytest.approx(second["tflops"])
+
+
+def test_figures_of_the_whole_circuit_are_left_out_where_no_rank_may_hold_it(
+    stages: dict[str, Any],
+) -> None:
+    shown = {name: set(events_of(stages[name]).Tags()["scalars"]) for name in ("zero3", "node")}
+    assert "latents/dead_states" in shown["zero3"] and "valid_bpd" in shown["node"]
+    left_out = shown["zero3"] - shown["node"]
+    assert {name.split("/")[0] for name in left_out} == {"latents", "sum_weight_entropy_bits"}
 
 
 def test_another_training_is_refused(stages: dict[str, Any]) -> None:
