@@ -70,8 +70,12 @@ def test_a_pool_keeps_its_workers_and_their_items(
     cluster: Cluster, kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with cluster.pool(ADDER, kwargs) as pool:
-        first = dict(pool.map(range(6), method="who", label="asking"))
-        second = dict(pool.map(range(6), method="who"))
+        needs = list("abcdef")
+        first = dict(pool.map(range(6), method="who", label="asking", needs=needs))
+        # Calls that need nothing, or other things, take no item away from its worker.
+        list(pool.map(range(3), method="who"))
+        list(pool.map(range(3), method="who", needs=["x", None, "y"]))
+        second = dict(pool.map(range(6), method="who", needs=needs))
     assert {threads for _, threads in first.values()} == {1}
     workers = {process for process, _ in first.values()}
     assert len(workers) <= 2
