@@ -134,15 +134,23 @@ class Pipeline:
                 self._bring_up(step)
 
     def run_until(self, name: str) -> None:
-        """Bring the stages up to `name` up to date, and no further."""
+        """Bring the stages up to `name` up to date, and no further.
+
+        Raises:
+            ArtifactError: the config needs no such stage.
+        """
         from distpc.parallel.cluster import Cluster
 
-        self.check()
-        with self._owned(), Cluster.session():
-            for step in self.steps():
-                self._bring_up(step)
-                if step.stage.name == name:
-                    return
+        with self._leading(f"run --until {name}") as leads:
+            if not leads:
+                return
+            self._refuse_unneeded(name)
+            self.check()
+            with self._owned(), Cluster.session():
+                for step in self.steps():
+                    self._bring_up(step)
+                    if step.stage.name == name:
+                        return
 
     def run_stage(self, name: str) -> Artifact | None:
         """Run one stage, whose inputs must be done.
@@ -161,14 +169,8 @@ class Pipeline:
                 return self._run_stage(name)
 
     def _run_stage(self, name: str) -> Artifact:
+        self._refuse_unneeded(name)
         steps = {step.stage.name: step for step in self.steps()}
-        if name not in steps:
-            raise ArtifactError(
-                f"this configuration has no stage '{name}'",
-                where=self.folder,
-                found=f"teacher.kind={self.config.teacher.kind}, "
-                f"finetune.initialization={self.config.finetune.initialization}",
-            )
         for needed in self._inputs(self.stages[name]):
             if steps[needed].state != "done":
                 raise ArtifactError(
@@ -180,6 +182,15 @@ class Pipeline:
         if name == "evaluate":
             self._write_report()
         return artifact
+
+    def _refuse_unneeded(self, name: str) -> None:
+        if name not in self.stages:
+            raise ArtifactError(
+                f"this configuration has no stage '{name}'",
+                where=self.folder,
+                found=f"teacher.kind={self.config.teacher.kind}, "
+                f"finetune.initialization={self.config.finetune.initialization}",
+            )
 
     @contextlib.contextmanager
     def _leading(self, command: str) -> Iterator[bool]:
