@@ -208,7 +208,7 @@ def _run(options: argparse.Namespace) -> None:
         # Under a launcher every rank runs this command, and one speaks.
         if is_main_process():
             print(describe(pipeline, options.stage))
-            pipeline.check()
+            pipeline.check(whole=not (options.stage or options.until))
     elif options.stage:
         pipeline.run_stage(options.stage)
     elif options.until:

@@ -103,13 +103,16 @@ class Pipeline:
         with self._leading("run") as leads:
             if not leads:
                 return None
-            self.check()
+            self.check(whole=True)
             with self._owned():
                 self.run_stages()
                 return self._write_report()
 
-    def check(self) -> None:
+    def check(self, *, whole: bool = False) -> None:
         """Refuse what cannot work, before anything is written or removed.
+
+        Args:
+            whole: of all stages, those after the latents included.
 
         Raises:
             ConfigError, DataError, ResourceError: see `check_run`.
@@ -118,8 +121,11 @@ class Pipeline:
         """
         from distpc.pipeline.preflight import check_run
         from distpc.pipeline.sharing import check_places
+        from distpc.training.structure import check_codebook
 
         check_places(self.config.artifacts, self.folder)
+        if whole and "structure" in self.stages:
+            check_codebook(self.config)
         steps = self.steps()
         if "shards" in self.stages and any(step.state != "done" for step in steps):
             is_written = steps[0].state == "done"

@@ -184,6 +184,7 @@ def test_gpus_that_are_not_there_are_refused_at_once(monkeypatch: pytest.MonkeyP
     with pytest.raises(ResourceError) as caught:
         Cluster.connect(ParallelConfig(num_workers=3, cpus_per_worker=0.1, gpus_per_worker=0.5))
     assert time.monotonic() - started < 2
+    assert caught.value.where == "parallel.gpus_per_worker"
     assert "and 1 GPUs on 1 machine(s): room for 2 workers" in str(caught.value.found)
     assert "0.5 GPUs = 0.3 CPUs and 1.5 GPUs" in str(caught.value.expected)
 

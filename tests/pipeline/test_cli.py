@@ -42,6 +42,16 @@ def test_a_run_may_stop_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "has no stage 'assign'" in capsys.readouterr().err
 
 
+def test_codebooks_of_positions_are_for_latents_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", CONFIG, "--out", str(tmp_path), "latents.codebook=per_position"]
+    assert main([*arguments, "--dry-run"]) == main(arguments) == 2
+    assert "distpc run CONFIG --until assign" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main([*arguments, "--dry-run", "--until", "assign"]) == 0
+
+
 def test_a_users_error_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", CONFIG, "finetune.epochs=5"]) == 2
     shown = capsys.readouterr().err
