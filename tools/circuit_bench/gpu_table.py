@@ -44,12 +44,7 @@ def run_gpu(options: argparse.Namespace) -> None:
     words = options.vocabulary or (100 if options.quick else VOCABULARY)
     sizes = options.batch or BATCH, options.dtype or DTYPE, words
     names = options.cases or (QUICK if options.quick else CASES)
-    gpu_turn.take()
-    found = ceilings(options.device)
-    free(options.device)
-    table.begin({**machine(options.device), "ceilings": found})
-    gpu_turn.give()
-    say(f"ceilings: {found}")
+    found: dict[str, float] = {}
     limits = {"case": options.limit, "peer": options.peer_limit, "timing": TIMING_SECONDS}
     for name in names:
         case = Case.parse(name, *sizes)
@@ -61,6 +56,11 @@ def run_gpu(options: argparse.Namespace) -> None:
         if not options.no_peer:
             measured.prepare()
         gpu_turn.take()
+        if not found:
+            found.update(ceilings(options.device))
+            free(options.device)
+            table.begin({**machine(options.device), "ceilings": found})
+            say(f"ceilings: {found}")
         measured.run(table.add, with_peer=not options.no_peer)
         gpu_turn.give()
         say(f"  {summary(measured.row)}")
