@@ -14,7 +14,7 @@ import torch
 import distpc
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.kernels import launch
-from distpc.circuits.kernels.plan import lessons, make_plan, why_not
+from distpc.circuits.kernels.plan import make_plan, why_not
 from distpc.circuits.kernels.step import FastStep
 from distpc.errors import ConfigError, TrainingError
 from distpc.structures.builder import GraphBuilder
@@ -92,10 +92,7 @@ def test_an_impossible_sample_passes_no_flow():
     root = fast.layout.message(fast.layout.y, fast._root)
     root[3] = 0.0
     fast.log_prob[3] = -math.inf
-    fast._start_backward()
-    for _, groups in reversed(fast._stages):
-        for group in groups:
-            launch.descend(fast.layout, group)
+    fast._backward()
     assert bool((fast.layout.v.view(-1, 8, 8)[:, 3] == 0).all())
     assert bool(fast.layout.v.isfinite().all())
 
@@ -106,13 +103,6 @@ def test_a_stage_is_one_product():
     assert [len(stage) for stage in plan.stages] == [1, 1, 1]
     tied = make_plan(chain(16, 5))
     assert tied.spans[16, 16] == [(tied.stages[0][0].node, 2)]
-
-
-def test_tables_are_learned_once_and_not_before_their_flows_are_there():
-    ready = [0, 0, 1, 3, 3, 2]
-    assert lessons(ready, 1) == {3: [(3, 5)], 2: [(5, 6)], 1: [(2, 3)], 0: [(0, 2)]}
-    assert lessons(ready, 3) == {2: [(3, 6)], 0: [(0, 3)]}
-    assert lessons(ready, 99) == {0: [(0, 6)]}
 
 
 def without_smoothing() -> Circuit:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from distpc.circuits.kernels.layout import Tables
     from distpc.circuits.kernels.step import FastStep
 
 FLOAT = 4
@@ -76,7 +75,7 @@ def kernels_of(fast: FastStep) -> Iterator[Kernel]:
     weights = sum(part.weights.numel() for part in tables)
     yield Kernel(
         "learn_sums: flows, update, weights",
-        lambda: [_learn_sums(fast, part) for part in tables],
+        lambda: [launch.learn_sums(layout, part, fast.step_size) for part in tables],
         width * (both + weights) + 2 * FLOAT * weights,
         flops,
     )
@@ -94,10 +93,3 @@ def kernels_of(fast: FastStep) -> Iterator[Kernel]:
         2 * FLOAT * entries + width * flows,
         0,
     )
-
-
-def _learn_sums(fast: FastStep, tables: Tables) -> None:
-    from distpc.circuits.kernels import launch
-
-    launch.learn_sums(fast.layout, tables, fast.step_size)
-    launch.normalise(fast.layout, tables)

@@ -25,9 +25,6 @@ PREFETCH = True
 _PROGRAMS = 1024
 """Programs that fill a large GPU."""
 
-WORTHWHILE = 264
-"""Programs of a launch beside the way down, at least: two for each multiprocessor."""
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -62,18 +59,6 @@ def tile_of(tables: Tables, is_half: bool) -> Tile:
     if tables.longest >= 4096 and rows * units >= 4096**2:
         return Tile(128, 256, 64, 8, 4, 4)
     return Tile(128, 128, 64, 8, 3, 2)
-
-
-def worthwhile_sums(layout: Layout, tables: Tables) -> int:
-    """Tables whose learning is worth a launch beside the way down."""
-    tile = tile_of(tables, layout.dtype != torch.float32)
-    programs = -(-tables.shape[0] // tile.m) * -(-tables.shape[1] // tile.n)
-    return -(-WORTHWHILE // programs)
-
-
-def worthwhile_leaves(leaves: Leaves) -> int:
-    """The same of tables of leaves."""
-    return -(-WORTHWHILE // (leaves.num_chunks * -(-leaves.units // leaf_tile(leaves).n)))
 
 
 def uses_triton(device: torch.device) -> bool:
@@ -228,32 +213,26 @@ def descend(layout: Layout, products: Products) -> None:
         PRECISION=_precision(layout),
         EVEN=not (layout.batch % tile.m or units % tile.n or rows % tile.b),
         PARTS=tile.parts,
-        PREFETCH=_prefetches(tile) and tile.n % 64 == 0 and units % tile.n == 0,
         **tile.options,
     )
 
 
-def learn_sums(
-    layout: Layout,
-    tables: Tables,
-    step_size: Tensor,
-    run: range | None = None,
-    tile: Tile | None = None,
-) -> None:
-    """See `reference.learn_sums`; of the tables of a run, all by default. `normalise` follows."""
-    run = range(tables.count) if run is None else run
+def learn_sums(layout: Layout, tables: Tables, step_size: Tensor, tile: Tile | None = None) -> None:
+    """See `reference.learn_sums`."""
     if not uses_triton(layout.device):
-        reference.learn_sums(layout, tables, step_size, run)
+        reference.learn_sums(layout, tables, step_size)
         return
     from distpc.circuits.kernels import triton_sums
 
-    tile = tile or tile_of(tables, layout.dtype != torch.float32)
+    is_half = layout.dtype != torch.float32
+    tile = tile or tile_of(tables, is_half)
     rows, units = tables.shape
     num_m, num_n = -(-rows // tile.m), -(-units // tile.n)
-    triton_sums.learn_sums[(len(run) * num_m * num_n,)](
+    row_sums = layout.u.new_empty(tables.count, rows, num_n, dtype=torch.float32)
+    triton_sums.learn_sums[(tables.count * num_m * num_n,)](
         tables.statistics,
         tables.weights,
-        tables.row_sums_of(num_n),
+        row_sums,
         layout.u,
         layout.y,
         step_size,
@@ -264,7 +243,6 @@ def learn_sums(
         tables.lengths,
         tables.floor,
         1.0 / layout.batch,
-        run.start,
         M=rows,
         N=units,
         BLOCK_M=tile.m,
@@ -279,19 +257,13 @@ def learn_sums(
         AT_RANDOM=layout.at_random,
         **tile.options,
     )
-
-
-def normalise(layout: Layout, tables: Tables) -> None:
-    """The inverse sums of the rows of W, after all of it was learned."""
-    if uses_triton(layout.device):
-        assert tables.row_sums is not None
-        torch.reciprocal(tables.row_sums.sum(-1), out=tables.inverse)
+    torch.reciprocal(row_sums.sum(-1), out=tables.inverse)
 
 
 def read_weights(layout: Layout, tables: Tables) -> None:
     """See `reference.read_weights`."""
     if not uses_triton(layout.device):
-        reference.read_weights(tables, range(tables.count))
+        reference.read_weights(tables)
         return
     from distpc.circuits.kernels import triton_sums
 
@@ -341,23 +313,18 @@ def learn_leaves(
     layout: Layout,
     leaves: Leaves,
     step_size: Tensor,
-    run: range | None = None,
     tokens: Tokens | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """See `reference.learn_leaves`; of the tables of a run, all by default.
-
-    `tokens` are those of the batch, if they were ordered before.
-    """
-    run = range(leaves.count) if run is None else run
+    """See `reference.learn_leaves`; `tokens` of the batch, if they were ordered before."""
     if not uses_triton(layout.device):
-        reference.learn_leaves(layout, leaves, step_size, run)
+        reference.learn_leaves(layout, leaves, step_size)
         return
     from distpc.circuits.kernels import triton_leaves
 
     tokens = tokens or order_tokens(layout, leaves)
     tile = tile or leaf_tile(leaves)
-    grid = (len(run) * leaves.num_chunks * -(-leaves.units // tile.n),)
+    grid = (leaves.count * leaves.num_chunks * -(-leaves.units // tile.n),)
     triton_leaves.learn_leaves[grid](
         layout.leaf_base,
         leaves.totals,
@@ -372,7 +339,6 @@ def learn_leaves(
         1.0 / layout.batch,
         layout.batch,
         leaves.num_chunks,
-        run.start,
         K=leaves.units,
         BLOCK_C=tile.m,
         BLOCK_K=tile.n,

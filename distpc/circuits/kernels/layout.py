@@ -43,11 +43,7 @@ class Tables:
         floor: eps.
         u_at, ratio_at: (T,) where the nodes of a matrix begin in `u` and `y`.
         lengths: (T,) int32 rows of those: nodes times samples.
-        ready: for each matrix the stage after which, on the way down, all of its flows are there.
-        row_sums: of the tiles of W, (T, K', tiles), while they are being learned.
     """
-
-    row_sums: Tensor | None = None
 
     def __init__(self, circuit: Circuit, plan: Plan, shape: tuple[int, int], batch: int) -> None:
         self.shape = shape
@@ -58,10 +54,6 @@ class Tables:
         (self.floor,) = floors
         self.batch = batch
         self.count = len(self.owners)
-        self.ready = [
-            min(plan.nodes[i].stage for i in range(first, first + rows))
-            for first, rows in plan.spans[shape]
-        ]
 
     def allocate(
         self, inverse: Tensor, dtype: torch.dtype, at: tuple[list[int], list[int]]
@@ -81,13 +73,6 @@ class Tables:
         lengths = [count * self.batch for count in rows]
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self.weights.device)
 
-    def row_sums_of(self, tiles: int) -> Tensor:
-        """`row_sums`, for so many tiles a row."""
-        shape = (self.count, self.shape[0], tiles)
-        if self.row_sums is None or self.row_sums.shape != shape:
-            self.row_sums = torch.empty(shape, device=self.weights.device)
-        return self.row_sums
-
     def statistics_of(self, table: int) -> Tensor:
         """S (K', K), a view."""
         return self.banks[table].statistics.detach()[self.owners[table][1]]
@@ -106,7 +91,6 @@ class Leaves:
         is_sorted: whether a table has many chunks, so that tokens are sorted by value.
         inverse: 1 / (sums over values + pseudocount), (T, K).
         factor_at: where the flow of each factor begins in `v`.
-        ready: for each table the stage after which, on the way down, all of its flows are there.
     """
 
     inverse: Tensor
@@ -117,11 +101,9 @@ class Leaves:
         circuit: Circuit,
         owners: list[tuple[int, int]],
         factors: list[list[tuple[int, int]]],
-        ready: list[int],
         base: Tensor,
         chunk: int,
     ) -> None:
-        self.ready = ready
         banks = [circuit.bank_list[bank] for bank, _ in owners]
         self.banks: list[CategoricalBank] = banks  # type: ignore[assignment]
         self.owners, self.factors = owners, factors
@@ -239,13 +221,10 @@ class Layout:
             kinds[units, len(factors)].append(owner)
         first = next(iter(reads))[0]
         self.leaf_base = circuit.bank_list[first].statistics.detach()
-        ready = {o: min(self.plan.nodes[i].stage for i, _ in reads[o]) for o in reads}
-        self.leaves = []
-        for owners in kinds.values():
-            # Tables whose flows arrive together lie side by side: they are learned in one launch.
-            owners.sort(key=ready.__getitem__)
-            factors, stages = [reads[o] for o in owners], [ready[o] for o in owners]
-            self.leaves.append(Leaves(circuit, owners, factors, stages, self.leaf_base, chunk))
+        self.leaves = [
+            Leaves(circuit, owners, [reads[o] for o in owners], self.leaf_base, chunk)
+            for owners in kinds.values()
+        ]
         sizes = [leaves.count * leaves.units for leaves in self.leaves]
         starts = _places(sizes)
         self.leaf_inverse = torch.zeros(starts[-1], device=self.device)

@@ -9,7 +9,6 @@ side, so that a stage is one batched matrix product.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -145,32 +144,6 @@ def make_plan(circuit: Circuit) -> Plan:
         plan.spans[shape] = [(rows[0], len(rows)) for rows in spans.values()]
     plan.stages = _stages(plan)
     return plan
-
-
-def lessons(ready: Sequence[int], enough: int) -> dict[int, list[tuple[int, int]]]:
-    """Which tables to learn after which stage of the way down, which ends with stage 0.
-
-    Args:
-        ready: for each table the stage after which its flows are there.
-        enough: tables that make up a launch; fewer wait for those of later stages.
-
-    Returns:
-        For each stage runs (first, end) of tables.
-    """
-    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    waiting: list[int] = []
-    for stage in sorted({0, *ready}, reverse=True):
-        waiting += [table for table, at in enumerate(ready) if at == stage]
-        if len(waiting) < enough and stage > 0:
-            continue
-        for table in sorted(waiting):
-            runs = found[stage]
-            if runs and runs[-1][1] == table:
-                runs[-1] = (runs[-1][0], table + 1)
-            else:
-                runs.append((table, table + 1))
-        waiting = []
-    return found
 
 
 class _Nodes:

@@ -52,30 +52,29 @@ def split(layout: Layout, nodes: Sequence[int]) -> None:
             y.copy_(torch.where(values > 0, flow / values, 0.0))
 
 
-def learn_sums(layout: Layout, tables: Tables, step_size: Tensor, run: range) -> None:
+def learn_sums(layout: Layout, tables: Tables, step_size: Tensor) -> None:
     """S <- (1 - step) S + step * flow / B, where the flow is (S + eps) * (ratio^T u); then W."""
-    for table in run:
-        first, count = layout.plan.spans[tables.shape][table]
+    for table, (first, count) in enumerate(layout.plan.spans[tables.shape]):
         rows = range(first, first + count)
         u = torch.cat([layout.message(layout.u, i) for i in rows]).float()
         ratio = torch.cat([layout.message(layout.y, i) for i in rows]).float()
         statistics = tables.statistics_of(table)
         flow = (statistics + tables.floor) * (ratio.T @ u)
         statistics.mul_(1 - step_size).add_(flow * (step_size / layout.batch))
-    read_weights(tables, run)
+    read_weights(tables)
 
 
-def read_weights(tables: Tables, run: range) -> None:
+def read_weights(tables: Tables) -> None:
     """W = S + eps, rounded, and the inverse sums of its rows."""
-    for table in run:
+    for table in range(tables.count):
         tables.weights[table] = tables.statistics_of(table) + tables.floor
         tables.inverse[table] = tables.weights[table].float().sum(-1).reciprocal()
 
 
-def learn_leaves(layout: Layout, leaves: Leaves, step_size: Tensor, run: range) -> None:
+def learn_leaves(layout: Layout, leaves: Leaves, step_size: Tensor) -> None:
     """S <- (1 - step) S + step * flow / B, and the totals of its columns."""
-    for table in run:
-        reads, statistics = leaves.factors[table], leaves.statistics_of(table)
+    for table, reads in enumerate(leaves.factors):
+        statistics = leaves.statistics_of(table)
         flow = torch.zeros_like(statistics)
         for node, variable in reads:
             codes = layout.codes[variable].long()

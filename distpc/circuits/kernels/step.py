@@ -7,8 +7,6 @@ What makes it fast on a GPU:
   product takes in as one number a unit;
 * flows never exist: their matrix product ends in the update of the statistics it is for. A table
   that many nodes share (a hidden Markov model's) gets one long product instead of many short ones;
-* what is near the root of a tree is too narrow for a large GPU: while flows go down there, the
-  statistics of what they have passed are updated beside;
 * everything is one CUDA graph, without a single synchronisation with the host.
 
 Where the pseudocounts are as small as `plan.why_not` allows no message can lose anything that
@@ -29,7 +27,7 @@ from torch import Tensor
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.kernels import launch
 from distpc.circuits.kernels.layout import Layout
-from distpc.circuits.kernels.plan import lessons, make_plan, why_not
+from distpc.circuits.kernels.plan import make_plan, why_not
 
 _CHUNKS = (128, 64)
 """Values of a leaf that a program of its update owns: of small and of large vocabularies."""
@@ -83,7 +81,6 @@ class FastStep:
         self._uses_graph = graph and is_cuda
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._number_stages()
-        self._number_lessons()
         self.read()
 
     def _here(self) -> AbstractContextManager[object]:
@@ -148,14 +145,13 @@ class FastStep:
         """Compile the kernels in a run that learns nothing, then record one."""
         kept = self.step_size.clone()
         self.step_size.zero_()
-        # What the rest waits for goes before what runs beside it.
-        stream = torch.cuda.Stream(priority=-1)
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._work(learns)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph):
             self._work(learns)
         self.step_size.copy_(kept)
         return graph
@@ -165,38 +161,19 @@ class FastStep:
             self._forward()
             return
         layout = self.layout
+        # Beside the sums, which on their own leave much of a GPU idle where the circuit is narrow.
         with self._aside():
             tokens = [launch.order_tokens(layout, leaves) for leaves in layout.leaves]
         self._forward()
-        self._start_backward()
-        for stage in reversed(range(len(self._stages))):
-            for group in self._stages[stage][1]:
-                launch.descend(layout, group)
-            with self._aside():
-                self._learn_leaves(stage, tokens)
-                if stage > 0:
-                    self._learn_sums(stage)
-        self._learn_sums(0)
+        self._backward()
         with self._aside():
-            for leaves in layout.leaves:
+            for leaves, ordered in zip(layout.leaves, tokens, strict=True):
+                launch.learn_leaves(layout, leaves, self.step_size, ordered)
                 self._invert(leaves.totals, leaves.pseudocount, leaves.inverse)
+        for tables in layout.tables.values():
+            launch.learn_sums(layout, tables, self.step_size)
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
-        for tables in layout.tables.values():
-            launch.normalise(layout, tables)
-
-    def _learn_leaves(self, stage: int, tokens: list[launch.Tokens]) -> None:
-        for leaves, ordered, due in zip(
-            self.layout.leaves, tokens, self._leaf_lessons, strict=True
-        ):
-            for first, end in due.get(stage, ()):
-                run = range(first, end)
-                launch.learn_leaves(self.layout, leaves, self.step_size, run, ordered)
-
-    def _learn_sums(self, stage: int) -> None:
-        for tables, due in zip(self.layout.tables.values(), self._sum_lessons, strict=True):
-            for first, end in due.get(stage, ()):
-                launch.learn_sums(self.layout, tables, self.step_size, range(first, end))
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -221,11 +198,14 @@ class FastStep:
         logs = (values * norm).log().double() + self.layout.log_top.sum(0, dtype=torch.float64)
         self.log_prob.copy_(logs)
 
-    def _start_backward(self) -> None:
+    def _backward(self) -> None:
         root = self.layout.message(self.layout.y, self._root)
         is_finite = self.log_prob.isfinite().unsqueeze(1)
         # The root's flow is 1, so what its product gets is 1 / y.
         root.copy_(torch.where(is_finite, root.float().reciprocal(), 0.0))
+        for _, groups in reversed(self._stages):
+            for group in groups:
+                launch.descend(self.layout, group)
 
     @staticmethod
     def _invert(totals: Tensor, pseudocount: Tensor, out: Tensor) -> None:
@@ -244,14 +224,3 @@ class FastStep:
             self._stages.append((products, [launch.Products(layout, g) for g in groups]))
         (last,) = plan.stages[-1]
         self._root = last.node
-
-    def _number_lessons(self) -> None:
-        """For each kind of tables: runs of them to learn after each stage of the way down."""
-        layout = self.layout
-        self._sum_lessons = [
-            lessons(tables.ready, launch.worthwhile_sums(layout, tables))
-            for tables in layout.tables.values()
-        ]
-        self._leaf_lessons = [
-            lessons(leaves.ready, launch.worthwhile_leaves(leaves)) for leaves in layout.leaves
-        ]

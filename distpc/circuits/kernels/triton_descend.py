@@ -7,7 +7,7 @@ leaves, and the ratio flow / y of every sum below. Reference: a plain product an
 import triton
 import triton.language as tl
 
-from distpc.circuits.kernels.triton_sums import halves, prefetch
+from distpc.circuits.kernels.triton_sums import halves
 
 
 @triton.jit
@@ -42,7 +42,6 @@ def descend(
     M: tl.constexpr, K: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """A tile (samples, units) of one node a program.
 
@@ -66,12 +65,6 @@ def descend(
     left_at = ratio + number.to(tl.int64) * batch * M + b[:, None] * M + m[None, :]
     right_at = weights + (number // rows_per_table).to(tl.int64) * (M * K)
     right_at = right_at + m[:, None] * K + k[None, :]
-    if PREFETCH:
-        # What the epilogue reads, 128 bytes a line.
-        line = b[:, None] * K + (k0 + tl.arange(0, BLOCK_K // 64) * 64)[None, :]
-        prefetch(u + at + line)
-        for f in range(first_sum, end_sum):
-            prefetch(y + tl.multiple_of(tl.load(sum_at + f), ALIGN) + line)
     total = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
     for first in range(0, M, BLOCK_M):
         if EVEN:
@@ -88,16 +81,9 @@ def descend(
     flow += at
     if PARTS == 1:
         pass_down(u, flow, y, sum_at, first_sum, end_sum, total, b, k, batch, K, ALIGN, EVEN)
-    elif PARTS == 2:
+    else:
         one, two = halves(total)
         for i in tl.static_range(2):
             k = k0 + i * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
             part = one if i == 0 else two
-            pass_down(u, flow, y, sum_at, first_sum, end_sum, part, b, k, batch, K, ALIGN, EVEN)
-    else:
-        one, two = halves(total)
-        for i in tl.static_range(4):
-            k = k0 + i * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
-            first, second = halves(one if i < 2 else two)
-            part = first if i % 2 == 0 else second
             pass_down(u, flow, y, sum_at, first_sum, end_sum, part, b, k, batch, K, ALIGN, EVEN)

@@ -11,15 +11,15 @@ import triton.language as tl
 from distpc.circuits.kernels.triton_sums import prefetch
 
 
-@triton.jit(do_not_specialize=["first_table"])
+@triton.jit
 def learn_leaves(
     statistics, totals, flow, codes, order, starts, step_size,
-    table_at, sizes, reads, factor_variable, factor_at, share, batch, num_chunks, first_table,
+    table_at, sizes, reads, factor_variable, factor_at, share, batch, num_chunks,
     K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     SORTED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """A table, BLOCK_C of its values, BLOCK_K of its units; tables from `first_table` on.
+    """A table, BLOCK_C of its values, BLOCK_K of its units.
 
     SORTED: `codes` (T, tokens) are a table's in rising order, `order` which tokens those are, and
     `starts` (T, chunks + 1) where each chunk's begin. Else a program goes through all tokens, and
@@ -29,7 +29,7 @@ def learn_leaves(
     num_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     k = (pid % num_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     chunk = (pid // num_k) % num_chunks
-    table = first_table + pid // (num_k * num_chunks)
+    table = pid // (num_k * num_chunks)
     value = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     t = tl.arange(0, BLOCK_T)

@@ -77,17 +77,17 @@ def halves(values):
     return tl.split(tl.permute(tl.reshape(values, (rows, 2, half)), (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["first_table"])
+@triton.jit
 def learn_sums(
     statistics, weights, row_sums, u, ratio, step_size, seed,
-    table_at, u_at, ratio_at, lengths, floor, share, first_table,
+    table_at, u_at, ratio_at, lengths, floor, share,
     M: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
     GROUP_M: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     EVEN: tl.constexpr, PARTS: tl.constexpr, PREFETCH: tl.constexpr,
     AT_RANDOM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one table a program, tables from `first_table` on.
+    """One tile of one table a program.
 
     M is K' (rows of a table), N is K; `share` is 1 / (samples of the batch). Reads S, 4 bytes an
     entry, writes S, 4, and W, 2. EVEN: tiles and steps fit without a rest. PARTS (1, 2, 4): the
@@ -96,7 +96,7 @@ def learn_sums(
     num_m: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     num_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
-    table = first_table + pid // (num_m * num_n)
+    table = pid // (num_m * num_n)
     tile = pid % (num_m * num_n)
     # Tiles close in time share rows of both factors, which then come out of the cache.
     width = GROUP_M * num_n
