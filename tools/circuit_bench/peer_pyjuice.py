@@ -65,13 +65,23 @@ class PyJuicePeer:
         return f"{name}, half precision, {graphs}, {kernels}, blocks of {MAX_BLOCK_SIZE}"
 
     def warm_up(self, optimizer: str = "MiniBatchEM", **settings: Any) -> None:
-        """Make the optimizer; run once plainly, once to record CUDA graphs, once with those."""
+        """Make the optimizer; run once plainly, once to record CUDA graphs, once with those.
+
+        An optimizer's own kernels are compiled in its first step, which is taken on a copy of the
+        parameters that is put back.
+        """
         from pyjuice import optim
 
         begun = time.perf_counter()
         settings = settings or {"step_size": STEP_SIZE, "pseudocount": PSEUDOCOUNT}
         self.optimizer = getattr(optim, optimizer)(self.model, **settings)
         x = next(self.batches)
+        if x.is_cuda and optimizer != "MiniBatchEM":
+            kept = [tensor.clone() for tensor in self.parameters()]
+            self.step(x)
+            for tensor, value in zip(self.parameters(), kept, strict=True):
+                tensor.copy_(value)
+            self.optimizer = getattr(optim, optimizer)(self.model, **settings)
         if x.is_cuda:
             # Kernels are tuned in plain passes; what these leave in the flows is dropped.
             self.model(x).mean().backward()
