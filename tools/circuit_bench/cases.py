@@ -83,7 +83,7 @@ class Case:
 
     def outline(self) -> Circuit:
         """Our circuit without its parameters: what compiling a peer looks at."""
-        return _Outline(self.graph(), [self.num_categories] * self.num_variables)
+        return outline(self.graph(), self.num_categories)
 
     def batches(self, count: int, device: str, seed: int = 1) -> list[Tensor]:
         """Random samples: what they are does not change the work."""
@@ -98,6 +98,11 @@ class Case:
         """6 x batch x K x K for each dense block, and nothing else."""
         blocks = self.num_variables - 1
         return 6e-9 * self.batch * self.num_states**2 * blocks
+
+
+def outline(graph: RegionGraph, num_categories: int) -> Circuit:
+    """A circuit without its parameters."""
+    return _Outline(graph, [num_categories] * graph.num_variables)
 
 
 class _Outline(Circuit):
