@@ -16,17 +16,11 @@ from distpc.circuits.kernels import reference
 from distpc.circuits.kernels.layout import ALIGN, Layout, Leaves, Tables
 from distpc.circuits.kernels.plan import Group
 
-_MESSAGE_ENTRIES = 2048
-"""Entries of messages that one program of a product handles at a time."""
+_MESSAGE_ENTRIES = 4096
+"""Entries of messages that one program of a product handles."""
 
 PREFETCH = True
 """Whether statistics are asked for before the matrix product whose epilogue updates them."""
-
-_ROUNDS = 8
-"""Times that a program of a product goes on to further samples, at most."""
-
-_REGISTERS = 0
-"""Bound on the registers of a thread of a product; 0: none."""
 
 _PROGRAMS = 1024
 """Programs that fill a large GPU."""
@@ -81,27 +75,22 @@ class Nodes:
         self.heads = layout.heads(nodes)
         self.has_one_leaf = all(len(layout.plan.nodes[i].leaves) == 1 for i in nodes)
 
-    def grid(self, layout: Layout) -> tuple[tuple[int, int], int, dict[str, int]]:
-        """Of a launch; how often a program goes on to further samples; constants."""
+    def grid(self, layout: Layout) -> tuple[tuple[int, int], dict[str, int]]:
+        """Of a launch, and its constants."""
         block = _block(self.units)
         samples = max(1, min(_MESSAGE_ENTRIES // block, _block(layout.batch)))
         # A launch over few nodes takes as long as one program does: more and smaller ones.
         rows = len(self.nodes) * layout.batch
         while samples > 1 and samples * block > 256 and rows // samples < _PROGRAMS:
             samples //= 2
-        # Many rows a program: what a node's factors are scaled by is loaded once for all of them.
-        rounds = 1
-        while rounds < _ROUNDS and rows // (2 * rounds * samples) >= 2 * _PROGRAMS:
-            rounds *= 2
         constants = {
             "K": self.units,
             "BLOCK_K": block,
             "BLOCK_B": samples,
             "ALIGN": _align(layout),
             "num_warps": max(1, min(16 if block > 4096 else 4, block * samples // 256)),
-            **({"maxnreg": _REGISTERS} if _REGISTERS else {}),
         }
-        return (len(self.nodes), -(-layout.batch // (samples * rounds))), rounds, constants
+        return (len(self.nodes), -(-layout.batch // samples)), constants
 
 
 def multiply(layout: Layout, nodes: Nodes) -> None:
@@ -111,7 +100,7 @@ def multiply(layout: Layout, nodes: Nodes) -> None:
         return
     from distpc.circuits.kernels import triton_products
 
-    grid, rounds, constants = nodes.grid(layout)
+    grid, constants = nodes.grid(layout)
     triton_products.multiply[grid](
         layout.u,
         layout.log_top,
@@ -129,9 +118,7 @@ def multiply(layout: Layout, nodes: Nodes) -> None:
         layout.sum_inverse_at,
         layout.batch,
         ONE_LEAF=nodes.has_one_leaf,
-        ROUNDS=rounds,
-        EVEN=constants["K"] == constants["BLOCK_K"]
-        and layout.batch % (constants["BLOCK_B"] * rounds) == 0,
+        EVEN=constants["K"] == constants["BLOCK_K"] and layout.batch % constants["BLOCK_B"] == 0,
         **constants,
     )
 
@@ -143,8 +130,8 @@ def split(layout: Layout, nodes: Nodes) -> None:
         return
     from distpc.circuits.kernels import triton_products
 
-    (count, blocks), rounds, constants = nodes.grid(layout)
-    triton_products.split[count, blocks * rounds](
+    grid, constants = nodes.grid(layout)
+    triton_products.split[grid](
         layout.u,
         layout.v,
         layout.y,
@@ -283,7 +270,7 @@ def read_weights(layout: Layout, tables: Tables) -> None:
 
     rows, units = tables.shape
     block_n = min(1024, _block(units))
-    block_m = max(1, min(4096 // block_n, _block(rows)))
+    block_m = max(1, min(_MESSAGE_ENTRIES // block_n, _block(rows)))
     row_sums = torch.empty_like(tables.inverse)
     triton_sums.read_weights[(-(-rows // block_m), tables.count)](
         tables.statistics,

@@ -11,8 +11,11 @@ import triton.language as tl
 
 @triton.jit
 def ratio_of(flow, message):
-    """flow / message, 0 where the message is. Where a message is bfloat16, by a reciprocal that is
-    right to 21 bits: a full division takes as long as the rest of the way down."""
+    """flow / message, 0 where the message is.
+
+    Of bfloat16 messages by a reciprocal that is right to 21 bits: a division takes four times as
+    many instructions.
+    """
     values = message.to(tl.float32)
     if message.dtype == tl.bfloat16:
         root = tl.rsqrt(values)
@@ -25,16 +28,7 @@ def rescale(values, total):
     """Rows divided by their maxima, and the logs of those added to `total`."""
     top = tl.max(values, 1)
     top = tl.where(top > 0, top, 1.0)
-    # One division a row: a division an entry is most of the arithmetic of a product.
     return values * (1.0 / top)[:, None], total + tl.log(top)
-
-
-@triton.jit
-def take(at, entry, inside, other, EVEN: tl.constexpr):
-    """Entries of a message as float32; `other` outside."""
-    if EVEN:
-        return tl.load(at + entry).to(tl.float32)
-    return tl.load(at + entry, mask=inside, other=other).to(tl.float32)
 
 
 @triton.jit
@@ -64,9 +58,9 @@ def multiply(
     heads, leaf_variable, leaf_at, leaf_inverse_at, leaf_floor, sum_at, sum_inverse_at,
     batch,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, ALIGN: tl.constexpr,
-    ONE_LEAF: tl.constexpr, ROUNDS: tl.constexpr, EVEN: tl.constexpr,
+    ONE_LEAF: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One node of ROUNDS times BLOCK_B samples a program; see `reference.multiply`.
+    """One node of BLOCK_B samples a program; see `reference.multiply`.
 
     ONE_LEAF: every node has exactly one leaf; it is loaded together with the first sum. EVEN:
     samples and units fill whole blocks.
@@ -95,43 +89,43 @@ def multiply(
             leaf, leaf_inverse, leaf_at, leaf_inverse_at, leaf_floor, first_leaf, k, K, ALIGN
         )
         code_at = codes + tl.load(leaf_variable + first_leaf) * batch
-    for i in range(ROUNDS):
-        b = (tl.program_id(1) * ROUNDS + i) * BLOCK_B + tl.arange(0, BLOCK_B)
-        inside = (b < batch)[:, None] & (k < K)[None, :]
-        entry = b[:, None] * K + k[None, :]
-        total = tl.zeros((BLOCK_B,), tl.float32)
-        values = tl.load(message + entry, mask=inside & has_sum, other=1.0).to(tl.float32)
-        factor = tl.load(next_message + entry, mask=inside & has_second, other=1.0).to(tl.float32)
-        values *= scale[None, :]
-        if not EVEN:
-            values = tl.where(inside, values, 0.0)
-        if ONE_LEAF:
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside = (b < batch)[:, None] & (k < K)[None, :]
+    entry = b[:, None] * K + k[None, :]
+    total = tl.zeros((BLOCK_B,), tl.float32)
+    values = tl.load(message + entry, mask=inside & has_sum, other=1.0).to(tl.float32)
+    factor = tl.load(next_message + entry, mask=inside & has_second, other=1.0).to(tl.float32)
+    values *= scale[None, :]
+    if not EVEN:
+        values = tl.where(inside, values, 0.0)
+    if ONE_LEAF:
+        code = tl.load(code_at + b, mask=b < batch, other=-1)
+        values *= look_up(table, code, k, leaf_scale, rest, inside, EVEN, K)
+        values, total = rescale(values, total)
+    else:
+        values, total = rescale(values, total)
+        for f in range(first_leaf, end_leaf):
+            other, other_scale, other_rest = leaf_of(
+                leaf, leaf_inverse, leaf_at, leaf_inverse_at, leaf_floor, f, k, K, ALIGN
+            )
+            code_at = codes + tl.load(leaf_variable + f) * batch
             code = tl.load(code_at + b, mask=b < batch, other=-1)
-            values *= look_up(table, code, k, leaf_scale, rest, inside, EVEN, K)
+            values *= look_up(other, code, k, other_scale, other_rest, inside, EVEN, K)
             values, total = rescale(values, total)
-        else:
-            values, total = rescale(values, total)
-            for f in range(first_leaf, end_leaf):
-                other, other_scale, other_rest = leaf_of(
-                    leaf, leaf_inverse, leaf_at, leaf_inverse_at, leaf_floor, f, k, K, ALIGN
-                )
-                code_at = codes + tl.load(leaf_variable + f) * batch
-                code = tl.load(code_at + b, mask=b < batch, other=-1)
-                values *= look_up(other, code, k, other_scale, other_rest, inside, EVEN, K)
-                values, total = rescale(values, total)
-        if has_second:
-            values, total = rescale(values * (factor * next_scale[None, :]), total)
-        for f in range(first_sum + 2, end_sum):
-            factor = take(y + tl.multiple_of(tl.load(sum_at + f), ALIGN), entry, inside, 0.0, EVEN)
-            at = tl.multiple_of(tl.load(sum_inverse_at + f), ALIGN)
-            values *= factor * tl.load(inverse + at + k, mask=k < K, other=0.0)[None, :]
-            values, total = rescale(values, total)
-        if EVEN:
-            tl.store(out + entry, values.to(u.dtype.element_ty))
-            tl.store(log_top + node * batch + b, total)
-        else:
-            tl.store(out + entry, values.to(u.dtype.element_ty), mask=inside)
-            tl.store(log_top + node * batch + b, total, mask=b < batch)
+    if has_second:
+        values, total = rescale(values * (factor * next_scale[None, :]), total)
+    for f in range(first_sum + 2, end_sum):
+        message = y + tl.multiple_of(tl.load(sum_at + f), ALIGN)
+        factor = tl.load(message + entry, mask=inside, other=0.0).to(tl.float32)
+        at = tl.multiple_of(tl.load(sum_inverse_at + f), ALIGN)
+        values *= factor * tl.load(inverse + at + k, mask=k < K, other=0.0)[None, :]
+        values, total = rescale(values, total)
+    if EVEN:
+        tl.store(out + entry, values.to(u.dtype.element_ty))
+        tl.store(log_top + node * batch + b, total)
+    else:
+        tl.store(out + entry, values.to(u.dtype.element_ty), mask=inside)
+        tl.store(log_top + node * batch + b, total, mask=b < batch)
 
 
 @triton.jit
