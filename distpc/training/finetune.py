@@ -33,6 +33,7 @@ from distpc.training.checkpoint import (
     load_optimizer,
     load_parameters,
 )
+from distpc.training.fused import fused_step
 from distpc.training.last_good import LAST_GOOD
 from distpc.training.monitor import Monitor, note_stop
 from distpc.training.optimizer import CircuitOptimizer
@@ -122,6 +123,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
             "node_parallel": mesh.node_parallel,
             "resumed_at_step": resumed_at_step,
             "deepspeed": parts.engine.config_json,
+            "fused": parts.fused is not None,
         }
         write_json(ctx.out / RESULTS, {**results, **extra})
     # Where every rank was started from outside, all of them read the results.
@@ -212,19 +214,22 @@ def _assemble(
         cache_bytes=ctx.config.data.cache_bytes,
         state=LoaderState.from_json(facts.loader) if facts.loader else None,
     )
+    engine = Engine(
+        circuit,
+        optimizer,
+        mesh=mesh,
+        zero_stage=parallel.zero_stage,
+        reduce_bucket=fitting_bucket(costs.num_parameters, costs.largest_bank),
+        offload=parallel.offload,
+        splits=splits,
+    )
     return Parts(
         circuit=circuit,
         whole=whole,
         optimizer=optimizer,
-        engine=Engine(
-            circuit,
-            optimizer,
-            mesh=mesh,
-            zero_stage=parallel.zero_stage,
-            reduce_bucket=fitting_bucket(costs.num_parameters, costs.largest_bank),
-            offload=parallel.offload,
-            splits=splits,
-        ),
+        engine=engine,
+        # The engine has put the circuit on its device, where it stays.
+        fused=fused_step(ctx.config, mesh, circuit),
         loader=loader,
         validation=Validation(
             index,

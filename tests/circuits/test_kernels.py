@@ -38,6 +38,13 @@ def test_a_step_is_that_of_the_ordinary_engine(name):
     check_steps(circuit, fast, 1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 7, 101])
+@pytest.mark.parametrize("num_units", [3, 4])
+def test_messages_of_odd_sizes_lie_side_by_side(num_units, batch):
+    circuit = tree(num_units)
+    check_steps(circuit, FastStep(circuit, batch, dtype=torch.float32), 1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)

@@ -69,10 +69,13 @@ def stages(base: StageContext) -> dict[str, Any]:
         "poisoned": poisoned.to_json(),
     }
     options: dict[str, Any] = {"threads_per_rank": 1, "log_folder": base.out.parent / "logs"}
-    run_ranks("runs:train_each", {"contexts": [alone.to_json()]}, num_ranks=1, **options)
+    fused = variant(base, "fused", {"fused": True, "micro_batch_size": 101}, num_ranks=1)
+    contexts = {"contexts": [alone.to_json(), fused.to_json()]}
+    run_ranks("runs:train_each", contexts, num_ranks=1, **options)
     with pytest.raises(TrainingError) as caught:
         run_ranks("runs:train_each", payload, num_ranks=2, **options)
-    return {"alone": alone, **shared, "poisoned": poisoned, "error": caught.value}
+    several = {"alone": alone, "fused": fused, "poisoned": poisoned}
+    return {**several, **shared, "error": caught.value}
 
 
 @pytest.mark.parametrize("layout", ["zero0", "zero1", "zero2", "zero3", "offloaded", "node"])
@@ -85,6 +88,21 @@ def test_every_layout_gives_the_statistics_of_one_process(
     for figure in ("bits", "impossible"):
         assert alone.facts.best is not None and shared.facts.best is not None
         assert shared.facts.best[figure] == pytest.approx(alone.facts.best[figure], abs=1e-5)
+
+
+def test_the_fused_step_trains_as_the_ordinary_one(stages: dict[str, Any]) -> None:
+    alone, fused = newest(stages["alone"]), newest(stages["fused"])
+    ran = {
+        name: json.loads((stages[name].out / finetune.RESULTS).read_text())["fused"]
+        for name in ("alone", "fused")
+    }
+    assert ran == {"alone": False, "fused": True}
+    assert alone.facts.step == fused.facts.step == NUM_STEPS
+    for (_, expected), (_, found) in zip(alone.facts.curve, fused.facts.curve, strict=True):
+        assert found == pytest.approx(expected, abs=2e-3)
+    expected, found = alone.statistics(), fused.statistics()
+    for name, tensor in found.items():
+        assert (tensor - expected[name]).norm() < 2e-2 * expected[name].norm()
 
 
 def test_learns_and_says_so(stages: dict[str, Any]) -> None:
