@@ -76,7 +76,7 @@ def run_set(
     states = options.states or NUM_STATES[name]
     graph = hclt_graph(data.tree, states)
     circuit = Circuit(graph, [256] * graph.num_variables, device=device)
-    circuit.set_smoothing(*SETTINGS[name][:2], len(train))
+    circuit.set_smoothing(*(options.smoothing or SETTINGS[name][:2]), len(train))
     curves = []
     if not options.no_peer:
         curves += _peer_curves(circuit, prepared.pop(name), train, test, options)
@@ -216,6 +216,7 @@ def read_options() -> argparse.Namespace:
     add("--states", type=int, help="K, default 256")
     add("--samples", type=int, help="to train on, default: all")
     add("--step-sizes", type=float, nargs=2, help="of ours, first and last")
+    add("--smoothing", type=float, nargs=2, help="of ours: samples' worth in sum and input rows")
     add("--schedule", default="geometric", choices=["linear", "geometric"], help="of ours")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     add("--peer-limit", type=float, default=30.0, help="seconds, to warm up")
