@@ -263,6 +263,9 @@ class FinetuneConfig(Section):
     """Adam's learning rate for parameters that follow gradients (discretised logistic inputs)."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest entry of a gradient of those parameters."""
+    fused: bool | None = None
+    """Train by the fused step in bfloat16, many times faster on a GPU (docs/gpu.md): one rank, rule
+    online_em, trees of dense sums over categorical leaves. None: on a GPU where it covers that."""
     init_noise: float = Field(default=1.0, gt=0)
     """Spread of random parameters: weights are proportional to exp(-init_noise * 2u), u uniform."""
     reseed_every_epochs: float = Field(default=0.0, ge=0)

@@ -33,6 +33,7 @@ from distpc.training.checkpoint import (
     check_shapes,
     load_optimizer,
 )
+from distpc.training.fused import fused_step
 from distpc.training.last_good import LAST_GOOD
 from distpc.training.lay_out import lay_out_
 from distpc.training.monitor import Monitor, note_stop
@@ -128,6 +129,7 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
             "node_parallel": mesh.node_parallel,
             "resumed_at_step": resumed_at_step,
             "deepspeed": parts.engine.config_json,
+            "fused": parts.fused is not None,
         }
         write_json(ctx.out / RESULTS, {**results, **extra})
     # Where every rank was started from outside, all of them read the results.
@@ -263,20 +265,23 @@ def _assemble(
         cache_bytes=ctx.config.data.cache_bytes,
         state=LoaderState.from_json(facts.loader) if facts.loader else None,
     )
+    engine = Engine(
+        circuit,
+        optimizer,
+        mesh=mesh,
+        zero_stage=parallel.zero_stage,
+        reduce_bucket=reduce_bucket,
+        offload=parallel.offload,
+        splits=splits,
+    )
     return Parts(
         circuit=circuit,
         whole=_whole(ctx, mesh, begin),
         blank=begin.blank,
         optimizer=optimizer,
-        engine=Engine(
-            circuit,
-            optimizer,
-            mesh=mesh,
-            zero_stage=parallel.zero_stage,
-            reduce_bucket=reduce_bucket,
-            offload=parallel.offload,
-            splits=splits,
-        ),
+        engine=engine,
+        # The engine has put the circuit on its device, where it stays.
+        fused=fused_step(ctx.config, mesh, circuit),
         loader=loader,
         validation=Validation(
             index,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
+from distpc.circuits.kernels.step import FastStep
 from distpc.config.schema import FinetuneConfig
 from distpc.data.loader import Loader
 from distpc.data.spec import MISSING, DatasetSpec
@@ -45,6 +46,7 @@ class Parts:
             object, except under ZeRO-3 and on a node axis, where it is a copy that validations load
             `full_state` into, or None where that would be too large for one process.
         blank: the whole circuit without values, to save models with.
+        fused: what updates the circuit in place of engine and optimizer; None: those do.
         checkpoints, saver: where checkpoints are, and what writes them.
         last_good: folder for the best model so far, should training have to stop.
     """
@@ -54,6 +56,7 @@ class Parts:
     blank: Circuit
     optimizer: CircuitOptimizer
     engine: Engine
+    fused: FastStep | None
     loader: Loader
     validation: Validation
     checkpoints: Checkpoints
@@ -189,16 +192,7 @@ class Trainer:
         if watched:
             parts.optimizer.watch()
         totals = torch.zeros(len(Figures.NAMES) + 2, dtype=torch.float64, device=parts.mesh.device)
-        for x, is_real in self._micro_batches(batch):
-            x = x.to(parts.mesh.device)
-            likelihoods = self._forward(x)
-            usable = torch.isfinite(likelihoods) & is_real
-            # `where` gives samples outside `usable` a flow of exactly zero.
-            kept = torch.where(usable, likelihoods, torch.zeros_like(likelihoods))
-            parts.engine.backward(-kept.sum(), global_count=batch.global_size)
-            # Ranks of a node axis see the same samples: one of them counts.
-            if is_real and parts.mesh.node_rank == 0:
-                totals[:-2] += tally(likelihoods.detach(), x, self.spec.counted)
+        totals[:-2] = self._flows(batch) if parts.fused is None else self._fused_update(batch)
         totals[-2] = float(parts.saver.has_failed)
         totals[-1] = float(parts.mesh.is_main and self._is_late())
         totals = sum_across(totals, parts.mesh)
@@ -215,12 +209,38 @@ class Trainer:
             impossible=figures.impossible,
             size=batch.global_size,
         )
-        parts.engine.step()
+        if parts.fused is None:
+            parts.engine.step()
+        elif watched:
+            parts.optimizer.look()
         if watched and self._found_by_any_rank():
             self._check_statistics(step)
         if self.check_replicas_every and step % self.check_replicas_every == 0:
             check_replicas(parts.engine, step)
         return figures, bool(totals[-1] > 0)
+
+    def _flows(self, batch: Any) -> Tensor:
+        """Leave the flows of this rank's share as gradients; returns its `Figures`, as sums."""
+        parts = self.parts
+        totals = torch.zeros(len(Figures.NAMES), dtype=torch.float64, device=parts.mesh.device)
+        for x, is_real in self._micro_batches(batch):
+            x = x.to(parts.mesh.device)
+            likelihoods = self._forward(x)
+            usable = torch.isfinite(likelihoods) & is_real
+            # `where` gives samples outside `usable` a flow of exactly zero.
+            kept = torch.where(usable, likelihoods, torch.zeros_like(likelihoods))
+            parts.engine.backward(-kept.sum(), global_count=batch.global_size)
+            # Ranks of a node axis see the same samples: one of them counts.
+            if is_real and parts.mesh.node_rank == 0:
+                totals += tally(likelihoods.detach(), x, self.spec.counted)
+        return totals
+
+    def _fused_update(self, batch: Any) -> Tensor:
+        """Update at once; samples without a finite likelihood pass no flow. Returns as `_flows`."""
+        assert self.parts.fused is not None
+        x = batch.x.to(self.parts.mesh.device)
+        likelihoods = self.parts.fused.step(x, self.schedule(self.facts.samples))
+        return tally(likelihoods, x, self.spec.counted)
 
     def _is_late(self) -> bool:
         """Whether a checkpoint is due; a slow disk puts it off rather than holding up training."""

@@ -77,17 +77,13 @@ def stages(base: StageContext) -> dict[str, Any]:
         "poisoned": poisoned.to_json(),
     }
     options: dict[str, Any] = {"threads_per_rank": 1, "log_folder": base.out.parent / "logs"}
-    single = {"contexts": [alone.to_json(), restarted.to_json()]}
+    fused = variant(base, "fused", {"fused": True, "micro_batch_size": 101}, num_ranks=1)
+    single = {"contexts": [ctx.to_json() for ctx in (alone, restarted, fused)]}
     run_ranks("runs:train_each", single, num_ranks=1, **options)
     with pytest.raises(TrainingError) as caught:
         run_ranks("runs:train_each", payload, num_ranks=2, **options)
-    return {
-        "alone": alone,
-        "restarted": restarted,
-        **shared,
-        "poisoned": poisoned,
-        "error": caught.value,
-    }
+    others = {"alone": alone, "restarted": restarted, "fused": fused, "poisoned": poisoned}
+    return {**others, **shared, "error": caught.value}
 
 
 @pytest.mark.parametrize("layout", ["zero0", "zero1", "zero2", "zero3", "offloaded", "node"])
@@ -123,6 +119,21 @@ def test_what_no_process_may_hold_is_not_reseeded(base: StageContext) -> None:
     ctx = variant(base, "too_large", settings, zero_stage=3, num_ranks=1, whole_circuit_gib=0.0)
     with pytest.raises(ConfigError, match="whole_circuit_gib"):
         finetune.run(ctx)
+
+
+def test_the_fused_step_trains_as_the_ordinary_one(stages: dict[str, Any]) -> None:
+    alone, fused = newest(stages["alone"]), newest(stages["fused"])
+    ran = {
+        name: json.loads((stages[name].out / finetune.RESULTS).read_text())["fused"]
+        for name in ("alone", "fused")
+    }
+    assert ran == {"alone": False, "fused": True}
+    assert alone.facts.step == fused.facts.step == NUM_STEPS
+    for (_, expected), (_, found) in zip(alone.facts.curve, fused.facts.curve, strict=True):
+        assert found == pytest.approx(expected, abs=2e-3)
+    expected, found = alone.statistics(), fused.statistics()
+    for name, tensor in found.items():
+        assert (tensor - expected[name]).norm() < 2e-2 * expected[name].norm()
 
 
 def test_learns_and_says_so(stages: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import hidden_tree, prepare
+from hidden_trees import hidden_tree
+from runs import prepare
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.fill import fill_
