@@ -366,7 +366,8 @@ class Circuit(nn.Module):
         assert self.scan is not None
         # A scan keeps all messages: no replacement where some are to be computed again.
         alone = self.exchange is None and self.stretches is None
-        return alone and evidence.latents is None and self.scan.is_exact()
+        observed = evidence.latents is None and evidence.likelihoods is None
+        return alone and observed and self.scan.is_exact()
 
     def recompute_messages_(self) -> None:
         """Let training keep some messages only, and compute the others again in the backward pass.

@@ -33,7 +33,9 @@ def with_budget(run: Run, index_folder: Path, num_visits: int | None) -> tuple[R
     charged = 0
     if is_distilled(config):
         used = first_shards(entries, config.latents.max_samples)
-        passes = 1 + (config.distill.leaf_epochs if config.structure.leaf == "hclt" else 0)
+        # Leaves all of whose latents are supervised are counted in the same pass.
+        trained = config.structure.leaf == "hclt" and not config.structure.leaf_latents
+        passes = 1 + (config.distill.leaf_epochs if trained else 0)
         charged = passes * sum(entry.num_samples for entry in used)
     if charged >= total:
         raise ConfigError(
