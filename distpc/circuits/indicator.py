@@ -71,9 +71,7 @@ class IndicatorBank(TableBank):
         pass
 
 
-def weighted(
-    logs: Tensor, mask: Tensor | None, in_logs: bool
-) -> tuple[Tensor, Tensor | None]:
+def weighted(logs: Tensor, mask: Tensor | None, in_logs: bool) -> tuple[Tensor, Tensor | None]:
     """The message of indicator units under soft evidence: unit k is as likely as category k.
 
     Args:

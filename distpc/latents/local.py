@@ -49,7 +49,7 @@ def cluster_points(
         means = total.means(centroids.numpy())
         empty = np.flatnonzero(total.counts == 0)
         if len(empty):
-            labels, distances = assign_points(points, centroids)
+            _, distances = assign_points(points, centroids)
             far = distances.topk(min(len(points), 4 * len(empty))).indices
             means, _ = refill(means, empty, distances[far].numpy(), points[far].numpy())
         moved = torch.from_numpy(means)

@@ -39,8 +39,9 @@ def joined_graph(trees: Sequence[Tree], num_states: int, num_heads: int) -> Regi
         )
     builder = GraphBuilder()
     inputs = [builder.input(num_states, variable) for variable in range(sizes[0])]
-    made: dict[tuple[int, tuple[int, ...]], int] = {}
-    roots = list(dict.fromkeys(_add_tree(builder, tree, inputs, made) for tree in trees))
+    states: dict[tuple[int, tuple[int, ...]], int] = {}
+    sums: dict[int, int] = {}
+    roots = list(dict.fromkeys(_add_tree(builder, tree, inputs, states, sums) for tree in trees))
     mixed = roots[0] if len(roots) == 1 else builder.concat(roots)
     heads = builder.sum(num_heads, mixed)
     return builder.finish(builder.product([heads], latent=0), sizes[0])
@@ -50,23 +51,24 @@ def _add_tree(
     builder: GraphBuilder,
     tree: Tree,
     inputs: Sequence[int],
-    made: dict[tuple[int, tuple[int, ...]], int],
+    states: dict[tuple[int, tuple[int, ...]], int],
+    sums: dict[int, int],
 ) -> int:
     """Add what of a tree is not there yet; returns the region of its root.
 
     Args:
-        made: regions by variable and regions below, of all trees.
+        states: regions of all trees by variable and the regions below.
+        sums: over those regions.
     """
-    sums: dict[int, int] = {}
-    states: dict[int, int] = {}
+    own: dict[int, int] = {}
     for node in reversed(tree.top_down):
-        below = tuple(states[child] for child in tree.children[node])
+        below = tuple(own[child] for child in tree.children[node])
         key = node, below
-        if key not in made:
+        if key not in states:
             for region in below:
                 if region not in sums:
                     sums[region] = builder.sum(builder.regions[region].num_units, region)
             factors = [inputs[node], *(sums[region] for region in below)]
-            made[key] = factors[0] if len(factors) == 1 else builder.product(factors)
-        states[node] = made[key]
-    return states[tree.root]
+            states[key] = factors[0] if len(factors) == 1 else builder.product(factors)
+        own[node] = states[key]
+    return own[tree.root]

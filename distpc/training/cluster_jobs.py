@@ -100,9 +100,7 @@ class ClusterWorker:
         grower = Grower(
             patches=patches,
             features=features,
-            num_categories=patch_categories(
-                self._layout, self._source.index.spec.num_categories
-            ),
+            num_categories=patch_categories(self._layout, self._source.index.spec.num_categories),
             num_states=config.structure.leaf_num_states,
             settings=config.distill.growing,
             pseudocount=config.distill.pseudocount,
@@ -150,7 +148,7 @@ class ClusterWorker:
                     where=path,
                     found=tuple(rows.shape[:2]),
                     expected=mask.shape,
-                    fix="remove the features, fit and assign folders and run the same command again",
+                    fix="remove the features, fit and assign folders and run the command again",
                 )
             room = _MAX_POOL_BYTES // (2 * self._layout.variables_per_patch + 4 * rows.shape[2])
             if total > room:

@@ -41,7 +41,7 @@ def run(ctx: StageContext) -> None:
         circuit, facts, source = distil_chain(ctx)
     else:
         circuit, facts, source = _distil_patches(ctx)
-    # Heads that were grown are no clusters: there the latents of the data are none of the circuit's.
+    # Heads that were grown are no clusters: their values are not the latents of the data.
     clusters = ctx.config.distill.kind == "plain"
     facts |= {"num_parameters": circuit.num_parameters, **measure(circuit, source, clusters)}
     save_model(

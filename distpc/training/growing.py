@@ -141,7 +141,7 @@ class Grower:
         return growth
 
     def _refined(self, growth: Growth) -> Growth | None:
-        """Pruned, grown, and with patches clustered anew; None where growing has come to its end."""
+        """Pruned, grown, with patches clustered anew; None where growing has come to its end."""
         settings = self.settings
         if growth.num_heads >= settings.final_heads:
             return None

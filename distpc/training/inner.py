@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from distpc.data.index import ShardEntry
-from distpc.data.patches import PatchGrid
 from distpc.latents.local import cluster_points
 from distpc.latents.nearest import assign_points
 from distpc.structures.patch_layout import PatchLayout
@@ -146,4 +145,3 @@ class InnerSource(LatentSource):
         patches = x[:, self.variables].reshape(-1, self.variables.shape[1])
         inner = self.codebook.assign(patches).reshape(len(x), -1)
         return x, np.concatenate([latents, inner], axis=1)
-

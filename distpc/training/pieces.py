@@ -20,7 +20,6 @@ from torch import Tensor
 
 from distpc.artifacts.files import read_json
 from distpc.artifacts.stage import StageContext
-from distpc.data.index import ShardEntry
 from distpc.errors import LatentError
 from distpc.latents.store import read_tensors, write_tensors
 from distpc.parallel.cluster import Cluster

@@ -88,7 +88,9 @@ def read_codebook(ctx: StageContext, layout: PatchLayout) -> InnerCodebook:
     assert layout.leaf is not None
     tensors, _ = CODEBOOK.load(ctx)
     source = LatentSource.of(ctx, layout.num_patches)
-    return InnerCodebook(surroundings(ctx, source), layout.leaf.tables, tensors["centroids"].clone())
+    return InnerCodebook(
+        surroundings(ctx, source), layout.leaf.tables, tensors["centroids"].clone()
+    )
 
 
 class SupervisedWorker:
