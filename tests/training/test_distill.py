@@ -295,7 +295,7 @@ GROWN = {
 }
 
 
-def test_every_level_supervised(runs, groups):
+def test_every_level_supervised(runs):
     ctx = runs.variant("inner", structure=INNER)
     distill.run(ctx)
     circuit = load_model(ctx.out / "model")
@@ -306,8 +306,8 @@ def test_every_level_supervised(runs, groups):
     assert ctx.metadata["pieces"].keys() >= {"codebook"} and ctx.metadata["kept_pieces"] == 0
     assert ctx.metadata["states_never_used"] == 1
     assert ctx.metadata["train_with_latents_bpd"] > ctx.metadata["train_bpd"]
-    # Without any training of leaves it starts where trained leaves ended.
-    assert ctx.metadata["valid_bpd"] < groups.metadata["valid_bpd"] + 0.1
+    # Counted alone, where a circuit with random parameters has more than 3.5.
+    assert ctx.metadata["valid_bpd"] < 2.7
     again = runs.variant("inner-again", structure=INNER)
     again.fingerprint = ctx.fingerprint
     shutil.copytree(ctx.out / "pieces", again.out / "pieces")
