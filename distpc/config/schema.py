@@ -233,10 +233,10 @@ class DistillConfig(Section):
     """Patches in a batch (leaf hclt)."""
     leaf_step_size: float = Field(default=0.5, gt=0, le=1)
     """First step size of online EM in a piece; it falls linearly (leaf hclt)."""
-    inner_pixel: float = Field(default=0.3, ge=0)
+    inner_pixel: float = Field(default=0.5, ge=0)
     """Weight of a pixel's other channels in the clusters that supervise the states inside of
     leaves, against 1 of a variable's own value (structure.leaf_latents)."""
-    inner_near: float = Field(default=0.3, ge=0)
+    inner_near: float = Field(default=0.5, ge=0)
     """Weight there of the mean of the 3 x 3 pixels about a variable, of each channel."""
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
+from distpc.circuits.sums import SumBank
 from distpc.circuits.transforms import aggregate_flows, prune_edges, prune_states, split_states
 from distpc.circuits.transforms.flows import Flows
 from distpc.circuits.transforms.states import find_states
@@ -234,15 +235,18 @@ class Grower:
         return int(np.random.default_rng([*self.seed, 7, number]).integers(2**31))
 
 
+def num_weights(circuit: Circuit) -> int:
+    """Parameters of a circuit, those of pruned edges left out."""
+    pruned = 0
+    for bank in circuit.bank_list:
+        if isinstance(bank, SumBank) and bank.mask is not None:
+            pruned += int((~bank.mask).sum())
+    return circuit.num_parameters - pruned
+
+
 def _size(circuit: Circuit) -> dict[str, int]:
     """Hidden states, and edges of sums that are not pruned."""
-    regions = circuit.graph.regions
-    inputs = [region.num_units for region in regions if region.kind == "input"]
-    edges = 0
-    for bank in circuit.bank_list:
-        mask = getattr(bank, "mask", None)
-        if mask is not None:
-            edges += int(mask.sum())
-        elif hasattr(bank, "matmul_dtype"):
-            edges += bank.statistics.numel()
-    return {"states": sum(inputs), "edges": edges}
+    inputs = [r.num_units for r in circuit.graph.regions if r.kind == "input"]
+    tables = [bank for bank in circuit.bank_list if not isinstance(bank, SumBank)]
+    of_inputs = sum(bank.statistics.numel() for bank in tables)
+    return {"states": sum(inputs), "edges": num_weights(circuit) - of_inputs}
