@@ -63,7 +63,7 @@ class Task:
 
 def main() -> None:
     """Run all variants and seeds; what is in the JSON file already is kept."""
-    options = parser().parse_args()
+    options = parser().parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     out = options.out or Path("runs") / f"{config.name}-compare"
     Pipeline(config, out / "data").run_until("index")
@@ -212,7 +212,7 @@ def plain_leaves(
 def bits(circuit: Circuit, x: Tensor) -> float:
     """Bits per dimension."""
     nats = circuit.log_prob(x, batch_size=250).double().mean()
-    return float(nats) / -np.log(2) / x.shape[1]
+    return float(nats / -np.log(2) / x.shape[1])
 
 
 def report(found: dict[str, Any], config: RunConfig, out: Path) -> None:
