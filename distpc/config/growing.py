@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field, model_validator
 
 from distpc.config.sources import Section
+
+if TYPE_CHECKING:
+    from distpc.config.schema import RunConfig
 
 
 class GrowingConfig(Section):
@@ -57,3 +62,32 @@ class GrowingConfig(Section):
                 "are only ever added"
             )
         return self
+
+
+def check_progressive(config: RunConfig) -> None:
+    """Refuse what does not go with progressive growing.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    structure, parallel = config.structure, config.parallel
+    if (structure.kind, structure.leaf) != ("patches", "hclt"):
+        raise ValueError(
+            "distill.kind progressive grows leaf circuits: set structure.kind to patches and "
+            f"structure.leaf to hclt (they are {structure.kind} and {structure.leaf})"
+        )
+    for field, wanted in (("leaf_latents", False), ("leaf_tied", False), ("leaf_num_groups", 1)):
+        if getattr(structure, field) != wanted:
+            raise ValueError(
+                f"distill.kind progressive has a body for every cluster: structure.{field} must be "
+                f"{wanted}, it is {getattr(structure, field)}"
+            )
+    if not config.latents.keep_features:
+        raise ValueError(
+            "distill.kind progressive clusters features again: set latents.keep_features to true"
+        )
+    if parallel.zero_stage == 3 or parallel.node_parallel > 1:
+        raise ValueError(
+            "distill.kind progressive prunes edges, which are not shared out over ranks yet: set "
+            "parallel.zero_stage to 0, 1 or 2, and parallel.node_parallel to 1"
+        )

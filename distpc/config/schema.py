@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distpc.config.compare import CompareConfig
-from distpc.config.growing import GrowingConfig
+from distpc.config.distillation import DistillConfig
+from distpc.config.growing import check_progressive
 from distpc.config.places import ArtifactsConfig
 from distpc.config.sources import Section, Source
 from distpc.config.teachers import TeacherConfig
@@ -212,34 +213,6 @@ class StructureConfig(Section):
         return self
 
 
-class DistillConfig(Section):
-    """Training on data and latents together."""
-
-    kind: Literal["plain", "progressive"] = "plain"
-    """plain: every cluster is a leaf density, all trained at once; progressive: clusters are split
-    further where the likelihood is worst, and leaf circuits grow with them (LVD-PG). Progressive
-    goes with structure.leaf hclt, whose final circuits and number of clusters are its own."""
-    growing: GrowingConfig = GrowingConfig()
-    """Settings of kind progressive."""
-    emission_noise: float = Field(default=0.1, ge=0, lt=1)
-    """Share of a random row mixed into counted leaf rows."""
-    transition_noise: float = Field(default=0.04, ge=0, lt=1)
-    """Share of a random row mixed into counted transition rows."""
-    pseudocount: float = Field(default=0.01, ge=0)
-    """Samples' worth of smoothing a row."""
-    leaf_epochs: int = Field(default=20, ge=1)
-    """Passes over a piece's patches (leaf hclt)."""
-    leaf_batch_size: int = Field(default=2048, ge=1)
-    """Patches in a batch (leaf hclt)."""
-    leaf_step_size: float = Field(default=0.5, gt=0, le=1)
-    """First step size of online EM in a piece; it falls linearly (leaf hclt)."""
-    inner_pixel: float = Field(default=0.5, ge=0)
-    """Weight of a pixel's other channels in the clusters that supervise the states inside of
-    leaves, against 1 of a variable's own value (structure.leaf_latents)."""
-    inner_near: float = Field(default=0.5, ge=0)
-    """Weight there of the mean of the 3 x 3 pixels about a variable, of each channel."""
-
-
 class FinetuneConfig(Section):
     """Training on the data alone."""
 
@@ -425,7 +398,7 @@ class RunConfig(Section):
                 "or structure.tree_of to patch_means"
             )
         if self.distill.kind == "progressive" and distilled:
-            _check_progressive(self)
+            check_progressive(self)
         has_teacher = self.teacher.kind != "none"
         if kind == "hmm" and distilled != has_teacher:
             raise ValueError(
@@ -445,32 +418,3 @@ class RunConfig(Section):
                 "cut them: set parallel.zero_stage to 0, or finetune.rule to online_em"
             )
         return self
-
-
-def _check_progressive(config: RunConfig) -> None:
-    """Refuse what does not go with progressive growing.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    structure, parallel = config.structure, config.parallel
-    if (structure.kind, structure.leaf) != ("patches", "hclt"):
-        raise ValueError(
-            "distill.kind progressive grows leaf circuits: set structure.kind to patches and "
-            f"structure.leaf to hclt (they are {structure.kind} and {structure.leaf})"
-        )
-    for field, wanted in (("leaf_latents", False), ("leaf_tied", False), ("leaf_num_groups", 1)):
-        if getattr(structure, field) != wanted:
-            raise ValueError(
-                f"distill.kind progressive has a body for every cluster: structure.{field} must be "
-                f"{wanted}, it is {getattr(structure, field)}"
-            )
-    if not config.latents.keep_features:
-        raise ValueError(
-            "distill.kind progressive clusters features again: set latents.keep_features to true"
-        )
-    if parallel.zero_stage == 3 or parallel.node_parallel > 1:
-        raise ValueError(
-            "distill.kind progressive prunes edges, which are not shared out over ranks yet: set "
-            "parallel.zero_stage to 0, 1 or 2, and parallel.node_parallel to 1"
-        )

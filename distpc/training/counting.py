@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
-from distpc.config.schema import DistillConfig
+from distpc.config.distillation import DistillConfig
 from distpc.errors import StructureError
 from distpc.structures.region_graph import RegionGraph
 from distpc.training.assembly import mix_rows, random_emissions, random_transitions

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
-from distpc.config.schema import DistillConfig
+from distpc.config.distillation import DistillConfig
 from distpc.parallel.stopwatch import count
 from distpc.structures.patch_layout import PatchLayout
 from distpc.structures.patches import group_graph

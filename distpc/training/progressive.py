@@ -8,6 +8,8 @@ Legend: N samples, Z patches, K heads of all leaf circuits together.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,7 +120,7 @@ def _train_top(
     top = counted_top(layout.tree, blocks, shares, settings, seed)
     epochs = settings.growing.top_epochs
     with (
-        Curves(ctx.tensorboard / "distill" / "top") as curves,
+        Curves(_fresh(ctx, "top")) as curves,
         Progress("distill top", epochs, "epochs") as bar,
     ):
 
@@ -132,7 +134,7 @@ def _train_top(
 
 def _draw(ctx: StageContext, rounds: dict[int, list[dict[str, Any]]]) -> None:
     """The clusters' curves: nats a patch over the epochs of all rounds, sizes over the rounds."""
-    with Curves(ctx.tensorboard / "distill" / "growing") as curves:
+    with Curves(_fresh(ctx, "growing")) as curves:
         for cluster, of_cluster in rounds.items():
             step = 0
             for number, facts in enumerate(of_cluster, start=1):
@@ -142,3 +144,10 @@ def _draw(ctx: StageContext, rounds: dict[int, list[dict[str, Any]]]) -> None:
                 for nats in facts["nats_by_epoch"]:
                     step += 1
                     curves.scalars(step, {f"cluster_{cluster:04d}/nats_per_patch": nats})
+
+
+def _fresh(ctx: StageContext, name: str) -> Path:
+    """A folder for curves, without those of an earlier attempt."""
+    folder = ctx.tensorboard / "distill" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
-from distpc.config.schema import DistillConfig
+from distpc.config.distillation import DistillConfig
 from distpc.structures.composed import top_graph
 from distpc.structures.tree import Tree
 from distpc.training.counting import assemble_counted_, count_tables

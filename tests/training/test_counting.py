@@ -6,7 +6,7 @@ import torch
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import log_prob_exact
-from distpc.config.schema import DistillConfig
+from distpc.config.distillation import DistillConfig
 from distpc.errors import StructureError
 from distpc.structures import HcltLeaf, PatchLayout, Tree, hclt_graph, patch_graph, quad_tree
 from distpc.structures.composed import composed_graph

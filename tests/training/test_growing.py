@@ -8,8 +8,8 @@ import torch
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import enumerate_worlds, log_prob_exact
+from distpc.config.distillation import DistillConfig
 from distpc.config.growing import GrowingConfig
-from distpc.config.schema import DistillConfig
 from distpc.errors import EvidenceError, LatentError
 from distpc.latents.local import cluster_points
 from distpc.structures import Tree
