@@ -25,6 +25,7 @@ KEYS = (
     "num_parameters",
     "teacher",
     "latents",
+    "distillation",
     "stages",
     "peak_memory_bytes",
     "versions",
