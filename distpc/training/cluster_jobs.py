@@ -107,7 +107,7 @@ class ClusterWorker:
             seed=(config.seed, cluster),
             keep=lambda growth: self._keep(cluster, growth),
         )
-        growth = grower.run(self._found(cluster, len(patches)))
+        growth = grower.run(self._found(cluster))
         _save(growth, leaf_folder(self._ctx, cluster))
         return {"centroids": growth.centroids.contiguous()}
 
@@ -174,19 +174,17 @@ class ClusterWorker:
             if other != folder:
                 shutil.rmtree(other)
 
-    def _found(self, cluster: int, num_patches: int) -> Growth | None:
+    def _found(self, cluster: int) -> Growth | None:
         """The last whole round of an interrupted attempt of this very stage."""
         for folder in reversed(self._round_folders(cluster)):
+            path = folder / "state.safetensors"
             try:
-                state, _ = read_tensors(
-                    folder / "state.safetensors", "round", self._ctx.fingerprint
-                )
+                state, _ = read_tensors(path, "round", self._ctx.fingerprint)
             except LatentError:
                 continue
-            if len(state["heads"]) == num_patches:
-                circuit = load_model(folder)
-                rounds = circuit.training_facts["rounds"]
-                return Growth(circuit, state["heads"].clone(), state["centroids"].clone(), rounds)
+            circuit = load_model(folder)
+            rounds = circuit.training_facts["rounds"]
+            return Growth(circuit, state["heads"].clone(), state["centroids"].clone(), rounds)
         return None
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.io import load_model
-from distpc.errors import LatentError
 from distpc.parallel.event_files import Curves
 from distpc.parallel.progress import Progress
 from distpc.structures.patch_layout import PatchLayout
@@ -109,14 +108,6 @@ def _train_top(
 ) -> tuple[Circuit, list[float]]:
     settings, seed = ctx.config.distill, ctx.config.seed
     blocks = [piece.load(ctx)[0]["soft"] for piece in pieces]
-    if any(block.shape[1:] != (layout.num_patches, len(shares)) for block in blocks):
-        raise LatentError(
-            "soft likelihoods are of other leaf circuits",
-            where=ctx.out,
-            found=[tuple(block.shape) for block in blocks][:3],
-            expected=f"(samples, {layout.num_patches}, {len(shares)})",
-            fix="remove the distill folder and run the same command again",
-        )
     top = counted_top(layout.tree, blocks, shares, settings, seed)
     epochs = settings.growing.top_epochs
     with (

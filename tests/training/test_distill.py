@@ -361,12 +361,31 @@ def test_a_cluster_goes_on_after_its_last_round_and_finished_ones_stay(runs, gro
     with pytest.raises(KeyboardInterrupt):
         ClusterWorker(ctx.to_json())(item)
     assert [path.name for path in (ctx.out / "rounds").iterdir()] == [f"{cluster:04d}-001"]
+    # A round that was cut short while it was saved.
+    (ctx.out / "rounds" / f"{cluster:04d}-002").mkdir()
+    (ctx.out / "rounds" / f"{cluster:04d}-002" / "state.safetensors").write_bytes(b"cut")
     monkeypatch.setattr(growing, "fit_heads", lambda *a, **k: trained.append(1) or fit(*a, **k))
     ClusterWorker(ctx.to_json())(item)
     rounds = grown.metadata["clusters"][str(cluster)]["rounds"]
     assert len(trained) == len(rounds)
     first, second = (load_model(leaf_folder(one, cluster)).state_dict() for one in (ctx, grown))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_features_of_other_samples_are_refused(runs, grown, tmp_path):
+    source = grown.input("features")
+    shutil.copytree(source.path, tmp_path / "features")
+    path = next((tmp_path / "features").glob("train-*"))
+    shard = read_shard(path, "features")
+    write_shard(path, "features", shard.rows[:, 1:].contiguous(), shard.keys, shard.metadata)
+    (tmp_path / "features" / "manifest.json").unlink()
+    features = Artifact.seal(tmp_path / "features", "features", source.fingerprint, 0.0, {})
+    ctx = runs.variant("other-features", **GROWN)
+    ctx.inputs["features"] = features
+    worker = ClusterWorker(ctx.to_json())
+    with pytest.raises(LatentError, match="other samples") as caught:
+        worker(describe(cluster_piece(ctx, PatchLayout.of(load_graph(ctx)), 0, 1)))
+    assert caught.value.where == str(path)
 
 
 def test_mixed_rows():
