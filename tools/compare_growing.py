@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import distpc
-from distpc.artifacts import write_json
+from distpc.artifacts import read_json, write_json
 from distpc.circuits.circuit import Circuit
 from distpc.config import RunConfig, load_config
 from distpc.data.index import ShardIndex
@@ -44,6 +44,8 @@ from distpc.training.samples import take_rows
 from distpc.training.soft_top import counted_top, fit_top
 from distpc.training.start import start_near_data_
 
+REPORT = "report.json"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -51,6 +53,7 @@ class Task:
 
     config: RunConfig
     grid: PatchGrid
+    categories: list[int]
     x: dict[str, Tensor]
     tree: Tree
     seed: int
@@ -60,6 +63,11 @@ class Task:
         """(P, D) of the training samples."""
         return self.x["train"][:, torch.from_numpy(self.grid.variables())].flatten(0, 1)
 
+    @property
+    def patch_categories(self) -> list[int]:
+        """Of the D variables of a patch."""
+        return self.categories[: self.grid.variables_per_patch]
+
 
 def main() -> None:
     """Run all variants and seeds; what is in the JSON file already is kept."""
@@ -67,14 +75,26 @@ def main() -> None:
     config = load_config(options.config, options.overrides)
     out = options.out or Path("runs") / f"{config.name}-compare"
     Pipeline(config, out / "data").run_until("index")
-    found: dict[str, Any] = {}
+    facts = {"config": config.model_dump(mode="json"), "samples": options.samples}
+    found = finished(out / REPORT, facts)
     for seed in options.seeds:
         task = prepare(config, out / "data", options.samples, seed)
-        grown = run_variant(task, "progressive", 0)
-        found[f"progressive/{seed}"] = grown
-        for name in ("same_clusters", "flat_kmeans"):
-            found[f"{name}/{seed}"] = run_variant(task, name, grown["weights"])
-        report(found, config, out)
+        for name in ("progressive", "same_clusters", "flat_kmeans"):
+            if f"{name}/{seed}" not in found:
+                grown = found.get(f"progressive/{seed}", {"weights": 0})
+                found[f"{name}/{seed}"] = run_variant(task, name, grown["weights"])
+                write_json(out / REPORT, {**facts, "variants": variants_of(found)})
+    for name, variant in variants_of(found).items():
+        print(f"{name:<16} test bpd {variant['test_bpd']:.4f} spread {variant['spread']:.4f}")
+
+
+def finished(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Runs that an earlier call of the same configuration left, by variant/seed."""
+    known = read_json(path) if path.is_file() else {}
+    if {name: known.get(name) for name in facts} != facts:
+        return {}
+    variants = known["variants"].items()
+    return {f"{n}/{seed}": run for n, one in variants for seed, run in one["seeds"].items()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,7 +119,8 @@ def prepare(config: RunConfig, folder: Path, samples: int, seed: int) -> Task:
     grid = PatchGrid.of(index.spec, config.data.patch_size_pixels)
     means = x["train"][:, torch.from_numpy(grid.variables())].double().mean(-1).numpy()
     rows, sizes = discretize(means, [None] * grid.num_patches, 16)
-    return Task(config, grid, x, chow_liu_tree(rows, sizes), seed)
+    categories = [count or 0 for count in index.spec.num_categories]
+    return Task(config, grid, categories, x, chow_liu_tree(rows, sizes), seed)
 
 
 def run_variant(task: Task, name: str, num_weights_wanted: int) -> dict[str, Any]:
@@ -120,8 +141,7 @@ def run_variant(task: Task, name: str, num_weights_wanted: int) -> dict[str, Any
     soft = soft.view(len(task.x["train"]), task.grid.num_patches, -1)
     top = counted_top(task.tree, [soft], shares / shares.sum(), task.config.distill, seed)
     fit_top(top, [soft], task.config.distill, seed)
-    categories = [256] * task.x["train"].shape[1]
-    circuit = compose(task.grid.variables(), task.tree, leaves, top, categories, 2**26)
+    circuit = compose(task.grid.variables(), task.tree, leaves, top, task.categories, 2**26)
     distilled = bits(circuit, task.x["test"])
     settings = task.config.finetune
     history = distpc.fit(
@@ -152,7 +172,7 @@ def grown_leaves(task: Task) -> list[Circuit]:
     for cluster in range(clusters):
         own = owner == cluster
         growth = Grower(
-            patches[own], features[own], [256] * patches.shape[1],
+            patches[own], features[own], task.patch_categories,
             config.structure.leaf_num_states, config.distill.growing,
             config.distill.pseudocount, (task.seed, cluster),
         ).run()  # fmt: skip
@@ -190,14 +210,15 @@ def plain_leaves(
     values = clusters * per_body
     above = values * (1 + values * (task.grid.num_patches - 1))
     states = 1
-    while clusters * states * (256 * width + states * (width - 1) + per_body) + above < wanted:
+    emission = sum(task.patch_categories)
+    while clusters * states * (emission + states * (width - 1) + per_body) + above < wanted:
         states += 1
     leaves = []
     for body in range(clusters):
         own = heads // per_body == body
-        rows, sizes = discretize(patches[own][:20_000].numpy(), [256] * width, 16)
+        rows, sizes = discretize(patches[own][:20_000].numpy(), task.patch_categories, 16)
         graph = joined_graph([chow_liu_tree(rows, sizes)], states, per_body)
-        circuit = Circuit(graph, [256] * width, seed=task.seed + body)
+        circuit = Circuit(graph, task.patch_categories, seed=task.seed + body)
         start_near_data_(circuit, [patches[own]])
         fit_heads(
             circuit, patches[own], heads[own] % per_body, epochs=rounds * growing.epochs,
@@ -215,18 +236,14 @@ def bits(circuit: Circuit, x: Tensor) -> float:
     return float(nats / -np.log(2) / x.shape[1])
 
 
-def report(found: dict[str, Any], config: RunConfig, out: Path) -> None:
-    """Write report.json with the runs so far and their means."""
+def variants_of(found: dict[str, Any]) -> dict[str, Any]:
+    """By variant: mean and spread (largest less smallest) of the test bpd, and every seed's run."""
     variants: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(key.split("/")[0] for key in found):
         runs = {key.split("/")[1]: run for key, run in found.items() if key.startswith(f"{name}/")}
         test = [run["test_bpd"] for run in runs.values()]
         variants[name] = {"test_bpd": mean(test), "spread": max(test) - min(test), "seeds": runs}
-    write_json(
-        out / "report.json", {"config": config.model_dump(mode="json"), "variants": variants}
-    )
-    for name, variant in variants.items():
-        print(f"{name:<16} test bpd {variant['test_bpd']:.4f} spread {variant['spread']:.4f}")
+    return variants
 
 
 if __name__ == "__main__":
