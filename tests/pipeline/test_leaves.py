@@ -34,7 +34,7 @@ def test_grown_leaves_are_fine_tuned_with_the_top(tmp_path):
     assert found["kind"] == "progressive" and 8 <= found["num_heads"] <= 16
     # Leaves move, too: fine-tuning gains more than a top level alone could.
     assert report["valid_bpd"] < found["valid_bpd"] - 0.01
-    assert report["test_bpd"] < 2.35
+    assert report["test_bpd"] < 2.2
     before, after = (load_model(tmp_path / name / "model") for name in ("distill", "finetune"))
     assert before.graph.to_json() == after.graph.to_json()
     masks = [[bank.mask for bank in c.bank_list if getattr(bank, "mask", None) is not None]
