@@ -73,7 +73,7 @@ def _distill(config: RunConfig) -> Any:
     of_leaf = ("leaf_epochs", "leaf_batch_size", "leaf_step_size")
     inner = ("inner_pixel", "inner_near")
     counted = config.structure.leaf == "product" or config.structure.leaf_latents
-    unused = of_leaf if counted else ()
+    unused: tuple[str, ...] = of_leaf if counted else ()
     unused += () if config.structure.leaf_latents else inner
     if config.distill.kind == "plain":
         unused += ("growing",)
