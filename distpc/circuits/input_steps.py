@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,9 @@ class TableStep(Step):
                     fix="make the inputs of these variables indicators",
                 )
             logs = evidence.likelihoods[self.variables[:, 0]]
-            return Message(*weighted(logs, evidence.mask(self.latents, units), in_logs))
+            # As banks give it: the scale still in one tensor, see `seal`.
+            made: Any = weighted(logs, evidence.mask(self.latents, units), in_logs)
+            return Message(*made)
         codes = evidence.codes[self.variables]
         index = torch.where(codes < 0, self.num_rows, codes + self.offsets.unsqueeze(-1))
         mask = evidence.mask(self.latents, units)

@@ -139,7 +139,9 @@ def _leaf_shape(
         if region.kind == "product" and own:
             for child in region.children:
                 if regions[child].kind == "sum":
-                    parents[_number(regions[child])] = variables.index(inputs[own[0]].variable)
+                    # Of inputs, which have one.
+                    variable = inputs[own[0]].variable or 0
+                    parents[_number(regions[child])] = variables.index(variable)
     tables = tuple(_number(region) for _, region in sorted(inputs.items()))
     return HcltLeaf(
         Tree(tuple(parents)),
