@@ -372,7 +372,8 @@ class Circuit(nn.Module):
         assert self.scan is not None
         # A scan keeps all messages: no replacement where some are to be computed again.
         alone = self.exchange is None and self.stretches is None
-        return alone and evidence.latents is None and self.scan.is_exact()
+        observed = evidence.latents is None and evidence.likelihoods is None
+        return alone and observed and self.scan.is_exact()
 
     def blank(self) -> Circuit:
         """The same circuit without values (or with the same, if it has any already)."""

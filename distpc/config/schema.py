@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distpc.config.compare import CompareConfig
+from distpc.config.distillation import DistillConfig
+from distpc.config.growing import check_progressive
 from distpc.config.places import ArtifactsConfig
 from distpc.config.sources import Section, Source
 from distpc.config.teachers import TeacherConfig
@@ -164,6 +166,12 @@ class StructureConfig(Section):
     """Hidden states of the leaf HCLT (leaf hclt)."""
     leaf_num_groups: int = Field(default=1, ge=1)
     """Groups of clusters with a leaf HCLT body of their own, trained independently (leaf hclt)."""
+    leaf_latents: bool = False
+    """Make the hidden states inside of leaf HCLTs latents of their own, which distillation then
+    supervises, too (leaf hclt): every level of the circuit is counted, and none is random."""
+    leaf_tied: bool = False
+    """Share the emissions inside of a leaf HCLT among the pixels of a patch, one for each channel
+    (leaf hclt): the same parameters allow many more states."""
     tree_of: Literal["latents", "patch_means"] = "latents"
     """What the tree over the patches is learnt from: the patches' latents, or the mean values of
     their pixels, which needs no teacher (kind patches)."""
@@ -196,24 +204,13 @@ class StructureConfig(Section):
             raise ValueError(f"structure.num_input_units does not go with kind {self.kind}")
         if self.tied and self.kind in ("patches", "chow_liu"):
             raise ValueError(f"structure.tied does not go with kind {self.kind}")
+        for field in ("leaf_latents", "leaf_tied"):
+            if getattr(self, field) and (self.leaf, self.kind) != ("hclt", "patches"):
+                raise ValueError(
+                    f"structure.{field} is about leaf hclt of kind patches: "
+                    f"leaf is {self.leaf}, kind is {self.kind}"
+                )
         return self
-
-
-class DistillConfig(Section):
-    """Training on data and latents together."""
-
-    emission_noise: float = Field(default=0.1, ge=0, le=1)
-    """Share of a random row mixed into counted leaf rows; 1: random rows alone, a control."""
-    transition_noise: float = Field(default=0.04, ge=0, le=1)
-    """Share of a random row mixed into counted transition rows; 1: random rows alone, a control."""
-    pseudocount: float = Field(default=0.01, ge=0)
-    """Samples' worth of smoothing a row."""
-    leaf_epochs: int = Field(default=20, ge=1)
-    """Passes over a piece's patches (leaf hclt)."""
-    leaf_batch_size: int = Field(default=2048, ge=1)
-    """Patches in a batch (leaf hclt)."""
-    leaf_step_size: float = Field(default=0.5, gt=0, le=1)
-    """First step size of online EM in a piece; it falls linearly (leaf hclt)."""
 
 
 class FinetuneConfig(Section):
@@ -418,6 +415,8 @@ class RunConfig(Section):
                 "without a teacher there are no latents to learn the tree from: set teacher.kind, "
                 "or structure.tree_of to patch_means"
             )
+        if self.distill.kind == "progressive" and distilled:
+            check_progressive(self)
         has_teacher = self.teacher.kind != "none"
         if kind == "hmm" and distilled != has_teacher:
             raise ValueError(

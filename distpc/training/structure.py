@@ -228,7 +228,14 @@ def _patch_circuit(
     shape = None
     if leaf is not None:
         settings = config.structure
-        shape = HcltLeaf(leaf, settings.leaf_num_states, settings.leaf_num_groups)
+        channels = tuple(d % grid.channels for d in range(grid.variables_per_patch))
+        shape = HcltLeaf(
+            leaf,
+            settings.leaf_num_states,
+            settings.leaf_num_groups,
+            has_latents=settings.leaf_latents,
+            emissions=channels if settings.leaf_tied else None,
+        )
     return patch_graph(grid.variables(), tree, config.latents.num_clusters, shape)
 
 
