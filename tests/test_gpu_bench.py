@@ -79,6 +79,10 @@ def test_rows_are_kept_and_replaced(tmp_path: Path) -> None:
     assert again.row_of(Case("hclt", 16, 8, 4))["step_ms"] == 1.0
     assert again.row_of(Case("hclt", 16, 8, 5)) is None
     assert len(again.content["cases"]) == 2
+    # A process that has read the file before others wrote to it loses nothing of theirs.
+    table.add({**rows[1], "batch": 8})
+    assert [row["batch"] for row in table.content["cases"]] == [4, 4, 8]
+    assert table.row_of(Case("hclt", 16, 8, 4))["step_ms"] == 1.0
 
 
 def test_a_side_that_fails_leaves_its_reason() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from circuit_bench import bpd_data, gpu_turn
+from circuit_bench.cases import outline
 from circuit_bench.gpu_clock import at_most, free
 from circuit_bench.gpu_table import machine
 from circuit_bench.race import Racer, geometric, linear, race, seconds_to, tutorial
@@ -46,7 +47,27 @@ MARGINS = (0.0, 0.02, 0.05, 0.1, 0.2)
 """Targets: PyJuice's best bits, and these above it."""
 
 
-def run_set(name: str, data: bpd_data.Set, options: argparse.Namespace) -> dict[str, Any]:
+Prepared = dict[str, Any]
+"""PyJuice's compiled structures by data set, or why there is none."""
+
+
+def prepare(sets: dict[str, bpd_data.Set], options: argparse.Namespace) -> Prepared:
+    """Compile PyJuice's structures: this computes nothing on the device."""
+    from circuit_bench.peer_pyjuice import compile_outline
+
+    found: Prepared = {}
+    for name, data in sets.items():
+        graph = hclt_graph(data.tree, options.states or NUM_STATES[name])
+        try:
+            found[name] = compile_outline(outline(graph, 256))
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {str(error)[:300]}"
+    return found
+
+
+def run_set(
+    name: str, data: bpd_data.Set, prepared: Prepared, options: argparse.Namespace
+) -> dict[str, Any]:
     """The curves of one data set, and seconds to its targets."""
     device = options.device
     train, test = (torch.from_numpy(x).to(device) for x in (data.train, data.test))
@@ -55,10 +76,10 @@ def run_set(name: str, data: bpd_data.Set, options: argparse.Namespace) -> dict[
     states = options.states or NUM_STATES[name]
     graph = hclt_graph(data.tree, states)
     circuit = Circuit(graph, [256] * graph.num_variables, device=device)
-    circuit.set_smoothing(*SETTINGS[name][:2], len(train))
+    circuit.set_smoothing(*(options.smoothing or SETTINGS[name][:2]), len(train))
     curves = []
     if not options.no_peer:
-        curves += _peer_curves(circuit, train, test, options)
+        curves += _peer_curves(circuit, prepared.pop(name), train, test, options)
     curves.insert(0, _race(_ours(name, circuit, options), train, test, options))
     best = [min(b for _, b in c["curve"]) for c in curves[1:]] or [curves[0]["curve"][-1][1]]
     targets = [round(min(best) + margin, 4) for margin in MARGINS]
@@ -101,14 +122,17 @@ def _ours(name: str, circuit: Circuit, options: argparse.Namespace) -> Racer:
 
 
 def _peer_curves(
-    circuit: Circuit, train: Tensor, test: Tensor, options: argparse.Namespace
+    circuit: Circuit, made: Any, train: Tensor, test: Tensor, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     from circuit_bench.peer_pyjuice import PyJuicePeer
 
     curves: list[dict[str, Any]] = []
+    if isinstance(made, str):
+        say(f"  PyJuice: {made}")
+        return curves
     try:
         with at_most(options.peer_limit):
-            peer = PyJuicePeer(circuit, [train[: options.batch].long()], options.device)
+            peer = PyJuicePeer(circuit, [train[: options.batch].long()], options.device, made)
             start = [t.detach().clone() for t in peer.parameters()]
         for name, (settings, schedule) in PEERS.items():
             with torch.no_grad():
@@ -192,9 +216,10 @@ def read_options() -> argparse.Namespace:
     add("--states", type=int, help="K, default 256")
     add("--samples", type=int, help="to train on, default: all")
     add("--step-sizes", type=float, nargs=2, help="of ours, first and last")
+    add("--smoothing", type=float, nargs=2, help="of ours: samples' worth in sum and input rows")
     add("--schedule", default="geometric", choices=["linear", "geometric"], help="of ours")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    add("--peer-limit", type=float, default=30.0, help="seconds, to compile and to warm up")
+    add("--peer-limit", type=float, default=30.0, help="seconds, to warm up")
     add("--no-peer", action="store_true")
     add("--plain", action="store_true", help="the ordinary step instead of the fused one")
     return parser.parse_args()
@@ -206,14 +231,16 @@ def main() -> None:
     if options.make:
         bpd_data.make(options.make, options.folder, options.cifar, options.sets)
         return
+    sets = bpd_data.load(options.data)
+    if options.sets:
+        sets = {name: sets[name] for name in options.sets}
+    prepared = {} if options.no_peer else prepare(sets, options)
     gpu_turn.take()
     rows: list[dict[str, Any]] = []
     begun = time.perf_counter()
-    for name, data in bpd_data.load(options.data).items():
-        if options.sets and name not in options.sets:
-            continue
+    for name, data in sets.items():
         say(name)
-        rows.append(run_set(name, data, options))
+        rows.append(run_set(name, data, prepared, options))
         free(options.device)
         if options.json:
             about = {"machine": machine(options.device), "sets": rows}

@@ -86,7 +86,7 @@ def read_options() -> argparse.Namespace:
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     add("--vocabulary", type=int, default=33_279)
     add("--steps", type=int, default=100)
-    add("--limit", type=float, default=60.0, help="seconds a size may take (%(default)s)")
+    add("--limit", type=float, default=240.0, help="seconds a size may take (%(default)s)")
     add("--plain", action="store_true", help="the ordinary step instead of the fused one")
     add("--json", type=Path)
     return parser.parse_args()

@@ -13,12 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from distpc.circuits.statistics import random_statistics
+
 
 class Bank(nn.Module, ABC):
     """Base of the banks.
 
     Attributes:
-        statistics: the parameter; an empty buffer where there is nothing to learn.
+        statistics: the parameter; an empty buffer where there is nothing to learn. It takes no
+            memory (it is on torch's meta device) until `fill.fill_` gives it values.
         learns_by: "em": backward leaves flows in its `.grad`; "gradient": a true gradient. What is
             said of statistics, uses and smoothing below is about "em" alone.
     """
@@ -26,9 +29,9 @@ class Bank(nn.Module, ABC):
     statistics: Tensor
     learns_by: Literal["em", "gradient"] = "em"
 
-    @abstractmethod
-    def init(self, noise: float, generator: torch.Generator) -> None:
-        """Random parameters."""
+    def draw(self, noise: float, generator: torch.Generator) -> Tensor:
+        """Random statistics, not yet on the scale of their uses."""
+        return random_statistics(tuple(self.statistics.shape), noise, generator)
 
     @abstractmethod
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:

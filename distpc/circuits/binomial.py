@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distpc.circuits.inputs import TableBank
-from distpc.circuits.statistics import random_statistics, read_out
+from distpc.circuits.statistics import read_out
 
 
 class BinomialBank(TableBank):
@@ -30,7 +30,7 @@ class BinomialBank(TableBank):
 
     def __init__(self, sizes: Sequence[int], num_units: int) -> None:
         super().__init__(sizes, num_units)
-        self.statistics = nn.Parameter(torch.empty(len(sizes), 2, num_units))
+        self.statistics = nn.Parameter(torch.empty(len(sizes), 2, num_units, device="meta"))
         self.pseudocount = 0.0
 
     def log_tables(self, tables: slice, size: int, dtype: torch.dtype) -> Tensor:
@@ -58,11 +58,6 @@ class BinomialBank(TableBank):
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         """A pseudocount in samples a unit."""
         self.pseudocount = pseudocount / num_samples
-
-    def init(self, noise: float, generator: torch.Generator) -> None:
-        """Random chances, as those of a categorical of two."""
-        shape = tuple(self.statistics.shape)
-        self.statistics.data = random_statistics(shape, noise, generator)
 
 
 class BinomialFunction(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
@@ -14,8 +15,10 @@ from distpc.circuits import families, queries
 from distpc.circuits.bank import Bank
 from distpc.circuits.compiled import MAX_FOLD_BYTES, compile_graph
 from distpc.circuits.evidence import Evidence, EvidenceReader
+from distpc.circuits.fill import fill_
 from distpc.circuits.footprint import footprint
 from distpc.circuits.gaussian import GaussianBank
+from distpc.circuits.random_start import RandomStart
 from distpc.circuits.scan import Scan
 from distpc.circuits.schedule import BankPlan
 from distpc.circuits.step import Exchange
@@ -52,11 +55,11 @@ class Circuit(nn.Module):
     Args:
         graph: the structure.
         num_categories: for each variable its number of categories; None for a real variable.
-        seed: of the random initial weights; None leaves parameters unset, and takes no memory for
-            them, for who writes all of them anyway.
+        seed: of the random initial weights.
         init_noise: 0 makes all weights uniform; 1 gives rows whose entries differ up to e^2-fold.
         max_fold_bytes: bound on the parameters that are evaluated, and gathered, together.
         device: where parameters are drawn and kept; a seed draws other ones on a GPU than here.
+            "meta": parameters take no memory and have no values, see `fill`.
 
     Attributes:
         any_rank: given whether this process needs the log-domain pass, whether any does. Where
@@ -74,7 +77,7 @@ class Circuit(nn.Module):
         graph: RegionGraph,
         num_categories: Sequence[int | None],
         *,
-        seed: int | None = 0,
+        seed: int = 0,
         init_noise: float = 1.0,
         max_fold_bytes: int = MAX_FOLD_BYTES,
         device: torch.device | str = "cpu",
@@ -111,8 +114,9 @@ class Circuit(nn.Module):
         self.dataset: dict[str, Any] = {}
         self.training_facts: dict[str, Any] = {}
         self.scan = Scan.find(self)
-        if seed is not None:
-            self._init(seed, init_noise, torch.device(device))
+        if torch.device(device).type != "meta":
+            fill_(self, RandomStart(self, seed, init_noise, device=device), device=device)
+            self.to(device)
 
     def __repr__(self) -> str:
         # torch's tree of modules shows the schedule, hundreds of lines that say little.
@@ -368,7 +372,13 @@ class Circuit(nn.Module):
         assert self.scan is not None
         # A scan keeps all messages: no replacement where some are to be computed again.
         alone = self.exchange is None and self.stretches is None
-        return alone and evidence.latents is None and self.scan.is_exact()
+        observed = evidence.latents is None and evidence.likelihoods is None
+        return alone and observed and self.scan.is_exact()
+
+    def blank(self) -> Circuit:
+        """The same circuit without values (or with the same, if it has any already)."""
+        shared = self.graph, self.schedule
+        return copy.deepcopy(self, {id(part): part for part in shared})
 
     def recompute_messages_(self) -> None:
         """Let training keep some messages only, and compute the others again in the backward pass.
@@ -380,7 +390,8 @@ class Circuit(nn.Module):
             self.graph, self.num_categories, self.max_fold_bytes, late_inputs=True
         )
         self._build_steps()
-        self.steps.to(self.device)
+        if self.device.type != "meta":
+            self.steps.to(self.device)
         self.stretches = footprint(self.graph, self.schedule, recompute=True).stretches
 
     def _build_steps(self) -> None:
@@ -393,17 +404,6 @@ class Circuit(nn.Module):
         self.steps = nn.ModuleList(self.step_list)
         units = [regions[plan.regions[0]].num_units for plan in self.schedule.steps]
         self.units = [range(count) for count in units]
-
-    def _init(self, seed: int, noise: float, device: torch.device) -> None:
-        if device.type != "cpu":
-            # Nothing has been written yet: a large circuit would take minutes by way of the host.
-            for parameter in self.parameters():
-                parameter.data = torch.empty_like(parameter, device=device)
-            self.to(device)
-        generator = torch.Generator(device).manual_seed(seed)
-        for bank in self.bank_list:
-            bank.init(noise, generator)
-        self.rescale_to_uses_()
 
 
 def _categories(given: Any, num_variables: int) -> tuple[int | None, ...]:

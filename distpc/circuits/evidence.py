@@ -22,11 +22,15 @@ class Evidence:
         codes: (V, B) int64 categories, -1 where missing (and for real variables).
         reals: (V, B) values of real variables, NaN where missing; None without real variables.
         latents: (Z, B) int64 values of latent variables, -1 where unobserved; or None.
+        likelihoods: (V, B, C) float32 logs, soft evidence: how likely what was seen is given each
+            category of a variable ("virtual evidence", Pearl 1988). Read by indicator inputs, in
+            place of codes; None: the values themselves are observed.
     """
 
     codes: Tensor
     reals: Tensor | None
     latents: Tensor | None
+    likelihoods: Tensor | None = None
 
     def select(self, samples: Tensor) -> Evidence:
         """The evidence of some samples (indices)."""
@@ -34,6 +38,7 @@ class Evidence:
             self.codes[:, samples],
             None if self.reals is None else self.reals[:, samples],
             None if self.latents is None else self.latents[:, samples],
+            None if self.likelihoods is None else self.likelihoods[:, samples],
         )
 
     def mask(self, latents: Tensor | None, units: range) -> Tensor | None:
@@ -116,6 +121,36 @@ class EvidenceReader:
             latents = self._latents(latents, len(x), device).t().long().contiguous()
             self._check(latents, self.latent_limits, "latent", "values of the latent", first)
         return Evidence(codes, reals, latents)
+
+    def read_soft(self, logs: Any, device: Any = None) -> Evidence:
+        """Soft evidence on all variables, for circuits whose inputs are all indicators.
+
+        Args:
+            logs: (B, V, C) log-likelihoods of what was seen of each variable given each of its
+                categories, up to a constant a sample; -inf rules a category out.
+            device: where the circuit's parameters are.
+
+        Raises:
+            EvidenceError: another shape than the variables', or NaN or +inf.
+        """
+        logs = _tensor(logs, device)
+        widths = set(self.num_categories)
+        width = next(iter(widths)) if len(widths) == 1 else None
+        shape = (len(self.num_categories), width)
+        if width is None or tuple(logs.shape[1:]) != shape or not logs.is_floating_point():
+            raise EvidenceError(
+                "soft evidence has another shape or type than the circuit's variables",
+                found=f"{logs.dtype} of shape {tuple(logs.shape)}",
+                expected=f"logs of shape (batch, {shape[0]}, {width or 'categories'})",
+            )
+        if not bool((logs < torch.inf).all()):
+            raise EvidenceError(
+                "soft evidence is not finite from above",
+                found="NaN or +inf",
+                expected="log-likelihoods, -inf where impossible",
+            )
+        codes = torch.full((shape[0], len(logs)), MISSING, device=logs.device)
+        return Evidence(codes, None, None, logs.float().transpose(0, 1).contiguous())
 
     def _samples(self, x: Any, device: Any) -> Tensor:
         x = _tensor(x, device)

@@ -37,7 +37,7 @@ class GaussianBank(Bank):
 
     def __init__(self, num_tables: int, num_units: int) -> None:
         super().__init__()
-        self.statistics = nn.Parameter(torch.empty(num_tables, 3, num_units))
+        self.statistics = nn.Parameter(torch.empty(num_tables, 3, num_units, device="meta"))
         self.register_buffer("centre", torch.zeros(num_tables, dtype=torch.float64))
         self.register_buffer("spread", torch.ones(num_tables, dtype=torch.float64))
         self.pseudocount = 0.0
@@ -86,14 +86,14 @@ class GaussianBank(Bank):
         moments = self.statistics / self.statistics[:, :1].clamp_min(1e-30)
         self.statistics.copy_(moments * torch.stack(list(uses)).unsqueeze(1))
 
-    def init(self, noise: float, generator: torch.Generator) -> None:
+    def draw(self, noise: float, generator: torch.Generator) -> Tensor:
         """Means spread by `noise` standard deviations, variance 1."""
         num_tables, _, num_units = self.statistics.shape
         mean = noise * torch.randn(
             (num_tables, num_units), generator=generator, device=generator.device
         )
         moments = [torch.ones_like(mean), mean, 1.0 + mean.square()]
-        self.statistics.data = torch.stack(moments, dim=1)
+        return torch.stack(moments, dim=1)
 
 
 class GaussianFunction(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.inputs import TableBank
+from distpc.circuits.look_up import scaled_rows_
 from distpc.circuits.lost import new_scale
 
 
@@ -66,5 +67,17 @@ class IndicatorBank(TableBank):
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         pass
 
-    def init(self, noise: float, generator: torch.Generator) -> None:
-        pass
+
+def weighted(logs: Tensor, mask: Tensor | None, in_logs: bool) -> tuple[Tensor, Tensor | None]:
+    """The message of indicator units under soft evidence: unit k is as likely as category k.
+
+    Args:
+        logs: (E, B, K) float32 log-likelihoods.
+        mask: of units that latent evidence leaves, if any.
+        in_logs: the domain.
+    """
+    if mask is not None:
+        logs = torch.where(mask, logs, -torch.inf)
+    if in_logs:
+        return logs.double(), None
+    return scaled_rows_(logs.clone(), is_log=True, mask=mask)

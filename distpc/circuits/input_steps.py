@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distpc.circuits.evidence import Evidence
 from distpc.circuits.gaussian import GaussianBank, ScaleLogsFunction
+from distpc.circuits.indicator import IndicatorBank, weighted
 from distpc.circuits.inputs import TableBank
 from distpc.circuits.schedule import BankPlan, Fanout, InputPlan
 from distpc.circuits.step import Message, Step
+from distpc.errors import EvidenceError
 
 
 class TableStep(Step):
@@ -44,6 +47,17 @@ class TableStep(Step):
         in_logs: bool,
     ) -> Message:
         assert isinstance(bank, TableBank)
+        if evidence.likelihoods is not None:
+            if not isinstance(bank, IndicatorBank):
+                raise EvidenceError(
+                    "soft evidence is read by indicator inputs alone",
+                    found=type(bank).__name__,
+                    fix="make the inputs of these variables indicators",
+                )
+            logs = evidence.likelihoods[self.variables[:, 0]]
+            # As banks give it: the scale still in one tensor, see `seal`.
+            made: Any = weighted(logs, evidence.mask(self.latents, units), in_logs)
+            return Message(*made)
         codes = evidence.codes[self.variables]
         index = torch.where(codes < 0, self.num_rows, codes + self.offsets.unsqueeze(-1))
         mask = evidence.mask(self.latents, units)

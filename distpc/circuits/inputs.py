@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distpc.circuits.bank import Bank
 from distpc.circuits.look_up import LookUpFunction
-from distpc.circuits.statistics import random_statistics, read_out
+from distpc.circuits.statistics import read_out
 
 _TABLES_AT_ONCE = 32
 """Tables whose flows are spread over neighbours together, to bound memory."""
@@ -161,7 +161,7 @@ class CategoricalBank(TableBank):
 
     def __init__(self, sizes: Sequence[int], num_units: int) -> None:
         super().__init__(sizes, num_units)
-        self.statistics = nn.Parameter(torch.empty(sum(sizes), num_units))
+        self.statistics = nn.Parameter(torch.empty(sum(sizes), num_units, device="meta"))
         self.register_buffer("starts", torch.tensor(self.offsets), persistent=False)
         self.pseudocount = 0.0
         self.register_buffer("kernel", None, persistent=False)
@@ -221,11 +221,6 @@ class CategoricalBank(TableBank):
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         """A pseudocount in samples a unit, spread over its categories."""
         self.pseudocount = pseudocount / num_samples
-
-    def init(self, noise: float, generator: torch.Generator) -> None:
-        """Random statistics."""
-        shape = tuple(self.statistics.shape)
-        self.statistics.data = random_statistics(shape, noise, generator)
 
     def shared_out_(self, flow: Tensor) -> Tensor:
         if self.kernel is None:

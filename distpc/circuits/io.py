@@ -6,14 +6,19 @@ Both are written under temporary names, the JSON last: a folder with `circuit.js
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from distpc.artifacts.files import file_digest, write_json
-from distpc.artifacts.tensors import read_tensors, write_tensors
+from distpc.artifacts.tensors import Entry, dtype_name, open_tensors, stream_tensors
+from distpc.circuits.fill import fill_
 from distpc.errors import DistpcError, ModelFileError
+from distpc.parallel.places import Split
 from distpc.structures.region_graph import RegionGraph
 
 if TYPE_CHECKING:
@@ -23,10 +28,23 @@ FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
 RESTORE = "copy the model folder again, or run the finetune stage again"
 DESCRIPTION = "circuit.json"
+_HOLDS = "model parameters"
+
+
+class InOrder(Protocol):
+    """What parameters and buffers can be read from without holding one of them."""
+
+    def in_order(self, name: str) -> Iterator[Tensor]:
+        """All elements of a tensor, some at a time, flattened."""
 
 
 def save_model(
-    circuit: Circuit, folder: Path, *, dataset: dict[str, Any], training: dict[str, Any]
+    circuit: Circuit,
+    folder: Path,
+    *,
+    dataset: dict[str, Any],
+    training: dict[str, Any],
+    values: InOrder | None = None,
 ) -> None:
     """Write a circuit into `folder`.
 
@@ -35,6 +53,8 @@ def save_model(
         folder: made where it is missing; files of an earlier model are replaced.
         dataset: description of the data (JSON values).
         training: facts about training worth keeping (JSON values).
+        values: where to read parameters and buffers, some elements at a time, of a circuit that has
+            none; None: the circuit's own.
 
     Raises:
         ResourceError: the disk is full.
@@ -42,7 +62,19 @@ def save_model(
     folder = Path(folder)
     # While the tensors are replaced, the old description must not vouch for the new file.
     (folder / DESCRIPTION).unlink(missing_ok=True)
-    num_bytes = write_tensors(folder / TENSORS, circuit.state_dict())
+    num_bytes, digest = stream_tensors(
+        folder / TENSORS,
+        [
+            Entry(
+                name,
+                dtype_name(tensor),
+                tuple(tensor.shape),
+                tensor.element_size(),
+                partial(values.in_order, name) if values else partial(_itself, tensor),
+            )
+            for name, tensor in circuit.state_dict().items()
+        ],
+    )
     pseudocount, leaf_pseudocount, num_samples = circuit.smoothing
     write_json(
         folder / DESCRIPTION,
@@ -60,7 +92,7 @@ def save_model(
             "tensors": {
                 "file": TENSORS,
                 "bytes": num_bytes,
-                "sha256": file_digest(folder / TENSORS),
+                "sha256": digest,
             },
             "dataset": dataset,
             "training": training,
@@ -74,61 +106,111 @@ def load_model(folder: Path | str) -> Circuit:
     Raises:
         ModelFileError: a file is missing, cut, damaged, or of a version this code cannot read.
     """
-    from distpc.circuits.circuit import Circuit
+    file = ModelFile(folder)
+    circuit = file.circuit()
+    fill_(circuit, file)
+    return circuit
 
-    folder = Path(folder)
-    description = read_description(folder / DESCRIPTION)
-    check_tensors(folder / TENSORS, description)
-    try:
-        graph = RegionGraph.from_json(description["graph"])
-        circuit = Circuit(
-            graph,
-            description["num_categories"],
-            max_fold_bytes=description["max_fold_bytes"],
-        )
-        circuit.set_smoothing(**description["smoothing"])
-        circuit.dataset = description["dataset"]
-        circuit.training_facts = description["training"]
-        layout = description["layout"]
-    except (KeyError, TypeError, ValueError, DistpcError) as error:
-        raise ModelFileError(
-            "a model's description is damaged",
-            where=folder / DESCRIPTION,
-            found=repr(error),
-            fix=RESTORE,
-        ) from error
-    if layout != _layout(circuit):
-        raise ModelFileError(
-            "a model's parameters are laid out in a way that this code does not read",
-            where=folder / DESCRIPTION,
-            fix="use the version of distpc that wrote it",
-        )
-    tensors, _ = read_tensors(folder / TENSORS, holds="model parameters", error=ModelFileError)
-    for name, bank in zip(circuit.banks, circuit.bank_list, strict=True):
-        # A bank has a mask only where edges were pruned.
-        if f"banks.{name}.mask" in tensors:
-            bank.register_buffer("mask", torch.ones_like(bank.statistics, dtype=torch.bool))
-    expected = {name: tuple(t.shape) for name, t in circuit.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if found != expected:
-        odd = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
-        raise ModelFileError(
-            "a model's tensors do not fit its region graph",
-            where=f"{folder / TENSORS}, tensor '{odd[0]}'",
-            found=found.get(odd[0], "no such tensor"),
-            expected=expected.get(odd[0], "no such tensor"),
-        )
-    for name, tensor in tensors.items():
+
+class ModelFile:
+    """A model folder whose tensors are read one by one, or in parts; see `fill.Source`.
+
+    Args:
+        folder: of the model.
+        verify: compare the tensors' checksum, which reads all of them once.
+
+    Raises:
+        ModelFileError: as `load_model`.
+    """
+
+    def __init__(self, folder: Path | str, *, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        self._tensors = self.folder / TENSORS
+        self._description = read_description(self.folder / DESCRIPTION)
+        check_tensors(self._tensors, self._description, verify=verify)
+
+    def circuit(self) -> Circuit:
+        """The circuit without values, its parameters on torch's meta device.
+
+        Raises:
+            ModelFileError: description and tensors do not belong together.
+        """
+        from distpc.circuits.circuit import Circuit
+
+        description = self._description
+        try:
+            graph = RegionGraph.from_json(description["graph"])
+            circuit = Circuit(
+                graph,
+                description["num_categories"],
+                max_fold_bytes=description["max_fold_bytes"],
+                device="meta",
+            )
+            circuit.set_smoothing(**description["smoothing"])
+            circuit.dataset = description["dataset"]
+            circuit.training_facts = description["training"]
+            layout = description["layout"]
+        except (KeyError, TypeError, ValueError, DistpcError) as error:
+            raise ModelFileError(
+                "a model's description is damaged",
+                where=self.folder / DESCRIPTION,
+                found=repr(error),
+                fix=RESTORE,
+            ) from error
+        if layout != _layout(circuit):
+            raise ModelFileError(
+                "a model's parameters are laid out in a way that this code does not read",
+                where=self.folder / DESCRIPTION,
+                fix="use the version of distpc that wrote it",
+            )
+        self._check_shapes(circuit)
+        return circuit
+
+    def part(self, name: str, split: Split | None, number: int) -> Tensor:
+        """A tensor, or one part of it.
+
+        Raises:
+            ModelFileError: it holds NaN or infinity.
+        """
+        with open_tensors(self._tensors, holds=_HOLDS, error=ModelFileError) as file:
+            stored = file.get_slice(name)
+            size = len(stored.get_shape())
+            place = [slice(None)] * size
+            if split is not None:
+                length = stored.get_shape()[split.dim] // split.parts
+                place[split.dim] = slice(number * length, (number + 1) * length)
+            # Not a view of the file, which may be replaced while the circuit is in use.
+            tensor: Tensor = stored[tuple(place)].clone() if size else file.get_tensor(name)
         if not tensor.isfinite().all():
             raise ModelFileError(
                 "a model holds NaN or infinity",
-                where=f"{folder / TENSORS}, layer '{name}'",
+                where=f"{self._tensors}, layer '{name}'",
                 found=f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} entries",
                 expected="finite statistics",
                 fix=RESTORE,
             )
-    circuit.load_state_dict(tensors)
-    return circuit
+        return tensor
+
+    def _check_shapes(self, circuit: Circuit) -> None:
+        with open_tensors(self._tensors, holds=_HOLDS, error=ModelFileError) as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for name, bank in zip(circuit.banks, circuit.bank_list, strict=True):
+            # A bank has a mask only where edges were pruned.
+            if f"banks.{name}.mask" in found:
+                bank.register_buffer("mask", torch.ones_like(bank.statistics, dtype=torch.bool))
+        expected = {name: tuple(t.shape) for name, t in circuit.state_dict().items()}
+        if found != expected:
+            odd = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+            raise ModelFileError(
+                "a model's tensors do not fit its region graph",
+                where=f"{self._tensors}, tensor '{odd[0]}'",
+                found=found.get(odd[0], "no such tensor"),
+                expected=expected.get(odd[0], "no such tensor"),
+            )
+
+
+def _itself(tensor: Tensor) -> Iterator[Tensor]:
+    yield tensor
 
 
 def _layout(circuit: Circuit) -> dict[str, list[int]]:
@@ -177,13 +259,16 @@ def read_description(path: Path, tensors: str = TENSORS) -> dict[str, Any]:
     return description
 
 
-def check_tensors(path: Path, description: dict[str, Any], where: str = DESCRIPTION) -> None:
+def check_tensors(
+    path: Path, description: dict[str, Any], where: str = DESCRIPTION, *, verify: bool = True
+) -> None:
     """Compare a file of tensors with what the model's JSON says of it.
 
     Args:
         path: of the tensors.
         description: the JSON.
         where: name of its file, for errors.
+        verify: compare the checksum, which reads the whole file.
 
     Raises:
         ModelFileError: the tensors are missing, cut or damaged.
@@ -214,7 +299,7 @@ def check_tensors(path: Path, description: dict[str, Any], where: str = DESCRIPT
             expected=f"{expected['bytes']} bytes",
             fix=RESTORE,
         )
-    digest = file_digest(path)
+    digest = file_digest(path) if verify else expected["sha256"]
     if digest != expected["sha256"]:
         raise ModelFileError(
             "a model's tensors are damaged",

@@ -36,7 +36,7 @@ class LogisticBank(TableBank):
 
     def __init__(self, sizes: Sequence[int], num_units: int) -> None:
         super().__init__(sizes, num_units)
-        self.statistics = nn.Parameter(torch.empty(len(sizes), 2, num_units))
+        self.statistics = nn.Parameter(torch.empty(len(sizes), 2, num_units, device="meta"))
 
     def log_tables(self, tables: slice, size: int, dtype: torch.dtype) -> Tensor:
         mean, log_scale = self.statistics[tables].to(dtype).unsqueeze(2).unbind(1)
@@ -70,7 +70,7 @@ class LogisticBank(TableBank):
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         pass
 
-    def init(self, noise: float, generator: torch.Generator) -> None:
+    def draw(self, noise: float, generator: torch.Generator) -> Tensor:
         """Means spread evenly over the range, in random order (noise 0: all in the middle)."""
         num_tables, _, num_units = self.statistics.shape
         order = torch.rand(
@@ -78,7 +78,7 @@ class LogisticBank(TableBank):
         ).argsort(-1)
         means = ((2.0 * order + 1.0) / num_units - 1.0) * min(noise, 1.0)
         scales = torch.full_like(means, INITIAL_LOG_SCALE)
-        self.statistics.data = torch.stack([means, scales], dim=1)
+        return torch.stack([means, scales], dim=1)
 
 
 def log_bins(mean: Tensor, log_scale: Tensor, size: int) -> Tensor:

@@ -5,7 +5,7 @@ Messages and flows are explained in `layers`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -15,7 +15,9 @@ from torch.autograd.function import once_differentiable
 from distpc.circuits.bank import Bank
 from distpc.circuits.blocks import Blocks
 from distpc.circuits.lost import TINY
-from distpc.circuits.statistics import Masked, random_statistics, read_out, row_scale
+from distpc.circuits.statistics import Masked, read_out, row_scale
+
+_ENTRIES_AT_ONCE = 2**22
 
 SURE = 1e-25
 """With more smoothing than this no weight, and so no unit of a sum, comes near TINY."""
@@ -124,7 +126,7 @@ class SumBank(Bank):
     ) -> None:
         super().__init__()
         self.blocks = Blocks(blocks, strided)
-        self.statistics = nn.Parameter(torch.empty(num_tables, num_units, fan_in))
+        self.statistics = nn.Parameter(torch.empty(num_tables, num_units, fan_in, device="meta"))
         self.smoothing = 0.0
         self.matmul_dtype = torch.float32
         self.register_buffer("mask", None)
@@ -148,6 +150,23 @@ class SumBank(Bank):
         """theta, shape (T, K', fan_in)."""
         return read_out(self.statistics.detach().to(dtype), self.floor)
 
+    def weight_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, range, Tensor]]:
+        """(table, units, theta (n, fan-in)) of all units, few enough at once to bound memory."""
+        num_tables, num_units, fan_in = self.statistics.shape
+        if self.statistics.numel() <= _ENTRIES_AT_ONCE:
+            weights = self.weights(dtype)
+            yield from ((table, range(num_units), weights[table]) for table in range(num_tables))
+            return
+        size = max(1, _ENTRIES_AT_ONCE // fan_in)
+        for table in range(num_tables):
+            for first in range(0, num_units, size):
+                units = range(first, min(first + size, num_units))
+                place = table, slice(units.start, units.stop)
+                floor: float | Masked = self.smoothing
+                if self.mask is not None:
+                    floor = Masked(self.smoothing, self.mask[place])
+                yield table, units, read_out(self.statistics.detach()[place].to(dtype), floor)
+
     def smallest_weights(self) -> Tensor:
         """The least weight of each matrix (T,)."""
         return _smallest(self.weights(), self.blocks)
@@ -170,11 +189,6 @@ class SumBank(Bank):
 
     def rescale_(self, uses: Sequence[Tensor]) -> None:
         self.statistics.copy_(self.weights() * torch.stack(list(uses)).unsqueeze(-1))
-
-    def init(self, noise: float, generator: torch.Generator) -> None:
-        """Random statistics."""
-        shape = tuple(self.statistics.shape)
-        self.statistics.data = random_statistics(shape, noise, generator)
 
     def set_smoothing(self, pseudocount: float, num_samples: int) -> None:
         """A pseudocount in samples a row, spread over its entries."""

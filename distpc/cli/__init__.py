@@ -12,6 +12,7 @@ from distpc.errors import DistpcError
 EXAMPLES = """examples:
   distpc run configs/digits.yaml
   distpc run configs/digits.yaml finetune.num_epochs=5 --out runs/short
+  distpc run configs/digits.yaml --until assign
   distpc run configs/fashion_mnist.yaml --dry-run
   distpc compare configs/digits_compare.yaml
   distpc plan configs/fashion_mnist.yaml --nodes 1 --gpus-per-node 8 --gpu-memory-gib 80

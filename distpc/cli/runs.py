@@ -35,6 +35,12 @@ def add_run(commands: Commands, examples: str) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_config(run)
+    run.add_argument(
+        "--until",
+        choices=[name for name in STAGE_HELP if name != "evaluate"],
+        metavar="STAGE",
+        help="stop after this stage: `assign` for latents without a circuit",
+    )
     run.set_defaults(command=_run, stage=None)
     for name, text in STAGE_HELP.items():
         stage = commands.add_parser(
@@ -108,7 +114,8 @@ def add_compare(commands: Commands) -> None:
         "  distpc compare configs/digits_compare.yaml\n"
         "  distpc compare configs/cifar_patches.yaml data.source.path=train.tar.gz "
         "data.source.test_path=test.tar.gz\n"
-        "  distpc compare configs/digits_compare.yaml 'compare.seeds=[0,1,2]' --dry-run\n",
+        "  distpc compare configs/digits_compare.yaml 'compare.seeds=[0,1,2]' --dry-run\n"
+        "  distpc compare configs/cifar_patches.yaml 'compare.only=[em_a,em_b,em_c,pixels]'\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="YAML file of the run, see docs/config.md")
@@ -202,9 +209,11 @@ def _run(options: argparse.Namespace) -> None:
         # Under a launcher every rank runs this command, and one speaks.
         if is_main_process():
             print(describe(pipeline, options.stage))
-            pipeline.check()
+            pipeline.check(whole=not (options.stage or options.until))
     elif options.stage:
         pipeline.run_stage(options.stage)
+    elif options.until:
+        pipeline.run_until(options.until)
     else:
         report = pipeline.run()
         if report is not None:

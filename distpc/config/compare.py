@@ -48,5 +48,7 @@ class CompareConfig(Section):
     variants: dict[str, Variant] = Field(default={})
     """By name; default: the standard list (tuned EM, random patches, shuffled features, random
     features, the data's own values, and the configured teacher)."""
+    only: list[str] = Field(default=[])
+    """Names of the variants to run; default: all of them."""
     num_parallel: int | None = Field(default=None, ge=1)
     """Runs at a time; default: as many as the cluster has CPUs (GPUs, where runs use them)."""

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distpc.config.compare import CompareConfig
+from distpc.config.distillation import DistillConfig
+from distpc.config.growing import check_progressive
 from distpc.config.integral import IntegralConfig
 from distpc.config.places import ArtifactsConfig
 from distpc.config.sources import Section, Source
@@ -165,6 +167,12 @@ class StructureConfig(Section):
     """Hidden states of the leaf HCLT (leaf hclt)."""
     leaf_num_groups: int = Field(default=1, ge=1)
     """Groups of clusters with a leaf HCLT body of their own, trained independently (leaf hclt)."""
+    leaf_latents: bool = False
+    """Make the hidden states inside of leaf HCLTs latents of their own, which distillation then
+    supervises, too (leaf hclt): every level of the circuit is counted, and none is random."""
+    leaf_tied: bool = False
+    """Share the emissions inside of a leaf HCLT among the pixels of a patch, one for each channel
+    (leaf hclt): the same parameters allow many more states."""
     tree_of: Literal["latents", "patch_means"] = "latents"
     """What the tree over the patches is learnt from: the patches' latents, or the mean values of
     their pixels, which needs no teacher (kind patches)."""
@@ -197,24 +205,13 @@ class StructureConfig(Section):
             raise ValueError(f"structure.num_input_units does not go with kind {self.kind}")
         if self.tied and self.kind in ("patches", "chow_liu"):
             raise ValueError(f"structure.tied does not go with kind {self.kind}")
+        for field in ("leaf_latents", "leaf_tied"):
+            if getattr(self, field) and (self.leaf, self.kind) != ("hclt", "patches"):
+                raise ValueError(
+                    f"structure.{field} is about leaf hclt of kind patches: "
+                    f"leaf is {self.leaf}, kind is {self.kind}"
+                )
         return self
-
-
-class DistillConfig(Section):
-    """Training on data and latents together."""
-
-    emission_noise: float = Field(default=0.1, ge=0, lt=1)
-    """Share of a random row mixed into counted leaf rows."""
-    transition_noise: float = Field(default=0.04, ge=0, lt=1)
-    """Share of a random row mixed into counted transition rows."""
-    pseudocount: float = Field(default=0.01, ge=0)
-    """Samples' worth of smoothing a row."""
-    leaf_epochs: int = Field(default=20, ge=1)
-    """Passes over a piece's patches (leaf hclt)."""
-    leaf_batch_size: int = Field(default=2048, ge=1)
-    """Patches in a batch (leaf hclt)."""
-    leaf_step_size: float = Field(default=0.5, gt=0, le=1)
-    """First step size of online EM in a piece; it falls linearly (leaf hclt)."""
 
 
 class FinetuneConfig(Section):
@@ -264,8 +261,16 @@ class FinetuneConfig(Section):
     """Adam's learning rate for parameters that follow gradients (discretised logistic inputs)."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest entry of a gradient of those parameters."""
+    fused: bool | None = None
+    """Train by the fused step in bfloat16, many times faster on a GPU (docs/gpu.md): one rank, rule
+    online_em, trees of dense sums over categorical leaves. None: on a GPU where it covers that."""
     init_noise: float = Field(default=1.0, gt=0)
     """Spread of random parameters: weights are proportional to exp(-init_noise * 2u), u uniform."""
+    reseed_every_epochs: float = Field(default=0.0, ge=0)
+    """How often dead states are started again from parts of the most used ones; 0: never. Not in
+    the last fifth of the training, which new states need to settle."""
+    reseed_below: float = Field(default=1e-4, gt=0)
+    """Uses a sample, over all positions, below which a state is dead."""
     evaluate_every_epochs: float = Field(default=1.0, gt=0)
     """How often the validation split is evaluated and a checkpoint may become the best one."""
     checkpoint_every_seconds: float = Field(default=60.0, ge=0)
@@ -280,6 +285,11 @@ class FinetuneConfig(Section):
         samples = [place for place, _ in self.milestones]
         if self.schedule == "piecewise" and (not samples or samples != sorted(samples)):
             raise ValueError("schedule piecewise needs milestones, by rising samples")
+        if self.reseed_every_epochs and self.rule not in ("online_em", "mini_batch_em"):
+            raise ValueError(
+                f"reseed_every_epochs: rule {self.rule} keeps more than the statistics that "
+                "re-seeding changes; use rule online_em or mini_batch_em"
+            )
         return self
 
 
@@ -310,6 +320,10 @@ class ParallelConfig(Section):
     recompute_messages: bool = False
     """Compute most messages again in the backward pass instead of keeping them for it: less memory
     for long chains and deep trees, and a third more products. Not with zero_stage 3."""
+    whole_circuit_gib: float = Field(default=8.0, ge=0)
+    """Where ranks share the parameters (zero_stage 3, node_parallel), rank 0 puts the whole circuit
+    together at validations, for samples, dead states and entropies, if it takes no more than
+    this."""
     check_replicas_every_steps: int = Field(default=50, ge=0)
     """Steps between two comparisons, bit by bit, of what ranks must hold alike; 0: never."""
     measure_every_steps: int = Field(default=100, ge=0)
@@ -333,8 +347,9 @@ class ParallelConfig(Section):
     join_seconds: float = Field(default=300.0, gt=0)
     """Time that all ranks have to join, under a launcher or on a Ray cluster."""
     lost_seconds: float = Field(default=120.0, ge=2)
-    """A rank that a launcher started and that gives no sign of life for this long is lost: all
-    ranks end."""
+    """A rank that gives no sign of life for this long is lost, and one that distpc started itself
+    also if it stands still for as long without computing and without waiting for others: all ranks
+    end."""
     wait_seconds: float = Field(default=86400.0, gt=0)
     """Time that the other ranks wait for rank 0 to finish one stage that it runs alone."""
 
@@ -403,6 +418,8 @@ class RunConfig(Section):
                 "without a teacher there are no latents to learn the tree from: set teacher.kind, "
                 "or structure.tree_of to patch_means"
             )
+        if self.distill.kind == "progressive" and distilled:
+            check_progressive(self)
         has_teacher = self.teacher.kind != "none"
         if kind == "hmm" and distilled != has_teacher:
             raise ValueError(

@@ -176,8 +176,9 @@ class TeacherConfig(Section):
     autoencoder; `vae`: variational autoencoder; `data2vec`: self-distillation. Trained here, of
     text: `causal_lm`, `masked_lm`: transformer language models. Pretrained: `hf_vision`: a Hugging
     Face vision model; `efficientnet`: EfficientNet-Lite0; `hf_text`: a Hugging Face language model
-    or encoder. Controls: `pixels`: the patch itself; `random`: a random projection of it; `onehot`:
-    the token itself. `none`: no distillation (structures without latents of a teacher)."""
+    or encoder. Controls: `pixels`: the patch itself; `random`: a random projection of it, of text
+    random vectors of a token and its context; `onehot`: the token itself. `none`: no distillation
+    (structures without latents of a teacher)."""
     sees: Literal["prefix", "suffix", "both"] = "suffix"
     """What the feature of a token depends on (teachers of text that read context): the token and
     those before it, the token and those behind it (what the state of a hidden Markov model has to
@@ -222,7 +223,7 @@ class TeacherConfig(Section):
     def of_kind(self) -> Any:
         """What of the settings counts for the configured kind (JSON values)."""
         if self.kind == "random":
-            return self.random_width
+            return {"width": self.random_width, "sees": self.sees}
         if self.kind in PRETRAINED:
             # Which folder does not matter: the digest of its files counts.
             chosen = self.pretrained.model_dump(mode="json", exclude={"folder"})

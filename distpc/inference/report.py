@@ -25,6 +25,7 @@ KEYS = (
     "num_parameters",
     "teacher",
     "latents",
+    "distillation",
     "stages",
     "peak_memory_bytes",
     "versions",
@@ -36,6 +37,8 @@ OF_DOCUMENTS = tuple(
 )
 """Figures that a text may have beside the others: of whole documents, with carried state."""
 LATENT_KEYS = ("num_clusters", "used", "usage_entropy_bits")
+DISTILLATION_KEYS = ("num_samples", "num_parameters", "states_never_used", "num_heads")
+"""Of the distilled circuit, beside its figures; the last only where heads were grown."""
 STAGE_KEYS = ("seconds", "fingerprint", "skipped")
 
 
@@ -52,8 +55,9 @@ def build_report(
     Returns:
         JSON values: config, dataset, seed, num_parameters, {train,valid,test}_bpd (text: _bpc
         or _bpt, perplexity, and `OF_DOCUMENTS`), integral (of integral circuits: figures for each
-        number of states), teacher, latents (None where the run has no
-        teacher), stages, peak_memory_bytes, versions.
+        number of states), teacher, latents (None where the run has no teacher), distillation (of
+        the circuit that fine-tuning started from, None where it started from random parameters),
+        stages, peak_memory_bytes, versions.
 
     Raises:
         ArtifactError: a stage whose facts are needed has not run, or left a fact out.
@@ -74,6 +78,7 @@ def build_report(
         **{name: evaluation[name] for name in (*OF_DOCUMENTS, "integral") if name in evaluation},
         "teacher": _teacher(run_dir, config, stages),
         "latents": _latents(run_dir, stages),
+        "distillation": _distillation(run_dir, config, spec, stages),
         "stages": {name: {key: stage[key] for key in STAGE_KEYS} for name, stage in stages.items()},
         "peak_memory_bytes": _peak_memory(run_dir, stages),
         "versions": versions(),
@@ -139,6 +144,17 @@ def _latents(run_dir: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str
     metadata = Artifact.open(run_dir / "assign").metadata
     _require(metadata, LATENT_KEYS, run_dir / "assign")
     return {name: metadata[name] for name in LATENT_KEYS}
+
+
+def _distillation(
+    run_dir: Path, config: RunConfig, spec: DatasetSpec, stages: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    if "distill" not in stages:
+        return None
+    metadata = Artifact.open(run_dir / "distill").metadata
+    names = (*DISTILLATION_KEYS, f"train_{spec.unit}", f"valid_{spec.unit}")
+    found = {name: metadata[name] for name in names if name in metadata}
+    return {"kind": config.distill.kind, **found}
 
 
 def _peak_memory(run_dir: Path, stages: Mapping[str, Mapping[str, Any]]) -> int:

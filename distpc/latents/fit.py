@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from distpc.latents.holder import ShardFacts, View
 from distpc.latents.kmeans import grid_bits
 from distpc.latents.lloyd import Lloyd
 from distpc.latents.principal import Projection, fit_projection
-from distpc.latents.questions import Holders
+from distpc.latents.questions import Holders, shard_of
 from distpc.latents.round_log import RoundLog
 from distpc.latents.seeding import (
     PLUS_PLUS_POINTS_PER_CLUSTER,
@@ -28,7 +30,7 @@ from distpc.latents.seeding import (
     SCALABLE_POINTS_PER_CLUSTER,
 )
 from distpc.latents.state import FitState
-from distpc.latents.store import FORMAT_VERSION, feature_shards
+from distpc.latents.store import FORMAT_VERSION, SUFFIX, feature_shards
 from distpc.parallel.cluster import Cluster
 from distpc.parallel.tally import Tally
 
@@ -39,6 +41,8 @@ _GROUPS_PER_WORKER = 4
 """Groups of shards that a worker is asked about in a round: enough to share them out evenly."""
 _MANY_CLUSTERS = 16_384
 """From here on the sums of a group are so large that there is one a worker."""
+_KEPT_SHARE = 1 + 1 / _GROUPS_PER_WORKER
+"""A worker's share of what is kept, over an equal one: a group more for whoever came first."""
 _VIEWS_AT_ONCE = 64
 """Shards whose different points are counted at once: most often the first few are enough."""
 
@@ -92,20 +96,26 @@ def holders_of(
         "projection": None
         if projection is None
         else (projection.mean.numpy(), projection.basis.numpy()),
+        "most_bytes": _share(features.path, projection, ctx.config.parallel.num_workers),
     }
     with cluster.pool(WORKER, kwargs, tally=tally) as pool:
 
-        def ask(method: str, items: Sequence[Any]) -> list[Any]:
-            answers = dict(pool.map(items, method=method))
-            return [answers[position] for position in range(len(items))]
-
-        def hold(method: str, items: Sequence[Any]) -> list[tuple[Any, Any]]:
-            answers = dict(pool.map(items, method=method, hold=True))
+        def ask(method: str, items: Sequence[Any], hold: bool = False) -> list[Any]:
+            needs = [shard_of(method, item) for item in items]
+            answers = dict(pool.map(items, method=method, hold=hold, needs=needs))
             return [answers[position] for position in range(len(items))]
 
         few = ctx.config.latents.num_clusters < _MANY_CLUSTERS
         groups = ctx.config.parallel.num_workers * (_GROUPS_PER_WORKER if few else 1)
-        yield Holders(ask, hold, cluster.put, groups)
+        yield Holders(ask, partial(ask, hold=True), cluster.put, groups)
+
+
+def _share(folder: Path, projection: Projection | None, num_workers: int) -> int:
+    """Bytes of features that a worker may keep, so that all keep little more than there are."""
+    total = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}"))
+    if projection is not None:
+        total = total * projection.basis.shape[1] // projection.basis.shape[0]
+    return math.ceil(_KEPT_SHARE * total / num_workers)
 
 
 def principal_directions(

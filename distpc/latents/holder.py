@@ -7,6 +7,7 @@ draw of it, D feature width, K clusters, M candidates.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,12 @@ from distpc.latents.kmeans import Totals, distinct_hashes, farthest, squares_of,
 from distpc.latents.nearest import assign_points
 from distpc.latents.principal import Moments, Projection, moments_of
 from distpc.latents.seeding import draw_points, generator, race
-from distpc.latents.store import StoredShard, read_shard, shard_path
+from distpc.latents.store import StoredShard, read_shard, read_tensors, shard_path
 from distpc.parallel.stopwatch import count
 
 Seed = tuple[int, ...]
 
-_READ_ROWS = 8192
+_READ_ROWS = 2048
 _MOST_KEYS_NAMED = 5
 
 
@@ -78,7 +79,11 @@ class _Nearest:
 
 
 class FeatureHolder:
-    """Answers questions about feature shards. A shard stays mapped after its first question.
+    """Answers questions about feature shards.
+
+    A shard is mapped for the time of a question only, so that its pages count as this worker's for
+    no longer: the system keeps them anyway as long as it has memory. What is kept beyond that, by
+    a worker that was first to be asked about a shard, is bounded.
 
     Args:
         folder: of the features stage.
@@ -87,6 +92,8 @@ class FeatureHolder:
         in_memory: keep a copy of the shards' float16 features instead of mapping their files.
         projection: mean (F,) and basis (F, D) that features of F columns go through first; what
             comes out is kept in float16.
+        most_bytes: that are kept of either; further shards are read, or projected, for every
+            question anew.
     """
 
     def __init__(
@@ -96,6 +103,7 @@ class FeatureHolder:
         device: str,
         in_memory: bool = False,
         projection: tuple[np.ndarray, np.ndarray] | None = None,
+        most_bytes: int = sys.maxsize,
     ) -> None:
         self._folder = Path(folder)
         self._fingerprint = fingerprint
@@ -105,7 +113,8 @@ class FeatureHolder:
         if projection is not None:
             mean, basis = projection
             self._projection = Projection(self._to_device(mean), self._to_device(basis))
-        self._shards: dict[str, Tensor] = {}
+        self._room = most_bytes
+        self._kept: dict[str, Tensor] = {}
         self._squares: dict[View, float] = {}
         self._nearest: dict[View, _Nearest] = {}
 
@@ -115,6 +124,9 @@ class FeatureHolder:
         Raises:
             LatentError: its features are not finite; names the samples.
         """
+        shard = read_shard(
+            shard_path(self._folder, name), "features", fingerprint=self._fingerprint
+        )
         rows = self._rows(name)
         points = rows.flatten(0, 1)
         sums = torch.zeros(points.shape[1], dtype=torch.float64)
@@ -125,7 +137,7 @@ class FeatureHolder:
             squares += float(exact.square().sum())
             largest = max(largest, float(exact.abs().max()) if len(exact) else 0.0)
         if not np.isfinite(squares):
-            raise _not_finite(self._read(name), rows)
+            raise _not_finite(shard, rows)
         return ShardFacts(len(rows), rows.shape[1], len(points), sums.numpy(), squares, largest)
 
     def moments(self, name: str) -> tuple[None, Moments]:
@@ -173,6 +185,8 @@ class FeatureHolder:
         """What points contribute to a Lloyd round: the sum of their squared lengths, for the
         driver; and their sums by cluster, which are held."""
         source, centroids, bits = item
+        # A round has no use for what another worker weighed in the end.
+        self._nearest.clear()
         points = self._taken(source)
         total = totals_of(points, self._to_device(centroids), bits)
         count(points=len(points))
@@ -264,27 +278,31 @@ class FeatureHolder:
 
     def _rows(self, name: str) -> Tensor:
         """(N, Z, D) float16."""
-        if name not in self._shards:
-            rows = self._read(name).rows
-            if self._projection is not None:
-                projected = self._projection(rows.flatten(0, 1))
-                rows = projected.view(*rows.shape[:2], -1)
-            elif self._in_memory:
-                rows = rows.clone()
-            self._shards[name] = rows
-        return self._shards[name]
+        if name in self._kept:
+            return self._kept[name]
+        rows = self._mapped(name)
+        if self._projection is not None:
+            projected = self._projection(rows.flatten(0, 1))
+            rows = projected.view(*rows.shape[:2], -1)
+        elif not self._in_memory:
+            return rows
+        if rows.nbytes <= self._room:
+            self._room -= rows.nbytes
+            self._kept[name] = rows if self._projection is not None else rows.clone()
+        return self._kept.get(name, rows)
 
-    def _read(self, name: str) -> StoredShard:
+    def _mapped(self, name: str) -> Tensor:
+        """(N, Z, F) float16, in its file."""
         path = shard_path(self._folder, name)
-        shard = read_shard(path, "features", fingerprint=self._fingerprint)
-        if shard.rows.ndim != 3 or shard.rows.dtype != torch.float16:
+        rows = read_tensors(path, "features", self._fingerprint)[0]["features"]
+        if rows.ndim != 3 or rows.dtype != torch.float16:
             raise LatentError(
                 "features have the wrong number of axes, or another type",
                 where=path,
-                found=f"shape {tuple(shard.rows.shape)}, {shard.rows.dtype}",
+                found=f"shape {tuple(rows.shape)}, {rows.dtype}",
                 expected="(samples, latents, width), torch.float16",
             )
-        return shard
+        return rows
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         # Arrays from the object store are read-only; torch wants to own what it may write to.

@@ -97,3 +97,15 @@ class Holders:
         order = np.argsort(np.concatenate(places), kind="stable")
         points: np.ndarray = np.concatenate(found)[order]
         return points
+
+
+def shard_of(question: str, item: Any) -> str | None:
+    """The shard that a question is about, the first one of a group; None when it is about none."""
+    if question in ("each", "sum_each"):
+        return shard_of(item[0], item[1][0])
+    if question in ("add", "show", "means"):
+        return None
+    # A name, a view, a draw of one, or a tuple that begins with one of them.
+    while not isinstance(item, str):
+        item = item[0]
+    return item

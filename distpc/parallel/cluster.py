@@ -289,11 +289,13 @@ def check_room(parallel: ParallelConfig, nodes: list[dict[str, float]], place: s
     room = count_places(parallel, nodes)
     if room >= parallel.num_workers:
         return
+    on_cpus = parallel.model_copy(update={"gpus_per_worker": 0.0})
+    lacks_gpus = count_places(on_cpus, nodes) >= parallel.num_workers
     total_cpus = sum(node.get("CPU", 0) for node in nodes)
     total_gpus = sum(node.get("GPU", 0) for node in nodes)
     raise ResourceError(
         f"{place} has no room for {parallel.num_workers} workers",
-        where="parallel.num_workers",
+        where=f"parallel.{'gpus_per_worker' if lacks_gpus else 'num_workers'}",
         found=f"{total_cpus:g} CPUs and {total_gpus:g} GPUs on {len(nodes)} machine(s): "
         f"room for {room} workers",
         expected=f"{parallel.num_workers} workers x {cpus:g} CPUs and {gpus:g} GPUs = "

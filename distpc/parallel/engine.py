@@ -257,6 +257,38 @@ class Engine:
             torch.distributed.broadcast(tensor.data, src=0)
 
 
+class Shards:
+    """Leaves of parameters what ZeRO 3 gives this rank, a module at a time, before an `Engine`.
+
+    So a model larger than one process can be made: fill a module, call this, fill the next one.
+
+    Args:
+        mesh, reduce_bucket, offload: as for the engine.
+    """
+
+    def __init__(self, mesh: Mesh, *, reduce_bucket: int = MOST_BUCKET, offload: bool = False):
+        collectives.start(mesh)
+        self._config = deepspeed_config(3, reduce_bucket, offload=offload)
+        self._mpu = ModelParallelUnit(mesh) if mesh.node_parallel > 1 else None
+        self._first: Any = None
+
+    def __call__(self, module: nn.Module) -> None:
+        """Shard a module's parameters; a collective of the data axis, whose values are equal."""
+        whole = [parameter for parameter in module.parameters() if not hasattr(parameter, "ds_id")]
+        if self._first is not None:
+            self._first.convert_to_zero_parameters(param_list=whole)
+        elif whole:
+            # In the words in which DeepSpeed's own optimizer asks for it.
+            deepspeed.zero.Init(
+                module=module,
+                data_parallel_group=self._mpu and self._mpu.get_data_parallel_group(),
+                dtype=torch.float32,
+                config_dict_or_path=self._config,
+                mpu=self._mpu,
+            )
+            self._first = whole[0]
+
+
 class ModelParallelUnit:
     """The mesh in the words in which DeepSpeed asks for it: its "model" axis is our node axis."""
 

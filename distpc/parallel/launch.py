@@ -20,12 +20,13 @@ import torch.distributed as dist
 
 from distpc.artifacts.files import write_json
 from distpc.config.schema import ParallelConfig
-from distpc.errors import DistpcError
+from distpc.errors import DistpcError, TrainingError
 from distpc.parallel.failures import Failure, first_own, first_rank, rank_failed, read_failure
-from distpc.parallel.mesh import check_devices, is_rank, launcher_name
+from distpc.parallel.mesh import check_devices, crowded, is_rank, launcher_name
 from distpc.parallel.meter import FIGURES
 from distpc.parallel.placement import LOST
 from distpc.parallel.processes import python_path
+from distpc.parallel.pulse import Lookout
 from distpc.parallel.rank import error_file, import_target, joined_mesh, log_file
 from distpc.parallel.world import World
 
@@ -44,6 +45,7 @@ def run_ranks(
     threads_per_rank: int,
     log_folder: Path,
     join_seconds: float = 300.0,
+    lost_seconds: float = 120.0,
 ) -> None:
     """Run `target` in R = `num_ranks` processes, joined in a process group.
 
@@ -62,11 +64,12 @@ def run_ranks(
         num_ranks: processes to start.
         threads_per_rank: CPU threads of each.
         log_folder: for logs and errors; made if missing.
-        join_seconds: to wait for places on a Ray cluster.
+        join_seconds: to wait for places on a Ray cluster, and for a rank's first sign of life.
+        lost_seconds: after which a rank that hangs is given up, see `pulse`.
 
     Raises:
         DistpcError: of the kind and with the fields that a rank raised.
-        TrainingError: a rank failed in another way or was killed; the other ranks are gone.
+        TrainingError: a rank failed in another way, was killed or hangs; the other ranks are gone.
         ResourceError: more ranks than GPUs, or no room on the cluster.
     """
     payload = json.loads(json.dumps(payload))
@@ -82,9 +85,9 @@ def run_ranks(
     for stale in [*log_folder.glob("error-*.json"), *log_folder.glob("rank-*.log")]:
         stale.unlink()
     write_json(log_folder / _PAYLOAD, payload)
-    job = _Job(target, num_ranks, threads_per_rank, log_folder)
+    job = _Job(target, num_ranks, threads_per_rank, log_folder, join_seconds, lost_seconds)
     on_cluster = launcher_name() == "ray"
-    failed = _run_on_cluster(job, join_seconds) if on_cluster else _run_here(job)
+    failed = _run_on_cluster(job) if on_cluster else _run_here(job)
     if failed:
         raise _error(failed, job)
 
@@ -116,11 +119,18 @@ class _Job:
     num_ranks: int
     num_threads: int
     log_folder: Path
+    join_seconds: float
+    lost_seconds: float
 
     def arguments(self, rank: int) -> list[str]:
         """Those of distpc.parallel.rank, but for the last: the parent's process id."""
         folder = self.log_folder.absolute()
-        return [self.target, str(folder / _PAYLOAD), str(folder), str(rank), str(self.num_threads)]
+        numbers = str(rank), str(self.num_threads), str(self.lost_seconds)
+        return [self.target, str(folder / _PAYLOAD), str(folder), *numbers]
+
+    def lookout(self, store: dist.Store) -> Lookout:
+        """Sees which of the ranks hang."""
+        return Lookout(store, self.num_ranks, self.lost_seconds, self.join_seconds)
 
     def environment(self, rank: int, local_rank: int, host: str, port: int) -> dict[str, str]:
         """Variables of a rank, beside those of the process that starts it."""
@@ -143,6 +153,9 @@ class _Job:
 def _run_here(job: _Job) -> dict[int, int]:
     """Run the ranks on this machine; exit codes of the failed."""
     check_devices(job.num_ranks)
+    warning = crowded(job.num_ranks, job.num_threads)
+    if warning is not None:
+        print(f"distpc: warning: {warning}", file=sys.stderr, flush=True)
     # This process holds the ranks' store, on a port that the kernel chose: no race for a free
     # port, and the port closes with this process.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -153,14 +166,14 @@ def _run_here(job: _Job) -> dict[int, int]:
             environment["LOCAL_WORLD_SIZE"] = str(job.num_ranks)
             output = log_file(job.log_folder, rank) if rank > 0 else None
             ranks.append(_LocalRank(job.arguments(rank), environment, output))
-        return _wait(ranks)
+        return _wait(ranks, job, job.lookout(store))
     finally:
         for started in ranks:
             started.end()
         del store
 
 
-def _run_on_cluster(job: _Job, join_seconds: float) -> dict[int, int]:
+def _run_on_cluster(job: _Job) -> dict[int, int]:
     """Run the ranks on the cluster at RAY_ADDRESS; exit codes of the failed."""
     from distpc.parallel.cluster import Cluster
 
@@ -171,7 +184,7 @@ def _run_on_cluster(job: _Job, join_seconds: float) -> dict[int, int]:
         cluster = stack.enter_context(Cluster.connect(request))
         host = cluster.address()
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        hosts = cluster.rank_hosts(job.num_ranks, job.num_threads, join_seconds)
+        hosts = cluster.rank_hosts(job.num_ranks, job.num_threads, job.join_seconds)
         stack.callback(hosts.close)
         ranks = []
         for rank in range(job.num_ranks):
@@ -186,7 +199,8 @@ def _run_on_cluster(job: _Job, join_seconds: float) -> dict[int, int]:
             def is_clear(failed: dict[int, int]) -> bool:
                 return LOST in failed.values() or first_own(_failures(job)) is not None
 
-            failed = _wait(ranks, relay.pass_on, gauges.pass_on, is_clear=is_clear)
+            meanwhile = relay.pass_on, gauges.pass_on
+            failed = _wait(ranks, job, job.lookout(store), *meanwhile, is_clear=is_clear)
         gauges.lost(list(failed))
         del store
     return failed
@@ -255,6 +269,8 @@ class _Relay:
 
 def _wait(
     ranks: Sequence[_Rank],
+    job: _Job,
+    lookout: Lookout,
     *meanwhile: Callable[[], None],
     is_clear: Callable[[dict[int, int]], bool] = lambda failed: True,
 ) -> dict[int, int]:
@@ -262,6 +278,9 @@ def _wait(
 
     The first that is seen to fail need not be the first that failed: the others have a moment to
     report, and longer while it is not clear what began it.
+
+    Raises:
+        TrainingError: a rank hangs.
     """
     since = None
     while True:
@@ -274,6 +293,8 @@ def _wait(
             waited = time.monotonic() - since
             if waited > _LOST_SECONDS or (waited > _GRACE_SECONDS and is_clear(failed)):
                 return failed
+        elif hanging := lookout.hanging([rank for rank, code in codes.items() if code is None]):
+            raise _hangs(*hanging, job)
         for action in meanwhile:
             action()
         time.sleep(_POLL_SECONDS)
@@ -300,6 +321,17 @@ def _error(failed: dict[int, int], job: _Job) -> DistpcError:
         how = f"failed: {failure.summary}"
         return rank_failed(rank, job.num_ranks, how, failure.trace, log)
     return rank_failed(rank, job.num_ranks, _manner(failed[rank]), _tail(log), log)
+
+
+def _hangs(rank: int, how: str, where: str, job: _Job) -> TrainingError:
+    return TrainingError(
+        f"training rank {rank} of {job.num_ranks} {how}",
+        where=log_file(job.log_folder, rank),
+        found=f"\n{where}" if where else "silence",
+        expected=f"a rank that moves within {job.lost_seconds:g} s (parallel.lost_seconds)",
+        fix="look for a stopped process, or a disk or network that does not answer, and run the "
+        "same command again: finished work is kept; if it was only slow, raise the limit",
+    )
 
 
 def _manner(code: int) -> str:

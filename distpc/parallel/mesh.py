@@ -180,6 +180,19 @@ def check_node_axis(num_ranks: int, node_parallel: int) -> None:
         )
 
 
+def crowded(num_local_ranks: int, threads_per_rank: int) -> str | None:
+    """A line on ranks that have to share this machine's cores; None where each has its own."""
+    cores = len(os.sched_getaffinity(0))
+    needed = num_local_ranks * threads_per_rank
+    if torch.cuda.is_available() or needed <= cores:
+        return None
+    return (
+        f"{num_local_ranks} ranks of {threads_per_rank} thread{'s' * (threads_per_rank > 1)} share "
+        f"{cores} core{'s' * (cores > 1)}: they take turns, and a step takes about "
+        f"{needed / cores:.3g} times as long as with {needed} cores"
+    )
+
+
 def check_devices(num_local_ranks: int) -> None:
     """Refuse more processes on this machine than it has GPUs, where it has any.
 

@@ -102,7 +102,7 @@ class Meter:
         with _collectives(self.mesh.device) as intervals:
             began = time.perf_counter()
             yield
-            _finish(self.mesh.device)
+            finish(self.mesh.device)
             busy = time.perf_counter() - began
         seconds = busy + data_seconds
         communication = min(covered(intervals), busy)
@@ -153,10 +153,10 @@ def matmul_flops(device: torch.device) -> float:
     a = torch.rand(size, size, device=device)
     seconds = []
     for _ in range(_TRIALS):
-        _finish(device)
+        finish(device)
         began = time.perf_counter()
         a @ a
-        _finish(device)
+        finish(device)
         seconds.append(time.perf_counter() - began)
     return 2.0 * size**3 / min(seconds)
 
@@ -169,7 +169,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
     """Wait for what was asked of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

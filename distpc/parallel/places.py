@@ -47,12 +47,33 @@ class Split:
         """The elements of a whole tensor in the order in which they are counted."""
         return torch.cat([self.part(whole, n).reshape(-1) for n in range(self.parts)])
 
+    def index_of(self, element: int, shape: Iterable[int]) -> tuple[int, ...]:
+        """Where the element of that number lies in the whole tensor of `shape`."""
+        part = list(shape)
+        part[self.dim] //= self.parts
+        number, within = divmod(element, math.prod(part))
+        index = unravelled(within, part)
+        return (
+            *index[: self.dim],
+            index[self.dim] + number * part[self.dim],
+            *index[self.dim + 1 :],
+        )
+
     def joined(self, elements: Tensor, shape: Iterable[int]) -> Tensor:
         """The whole tensor of `shape` from its elements in that order."""
         part = list(shape)
         part[self.dim] //= self.parts
         parts = elements.view(self.parts, math.prod(part))
         return torch.cat([values.view(part) for values in parts], self.dim)
+
+
+def unravelled(element: int, shape: Iterable[int]) -> tuple[int, ...]:
+    """The index of an element of a flattened tensor of `shape`."""
+    index: list[int] = []
+    for size in reversed(list(shape)):
+        element, place = divmod(element, size)
+        index.insert(0, place)
+    return tuple(index)
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,12 @@ class Place:
     holder: Tensor | None
     offset: int
     split: Split | None = None
+
+    def index_of(self, number: int) -> tuple[int, ...]:
+        """Where its element `number` lies in the whole tensor."""
+        if self.split is None:
+            return unravelled(self.start + number, self.shape)
+        return self.split.index_of(self.start + number, self.shape)
 
     def part(self, start: int, stop: int) -> Place:
         """The elements start .. stop - 1 of this place, counted from its own first."""

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ class _Job:
 
     items: Sequence[Any]
     method: str
+    needs: Sequence[Hashable | None]
     queue: ItemQueue
     retries: int
     ahead: int
@@ -118,7 +119,7 @@ class Pool:
             max_concurrency=1 + ahead,
         )
         self._workers: dict[int, _Worker] = {}
-        self._homes: dict[int, int] = {}
+        self._homes: dict[Hashable, int] = {}
         self._told = False
         self._cause = ""
         self._stillborn = 0
@@ -141,12 +142,12 @@ class Pool:
         ahead: int | None = None,
         release: bool = False,
         lost: Literal["raise", "yield"] = "raise",
+        needs: Sequence[Hashable | None] = (),
     ) -> Iterator[tuple[int, Any]]:
         """Yield (index, result) of every item as it is finished.
 
         A worker that dies (killed, out of memory) is replaced and its item tried again, so
-        results must not depend on which worker made them or how often. In later calls item i goes
-        preferably to the worker that had item i before.
+        results must not depend on which worker made them or how often.
 
         Args:
             items: arguments, one a call; handles of `Cluster.put` inside their dicts, lists and
@@ -161,6 +162,8 @@ class Pool:
             release: let workers go as soon as nothing is left for them to take.
             lost: what to do about an item whose workers all died: raise an error, or yield `Lost`
                 in place of its result.
+            needs: of each item, what a worker may have kept from an earlier call (the name of a
+                file; None for nothing): it goes preferably to the worker that had it first.
 
         Raises:
             DistpcError: the worker's code raised it, or raised something else, which it names;
@@ -171,7 +174,8 @@ class Pool:
         job = _Job(
             items,
             method,
-            ItemQueue(len(items), self._homes),
+            needs,
+            ItemQueue(len(items), self._homes_of(needs)),
             self._parallel.max_worker_restarts if retries is None else retries,
             self._ahead if ahead is None else min(ahead, self._ahead),
             hold,
@@ -190,6 +194,12 @@ class Pool:
                 if progress is not None:
                     progress.advance()
                 yield task.index, (outcome.value, task.held) if hold else outcome.value
+
+    def _homes_of(self, needs: Sequence[Hashable | None]) -> dict[int, int]:
+        """The workers that have what items need, by item."""
+        # Of those that are no more the memory is lost.
+        self._homes = {need: n for need, n in self._homes.items() if n in self._workers}
+        return {i: self._homes[need] for i, need in enumerate(needs) if need in self._homes}
 
     @property
     def num_workers(self) -> int:
@@ -222,7 +232,8 @@ class Pool:
                 if outcome is not None:
                     if outcome.error is not None:
                         raise outcome.error
-                    self._homes[task.index] = task.worker
+                    if job.needs and job.needs[task.index] is not None:
+                        self._homes.setdefault(job.needs[task.index], task.worker)
                     # Before the caller computes with the result: no worker should wait for that.
                     self._hand_out(job)
                     if outcome.work is not None:

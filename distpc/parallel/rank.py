@@ -1,6 +1,6 @@
 """One process of `launch.run_ranks`:
 
-python -m distpc.parallel.rank TARGET PAYLOAD_FILE LOG_FOLDER RANK THREADS PARENT
+python -m distpc.parallel.rank TARGET PAYLOAD_FILE LOG_FOLDER RANK THREADS LOST_SECONDS PARENT
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -62,20 +63,33 @@ def joined_mesh(num_threads: int | None = None) -> Iterator[Mesh]:
         collectives.finish()
 
 
+@contextlib.contextmanager
+def _signs_of_life(rank: int, lost_seconds: float) -> Iterator[None]:
+    """Inside, the process that started this one sees that it lives, and whether it moves."""
+    import torch.distributed as dist
+
+    from distpc.parallel.pulse import Pulse
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with Pulse(dist.TCPStore(host, port, is_master=False), rank, lost_seconds):
+        yield
+
+
 def main(arguments: list[str]) -> int:
     """Run the target that the arguments name; leave any error as JSON for the launcher."""
-    target, payload_file, log_folder, rank, num_threads, parent = arguments
+    target, payload_file, log_folder, rank, num_threads, lost_seconds, parent = arguments
     die_with_parent(int(parent))
     payload = json.loads(Path(payload_file).read_text())
     try:
-        function = import_target(target)
-        with joined_mesh(int(num_threads)) as mesh:
-            try:
-                function(payload, mesh)
-            except (Exception, SystemExit) as error:
-                # Before leaving the group, which makes the other ranks fail in their turn.
-                _leave(error, Path(log_folder), int(rank))
-                return 1
+        with _signs_of_life(int(rank), float(lost_seconds)):
+            function = import_target(target)
+            with joined_mesh(int(num_threads)) as mesh:
+                try:
+                    function(payload, mesh)
+                except (Exception, SystemExit) as error:
+                    # Before leaving the group, which makes the other ranks fail in their turn.
+                    _leave(error, Path(log_folder), int(rank))
+                    return 1
     except Exception as error:
         _leave(error, Path(log_folder), int(rank))
         return 1

@@ -11,14 +11,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from distpc.parallel.meter import peak_memory_bytes
+from distpc.parallel.meter import finish, matmul_flops, peak_memory_bytes
 
 PARTS = ("read", "wait", "compute", "write", "idle")
 """Reading and decoding files; waiting for another call of the same worker; computing, which
@@ -36,6 +38,8 @@ class Work:
         counts: of what it worked through, by name.
         age_seconds: from the worker's start to the end of the call.
         peak_memory_bytes: most that the worker held so far.
+        tflops: 1e12 operations a second of its computing, where this call's were counted.
+        device_peak_fraction: of what products of matrices reach on the worker's device.
     """
 
     worker: str
@@ -43,6 +47,8 @@ class Work:
     counts: dict[str, int] = field(default_factory=dict)
     age_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    tflops: float | None = None
+    device_peak_fraction: float | None = None
 
 
 @dataclass
@@ -89,6 +95,36 @@ def count(**amounts: int) -> None:
             counts[name] = counts.get(name, 0) + amount
 
 
+class Operations(TorchDispatchMode):
+    """Counts the floating-point operations of products and convolutions inside, of this thread.
+
+    As torch's own `FlopCounterMode`, without that one's hooks in the modules of all threads.
+
+    Attributes:
+        total: a multiply-add is two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None:
+            # In inference mode some operations come here before they fall into their parts.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
+
+
 class Stopwatch:
     """Times the calls of a worker, which several threads may make at a time.
 
@@ -100,7 +136,8 @@ class Stopwatch:
         self._device = device
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._lock = threading.Lock()
-        self._running = 0
+        self._running = self._calls = 0
+        self._device_flops: float | None = None
         self._free_since = self._began = time.monotonic()
 
     @contextmanager
@@ -111,9 +148,16 @@ class Stopwatch:
             if not self._running:
                 work.seconds["idle"] = began - self._free_since
             self._running += 1
+            self._calls += 1
+            # Counting takes time: the 1st, 2nd, 4th, 8th ... call.
+            is_counted = self._calls.bit_count() == 1
         token = _call.set(_Call(work))
+        operations = Operations()
         try:
-            yield work
+            with operations if is_counted else nullcontext():
+                yield work
+            if is_counted:
+                finish(self._device)
         finally:
             _call.reset(token)
             ended = time.monotonic()
@@ -124,3 +168,12 @@ class Stopwatch:
             with self._lock:
                 self._running -= 1
                 self._free_since = ended
+                if operations.total:
+                    self._rate(work, operations.total)
+
+    def _rate(self, work: Work, operations: int) -> None:
+        """Operations a second of a call, and what the device can do at most: seen once."""
+        if self._device_flops is None:
+            self._device_flops = matmul_flops(self._device)
+        flops = operations / max(work.seconds["compute"], 1e-9)
+        work.tflops, work.device_peak_fraction = flops / 1e12, flops / self._device_flops

@@ -71,6 +71,9 @@ class Tally:
         self._counts[work.worker].update(work.counts)
         own |= _rates(self._counts[work.worker], work.age_seconds)
         own["peak_memory_bytes"] = float(work.peak_memory_bytes)
+        if work.tflops is not None and work.device_peak_fraction is not None:
+            own["tflops"] = work.tflops
+            own["device_peak_fraction"] = work.device_peak_fraction
         if self._ended - self._shown >= SHOW_SECONDS:
             self._show()
 
@@ -87,6 +90,18 @@ class Tally:
             "most_workers": self._most,
             "lost_workers": self.lost,
             "peak_memory_bytes": int(max(peaks, default=0)),
+            **self._speeds(),
+        }
+
+    def _speeds(self) -> dict[str, float]:
+        """Of the workers whose operations were counted, each at its last counted call."""
+        counted = [own for own in self._workers.values() if "tflops" in own]
+        if not counted:
+            return {}
+        fractions = [own["device_peak_fraction"] for own in counted]
+        return {
+            "tflops": round(sum(own["tflops"] for own in counted), 6),
+            "device_peak_fraction": round(sum(fractions) / len(fractions), 4),
         }
 
     @property

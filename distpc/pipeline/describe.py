@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def describe(pipeline: Pipeline, stage: str | None = None) -> str:
 def _circuit(pipeline: Pipeline) -> list[str]:
     from distpc.data.shards import source_spec
     from distpc.parallel.memory import share
-    from distpc.parallel.mesh import check_node_axis
+    from distpc.parallel.mesh import check_node_axis, crowded
     from distpc.training.needs import layout_of, peak_bytes, planned_costs, state_copies
     from distpc.training.structure import sketch
 
@@ -65,6 +66,11 @@ def _circuit(pipeline: Pipeline) -> list[str]:
         num_micro_batches=pieces,
         state_copies=state_copies(config),
     )
+    warning = (
+        None
+        if "RAY_ADDRESS" in os.environ
+        else crowded(parallel.num_ranks, parallel.threads_per_rank)
+    )
     return [
         f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables",
         f"circuit: {config.structure.kind}, {len(graph.regions)} regions, "
@@ -72,6 +78,7 @@ def _circuit(pipeline: Pipeline) -> list[str]:
         f"ranks: {parallel.num_ranks} (node axis x data axis: {layout.name}); bytes per rank: "
         + ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
         + f", total {sum(sizes.values()):,}",
+        *([] if warning is None else [f"warning: {warning}"]),
     ]
 
 

@@ -9,6 +9,8 @@ from distpc.config import RunConfig
 from distpc.config.sources import SizesSource
 from distpc.data.shards import colored, source_spec
 from distpc.data.spec import DatasetSpec
+from distpc.parallel.memory import Layout
+from distpc.parallel.mesh import crowded
 from distpc.pipeline.plan import (
     Cluster,
     Job,
@@ -20,6 +22,7 @@ from distpc.pipeline.plan import (
     reason,
 )
 from distpc.training.needs import host_bytes, planned_costs, state_copies
+from distpc.training.rules import RULES
 from distpc.training.structure import sketch
 
 _SHOWN = 12
@@ -107,17 +110,32 @@ def _lines(
         f"why        {reason(chosen, found)}",
         f"memory     {in_bytes(chosen.peak)} a rank at its peak: {in_words(chosen.memory)}",
     ]
-    host = host_bytes(job.costs, layout)
+    first, other = (_host_bytes(config, job, layout, shows=shows) for shows in (True, False))
+    machine = first + (cluster.gpus_per_host - 1) * other
     lines.append(
-        f"host       {in_bytes(host)} a rank to build the circuit, "
-        f"{in_bytes(cluster.gpus_per_host * host)} a machine"
+        f"host       {in_bytes(other)} a rank to make its share of the circuit, "
+        f"{in_bytes(first)} rank 0, which shows figures; {in_bytes(machine)} its machine"
     )
     lines.append(
         f"set        parallel.num_ranks={cluster.gpus_per_host} (a host) "
         f"parallel.node_parallel={layout.node_axis} parallel.zero_stage={layout.zero_stage} "
         f"finetune.micro_batch_size={chosen.micro_batch}"
     )
+    # Several machines cannot be this one.
+    warning = crowded(cluster.gpus_per_host, config.parallel.threads_per_rank)
+    if cluster.hosts == 1 and warning is not None:
+        lines.append(f"warning    if this machine runs it: {warning}")
     return lines
+
+
+def _host_bytes(config: RunConfig, job: Job, layout: Layout, *, shows: bool) -> int:
+    """Of a rank that shows figures of the whole circuit, or of any other."""
+    return host_bytes(
+        job.costs,
+        layout,
+        keeps_statistics=RULES[config.finetune.rule].keeps_statistics,
+        whole_circuit_bytes=config.parallel.whole_circuit_gib * 2**30 * shows,
+    )
 
 
 def _table(found: list[Option], chosen: Option) -> list[str]:
@@ -170,7 +188,8 @@ def _values(
         "config": config.name,
         "num_parameters": job.costs.num_parameters,
         "batch": job.batch,
-        "host_bytes_per_rank": host_bytes(job.costs, chosen.layout),
+        "host_bytes_per_rank": _host_bytes(config, job, chosen.layout, shows=False),
+        "host_bytes_of_rank_0": _host_bytes(config, job, chosen.layout, shows=True),
         "flop_per_step": 6 * job.costs.multiply_adds * job.batch,
         "cluster": {
             "nodes": cluster.hosts,

@@ -103,13 +103,16 @@ class Pipeline:
         with self._leading("run") as leads:
             if not leads:
                 return None
-            self.check()
+            self.check(whole=True)
             with self._owned():
                 self.run_stages()
                 return self._write_report()
 
-    def check(self) -> None:
+    def check(self, *, whole: bool = False) -> None:
         """Refuse what cannot work, before anything is written or removed.
+
+        Args:
+            whole: of all stages, those after the latents included.
 
         Raises:
             ConfigError, DataError, ResourceError: see `check_run`.
@@ -118,8 +121,11 @@ class Pipeline:
         """
         from distpc.pipeline.preflight import check_run
         from distpc.pipeline.sharing import check_places
+        from distpc.training.structure import check_codebook
 
         check_places(self.config.artifacts, self.folder)
+        if whole and "structure" in self.stages:
+            check_codebook(self.config)
         steps = self.steps()
         if "shards" in self.stages and any(step.state != "done" for step in steps):
             is_written = steps[0].state == "done"
@@ -134,15 +140,23 @@ class Pipeline:
                 self._bring_up(step)
 
     def run_until(self, name: str) -> None:
-        """Bring the stages up to `name` up to date, and no further."""
+        """Bring the stages up to `name` up to date, and no further.
+
+        Raises:
+            ArtifactError: the config needs no such stage.
+        """
         from distpc.parallel.cluster import Cluster
 
-        self.check()
-        with self._owned(), Cluster.session():
-            for step in self.steps():
-                self._bring_up(step)
-                if step.stage.name == name:
-                    return
+        with self._leading(f"run --until {name}") as leads:
+            if not leads:
+                return
+            self._refuse_unneeded(name)
+            self.check()
+            with self._owned(), Cluster.session():
+                for step in self.steps():
+                    self._bring_up(step)
+                    if step.stage.name == name:
+                        return
 
     def run_stage(self, name: str) -> Artifact | None:
         """Run one stage, whose inputs must be done.
@@ -161,14 +175,8 @@ class Pipeline:
                 return self._run_stage(name)
 
     def _run_stage(self, name: str) -> Artifact:
+        self._refuse_unneeded(name)
         steps = {step.stage.name: step for step in self.steps()}
-        if name not in steps:
-            raise ArtifactError(
-                f"this configuration has no stage '{name}'",
-                where=self.folder,
-                found=f"teacher.kind={self.config.teacher.kind}, "
-                f"finetune.initialization={self.config.finetune.initialization}",
-            )
         for needed in self._inputs(self.stages[name]):
             if steps[needed].state != "done":
                 raise ArtifactError(
@@ -180,6 +188,15 @@ class Pipeline:
         if name == "evaluate":
             self._write_report()
         return artifact
+
+    def _refuse_unneeded(self, name: str) -> None:
+        if name not in self.stages:
+            raise ArtifactError(
+                f"this configuration has no stage '{name}'",
+                where=self.folder,
+                found=f"teacher.kind={self.config.teacher.kind}, "
+                f"finetune.initialization={self.config.finetune.initialization}",
+            )
 
     @contextlib.contextmanager
     def _leading(self, command: str) -> Iterator[bool]:

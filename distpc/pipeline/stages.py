@@ -58,7 +58,7 @@ def _fit(config: RunConfig) -> Any:
 
 def _structure(config: RunConfig) -> Any:
     structure = config.structure
-    leaf = ("leaf", "leaf_num_states", "leaf_num_groups")
+    leaf = ("leaf", "leaf_num_states", "leaf_num_groups", "leaf_latents", "leaf_tied")
     of_patches = ("tree_of", *leaf)
     if structure.kind != "patches":
         return _values(structure, without=of_patches), config.seed
@@ -70,8 +70,16 @@ def _structure(config: RunConfig) -> Any:
 
 
 def _distill(config: RunConfig) -> Any:
-    leaf = ("leaf_epochs", "leaf_batch_size", "leaf_step_size")
-    unused = leaf if config.structure.leaf == "product" else ()
+    of_leaf = ("leaf_epochs", "leaf_batch_size", "leaf_step_size")
+    inner = ("inner_pixel", "inner_near")
+    counted = config.structure.leaf == "product" or config.structure.leaf_latents
+    unused: tuple[str, ...] = of_leaf if counted else ()
+    unused += () if config.structure.leaf_latents else inner
+    if config.distill.kind == "plain":
+        unused += ("growing",)
+    else:
+        # States of leaf circuits are made in this stage, and nothing is counted under them.
+        unused += of_leaf
     return _values(config.distill, without=unused), config.seed
 
 
@@ -146,9 +154,10 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "distill",
         "distpc.training.distill:run",
-        (*DATA, "assign", "structure"),
+        (*DATA, "features", "assign", "structure"),
         _distill,
         is_distilled,
+        unread=lambda config: () if config.distill.kind == "progressive" else ("features",),
     ),
     Stage("finetune", "distpc.training.finetune:run", (*DATA, "structure", "distill"), _finetune),
     Stage(

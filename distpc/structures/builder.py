@@ -75,7 +75,7 @@ class GraphBuilder:
         tree: Tree,
         emissions: Sequence[int],
         *,
-        with_latents: bool = True,
+        first_latent: int | None = 0,
         transition_ties: Sequence[str] | None = None,
         mix: Callable[[int, int, str | None], int] | None = None,
     ) -> int:
@@ -84,7 +84,7 @@ class GraphBuilder:
         Args:
             tree: over the latents.
             emissions: for each node the region whose unit k is its emission in state k.
-            with_latents: whether node v's region carries latent v.
+            first_latent: node v's region carries latent `first_latent` + v; None: no latents.
             transition_ties: for each node the tie of the sum on the edge to its parent.
             mix: makes the region of that edge from (units, child, tie); default: a dense sum.
 
@@ -99,8 +99,9 @@ class GraphBuilder:
             for child in tree.children[node]:
                 tie = None if transition_ties is None else transition_ties[child]
                 factors.append(mix(units, states[child], tie))
-            if with_latents or len(factors) > 1:
-                states[node] = self.product(factors, node if with_latents else None)
+            latent = None if first_latent is None else first_latent + node
+            if latent is not None or len(factors) > 1:
+                states[node] = self.product(factors, latent)
             else:
                 states[node] = emissions[node]
         return states[tree.root]

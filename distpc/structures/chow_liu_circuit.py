@@ -41,7 +41,7 @@ def chow_liu_circuit(tree: Tree, num_categories: Sequence[int]) -> RegionGraph:
     for variable, categories in enumerate(num_categories):
         units = check_size(f"num_categories[{variable}]", categories)
         indicators.append(builder.input(units, variable, family=INDICATOR))
-    return builder.finish(builder.hidden_tree(tree, indicators, with_latents=False), tree.num_nodes)
+    return builder.finish(builder.hidden_tree(tree, indicators, first_latent=None), tree.num_nodes)
 
 
 def chow_liu_tables(model: ChowLiuModel) -> tuple[RegionGraph, dict[int, np.ndarray]]:

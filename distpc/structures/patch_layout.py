@@ -61,7 +61,11 @@ class PatchLayout:
             StructureError: the graph is of another kind.
         """
         regions = graph.regions
-        owners = {r.latent: i for i, r in enumerate(regions) if r.latent is not None}
+        owners = {
+            region.latent: index
+            for index, region in enumerate(regions)
+            if region.latent is not None and not _is_inside(regions, region)
+        }
         tied: dict[str, int] = {}
         for index, region in enumerate(regions):
             if region.tie is not None:
@@ -88,9 +92,21 @@ class PatchLayout:
             transitions=tuple(transitions),
             emissions=tuple(emissions),
             variables=np.array(variables, dtype=np.int64),
-            leaf=_leaf_shape(regions, emissions[0]),
+            leaf=_leaf_shape(regions, emissions[0], variables[0]),
             tied=tied,
         )
+
+
+def _patch_variables(regions: tuple[Region, ...], emission: int) -> list[int]:
+    """The variables below a patch's emission in the order in which the patch has them: its leaves
+    (those of the first group) lie in it."""
+    found = [regions[index].variable for index in _below(regions, emission)]
+    return list(dict.fromkeys(variable for variable in found if variable is not None))
+
+
+def _is_inside(regions: tuple[Region, ...], region: Region) -> bool:
+    """Whether a latent's region is one inside of a leaf: those have a variable of their own."""
+    return any(regions[child].kind == "input" for child in region.children)
 
 
 def _below(regions: tuple[Region, ...], top: int) -> list[int]:
@@ -102,19 +118,15 @@ def _below(regions: tuple[Region, ...], top: int) -> list[int]:
     return sorted(found)
 
 
-def _position(region: Region) -> int:
-    """In-patch number at the end of a tie such as leaf/0/emission/3."""
+def _number(region: Region) -> int:
+    """The number at the end of a tie such as leaf/0/transition/3."""
     return int((region.tie or "").rsplit("/", 1)[1])
 
 
-def _patch_variables(regions: tuple[Region, ...], emission: int) -> list[int]:
-    inputs = [regions[i] for i in _below(regions, emission) if regions[i].kind == "input"]
-    found = {_position(region): region.variable for region in inputs}
-    return [variable for _, variable in sorted(found.items()) if variable is not None]
-
-
-def _leaf_shape(regions: tuple[Region, ...], emission: int) -> HcltLeaf | None:
-    """Tree, states and groups of the leaves, from the first patch's emission."""
+def _leaf_shape(
+    regions: tuple[Region, ...], emission: int, variables: list[int]
+) -> HcltLeaf | None:
+    """Shape of the leaves, from the first patch's emission and its variables."""
     below = [(i, regions[i]) for i in _below(regions, emission)]
     if not any(region.kind == "sum" for _, region in below):
         return None
@@ -123,10 +135,18 @@ def _leaf_shape(regions: tuple[Region, ...], emission: int) -> HcltLeaf | None:
     inputs = {i: r for i, r in body if r.kind == "input"}
     parents = [-1] * len(inputs)
     for _, region in body:
-        if region.kind == "product":
-            own = [_position(inputs[child]) for child in region.children if child in inputs]
+        own = [child for child in region.children if child in inputs]
+        if region.kind == "product" and own:
             for child in region.children:
-                if regions[child].kind == "sum" and own:
-                    parents[_position(regions[child])] = own[0]
-    num_states = next(iter(inputs.values())).num_units
-    return HcltLeaf(Tree(tuple(parents)), num_states, num_groups)
+                if regions[child].kind == "sum":
+                    # Of inputs, which have one.
+                    variable = inputs[own[0]].variable or 0
+                    parents[_number(regions[child])] = variables.index(variable)
+    tables = tuple(_number(region) for _, region in sorted(inputs.items()))
+    return HcltLeaf(
+        Tree(tuple(parents)),
+        next(iter(inputs.values())).num_units,
+        num_groups,
+        has_latents=any(region.latent is not None for _, region in body),
+        emissions=None if tables == tuple(range(len(tables))) else tables,
+    )

@@ -1,8 +1,10 @@
 """Patch circuits: one bank of leaf densities for all patches, under a tree over patch latents.
 
 A patch's density given its latent value k is shared by all positions; a transition matrix an edge
-of the tree links the latents. Region and tie names are read back by `PatchLayout`.
-Legend: Z patches (and latents), K clusters, D variables of a patch.
+of the tree links the latents. Region and tie names are read back by `PatchLayout`. Latents are
+numbered patch by patch, 0 .. Z - 1; behind them come those inside of leaves, where they have a
+name: Z + D * patch + d for variable d of a patch, one for all groups.
+Legend: Z patches (and their latents), K clusters, D variables of a patch.
 """
 
 from __future__ import annotations
@@ -29,11 +31,21 @@ class HcltLeaf:
         tree: over the D variables of a patch.
         num_states: hidden states of a body.
         num_groups: the clusters are cut into this many ranges with a body of their own.
+        has_latents: whether the hidden state of each variable is a latent, which can be observed.
+        emissions: (D,) number of each variable's emission table; variables of one number share it.
+            Default: a table a variable.
     """
 
     tree: Tree
     num_states: int
     num_groups: int = 1
+    has_latents: bool = False
+    emissions: tuple[int, ...] | None = None
+
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """(D,) number of each variable's emission table."""
+        return tuple(range(self.tree.num_nodes)) if self.emissions is None else self.emissions
 
 
 def group_ranges(num_clusters: int, num_groups: int) -> list[range]:
@@ -80,15 +92,22 @@ def patch_graph(
             where="leaf",
             found=f"{leaf.tree.num_nodes} nodes, {variables.shape[1]} variables a patch",
         )
+    if leaf is not None and len(leaf.tables) != variables.shape[1]:
+        raise StructureError(
+            "every variable of a patch has an emission table",
+            where="leaf.emissions",
+            found=f"{len(leaf.tables)} tables, {variables.shape[1]} variables a patch",
+        )
     builder = GraphBuilder()
     emissions = []
-    for row in variables.tolist():
+    for patch, row in enumerate(variables.tolist()):
         if leaf is None:
             inputs = [builder.input(num_clusters, v, f"leaf/{d}") for d, v in enumerate(row)]
             emissions.append(builder.product(inputs))
             continue
+        first = variables.shape[0] + patch * variables.shape[1] if leaf.has_latents else None
         heads = [
-            _heads(builder, row, leaf, group, len(clusters))
+            _heads(builder, row, leaf, group, len(clusters), first)
             for group, clusters in enumerate(group_ranges(num_clusters, leaf.num_groups))
         ]
         emissions.append(heads[0] if len(heads) == 1 else builder.concat(heads))
@@ -107,18 +126,23 @@ def group_graph(leaf: HcltLeaf, group: int, num_heads: int) -> RegionGraph:
 
 
 def _heads(
-    builder: GraphBuilder, variables: list[int], leaf: HcltLeaf, group: int, num_heads: int
+    builder: GraphBuilder,
+    variables: list[int],
+    leaf: HcltLeaf,
+    group: int,
+    num_heads: int,
+    first_latent: int | None = None,
 ) -> int:
     """Add one group's body over `variables` and its heads; returns the heads' region."""
     prefix = f"leaf/{group}"
     inputs = [
-        builder.input(leaf.num_states, variable, f"{prefix}/emission/{d}")
-        for d, variable in enumerate(variables)
+        builder.input(leaf.num_states, variable, f"{prefix}/emission/{table}")
+        for variable, table in zip(variables, leaf.tables, strict=True)
     ]
     body = builder.hidden_tree(
         leaf.tree,
         inputs,
-        with_latents=False,
+        first_latent=first_latent,
         transition_ties=[f"{prefix}/transition/{d}" for d in range(len(variables))],
     )
     return builder.sum(num_heads, body, f"{prefix}/heads")

@@ -98,12 +98,13 @@ class RegionGraph:
         """Latent variables that regions name; they are numbered 0 .. num_latents - 1."""
         return 1 + max((r.latent for r in self.regions if r.latent is not None), default=-1)
 
-    def mixed_units(self, index: int) -> np.ndarray:
-        """For each unit of sum region `index` the child's units that it mixes, (K', fan-in)."""
+    def mixed_units(self, index: int, units: range | None = None) -> np.ndarray:
+        """For each unit (or those given) of sum region `index` the child's units that it mixes,
+        (K', fan-in)."""
         region = self.regions[index]
         blocks = region.blocks
         per_block = np.arange(self.regions[region.children[0]].num_units // blocks)
-        unit = np.arange(region.num_units)
+        unit = np.arange(region.num_units) if units is None else np.arange(units.start, units.stop)
         if region.strided:
             return (unit % blocks)[:, None] + per_block * blocks
         return (unit // (region.num_units // blocks))[:, None] * len(per_block) + per_block

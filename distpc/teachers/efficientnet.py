@@ -129,7 +129,8 @@ class EfficientNetTeacher(PretrainedImages):
 
     def load_model(self) -> nn.Module:
         """Weights from model.safetensors."""
-        found = read_config(self.folder).get("architecture")
+        config = read_config(self.folder)
+        found = config.get("architecture", config.get("model_type", "config.json names none"))
         if found != ARCHITECTURE:
             raise TeacherError(
                 "a model folder is of another architecture",

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
+from distpc.teachers.base import Teacher
 from distpc.teachers.images import ImageTeacher
+from distpc.teachers.random_text import RandomTextTeacher
 
 
 class RandomTeacher(ImageTeacher):
@@ -42,8 +44,10 @@ class RandomTeacher(ImageTeacher):
     @classmethod
     def from_config(
         cls, config: TeacherConfig, spec: DatasetSpec, patch_size: int, seed: int
-    ) -> RandomTeacher:
-        """Width from `random_width`."""
+    ) -> Teacher:
+        """Width from `random_width`; of text, what is seen from `sees`."""
+        if spec.kind == "text":
+            return RandomTextTeacher.from_config(config, spec, patch_size, seed)
         return cls(spec, patch_size, width=config.random_width, seed=seed)
 
     @property

@@ -22,6 +22,7 @@ _KINDS = {
     "onehot": "distpc.teachers.onehot:OneHotTeacher",
     "pixels": "distpc.teachers.pixels:PixelTeacher",
     "random": "distpc.teachers.random:RandomTeacher",
+    "random_text": "distpc.teachers.random_text:RandomTextTeacher",
     "shuffled": "distpc.teachers.shuffled:ShuffledTeacher",
     "vae": "distpc.teachers.vae:VariationalAutoencoder",
     "vqvae": "distpc.teachers.vqvae:VectorQuantised",

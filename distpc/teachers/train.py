@@ -43,6 +43,7 @@ def run(ctx: StageContext) -> None:
                 threads_per_rank=ctx.config.parallel.threads_per_rank,
                 log_folder=ctx.out / "logs",
                 join_seconds=ctx.config.parallel.join_seconds,
+                lost_seconds=ctx.config.parallel.lost_seconds,
             )
         elif is_main_process():
             _save_control(ctx)

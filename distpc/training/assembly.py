@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distpc.circuits.circuit import Circuit
-from distpc.config.schema import DistillConfig
+from distpc.config.distillation import DistillConfig
 from distpc.structures.patch_layout import PatchLayout
 
 

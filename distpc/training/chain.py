@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
-from distpc.config.schema import DistillConfig
+from distpc.config.distillation import DistillConfig
 from distpc.data.index import ShardEntry
 from distpc.data.spec import MISSING
 from distpc.errors import LatentError

@@ -20,7 +20,9 @@ from distpc.training.assembly import Counts, assemble_
 from distpc.training.chain import distil_chain
 from distpc.training.figures import Figures, tally
 from distpc.training.pieces import WORKER, Piece, load_graph, make_pieces, plan_pieces
+from distpc.training.progressive import distil_progressive
 from distpc.training.samples import LatentSource, take_rows
+from distpc.training.supervised import distil_supervised
 
 EVALUATION_SAMPLES = 2000
 """Samples of a split on which the distilled circuit is measured."""
@@ -39,7 +41,9 @@ def run(ctx: StageContext) -> None:
         circuit, facts, source = distil_chain(ctx)
     else:
         circuit, facts, source = _distil_patches(ctx)
-    facts |= {"num_parameters": circuit.num_parameters, **measure(circuit, source)}
+    # Heads that were grown are no clusters: their values are not the latents of the data.
+    clusters = ctx.config.distill.kind == "plain"
+    facts |= {"num_parameters": circuit.num_parameters, **measure(circuit, source, clusters)}
     save_model(
         circuit,
         ctx.out / "model",
@@ -62,6 +66,10 @@ def _distil_patches(ctx: StageContext) -> tuple[Circuit, dict[str, Any], LatentS
             expected=f"{source.num_clusters} (latents.num_clusters)",
             fix="run the structure stage again",
         )
+    if ctx.config.distill.kind == "progressive":
+        return distil_progressive(ctx, layout, source)
+    if layout.leaf is not None and layout.leaf.has_latents:
+        return distil_supervised(ctx, graph, layout, source)
     pieces = plan_pieces(ctx, layout, source)
     missing, workers = make_pieces(ctx, WORKER, pieces)
     counts, notes = collect(ctx, layout, pieces)
@@ -112,8 +120,9 @@ def collect(
     return counts, notes
 
 
-def measure(circuit: Circuit, source: LatentSource) -> dict[str, Any]:
-    """Bits per dimension of data with and without latents, on the first samples of a split."""
+def measure(circuit: Circuit, source: LatentSource, with_latents: bool = True) -> dict[str, Any]:
+    """Bits per dimension of data, on the first samples of a split; of training data also with
+    latents, where those are the circuit's."""
     joint, alone = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     left, counted = EVALUATION_SAMPLES, source.index.spec.counted
     for entry in source.shards():
@@ -121,14 +130,17 @@ def measure(circuit: Circuit, source: LatentSource) -> dict[str, Any]:
             break
         x, latents = (torch.from_numpy(rows[:left]) for rows in source.read(entry))
         left -= len(x)
-        with_latents = circuit.log_prob(x, latents=latents, batch_size=_EVALUATION_BATCH)
-        joint += tally(with_latents, x, counted)
+        if with_latents:
+            log_prob = circuit.log_prob(x, latents=latents, batch_size=_EVALUATION_BATCH)
+            joint += tally(log_prob, x, counted)
         alone += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, counted)
     valid = torch.zeros(5, dtype=torch.float64)
     for rows in take_rows(source.index, "valid", EVALUATION_SAMPLES):
         x = torch.from_numpy(np.ascontiguousarray(rows))
         valid += tally(circuit.log_prob(x, batch_size=_EVALUATION_BATCH), x, counted)
-    sums = {"train_with_latents": joint, "train": alone, "valid": valid}
+    sums = {"train": alone, "valid": valid}
+    if with_latents:
+        sums["train_with_latents"] = joint
     figures = {name: Figures.of(total) for name, total in sums.items()}
     return {
         **{

@@ -4,44 +4,45 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distpc.artifacts.files import fingerprint, read_json, write_json
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
-from distpc.circuits.footprint import footprint
+from distpc.circuits.fill import Source, fill_
+from distpc.circuits.footprint import Footprint, footprint
 from distpc.circuits.integral.circuit import IntegralCircuit
-from distpc.circuits.integral.io import FOLDER, save_networks
-from distpc.circuits.io import DESCRIPTION, load_model, save_model
-from distpc.circuits.share_out import share_units_, splits_of
+from distpc.circuits.io import DESCRIPTION, ModelFile, save_model
 from distpc.data.index import ShardIndex
 from distpc.data.loader import Loader
 from distpc.data.plan import LoaderState
 from distpc.data.spec import DatasetSpec
 from distpc.data.tokenizers import copy_tokenizer
-from distpc.errors import DistpcError
-from distpc.parallel.collectives import axes, barrier
+from distpc.errors import ConfigError, DistpcError
+from distpc.parallel.collectives import barrier
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
-from distpc.parallel.memory import fitting_bucket
+from distpc.parallel.memory import FLOAT_BYTES, fitting_bucket
 from distpc.parallel.mesh import Mesh, is_main_process
 from distpc.parallel.meter import Meter
-from distpc.parallel.places import Split
 from distpc.structures.region_graph import RegionGraph
 from distpc.training.checkpoint import (
+    Checkpoint,
     Checkpoints,
     Saver,
     TrainingFacts,
+    check_shapes,
     load_optimizer,
-    load_parameters,
 )
-from distpc.training.integral import Model, as_circuit, starting_networks
+from distpc.training.fused import fused_step
+from distpc.training.integral import Model, load_saved, save_both, starting_networks
 from distpc.training.last_good import LAST_GOOD
+from distpc.training.lay_out import lay_out_
 from distpc.training.monitor import Monitor, note_stop
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.rules import Rule, Smoothing, make_rule, refuse_shards
 from distpc.training.samples import take_rows
-from distpc.training.start import MARGINAL_SAMPLES, smooth_over_neighbours, start_near_data_
+from distpc.training.start import MARGINAL_SAMPLES, random_near_data, smooth_over_neighbours
 from distpc.training.trainer import Parts, Trainer
 from distpc.training.validation import Validation
 
@@ -72,6 +73,7 @@ def run(ctx: StageContext) -> None:
                 threads_per_rank=parallel.threads_per_rank,
                 log_folder=ctx.out / LOGS,
                 join_seconds=parallel.join_seconds,
+                lost_seconds=parallel.lost_seconds,
             )
         except DistpcError as error:
             if is_main_process():
@@ -99,12 +101,16 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
     facts = TrainingFacts() if found is None else found.facts
     # The trainer goes on in the same facts.
     resumed_at_step = facts.step
-    circuit = starting_circuit(ctx, spec, index, random_rows=found is None)
-    # Both before the circuit is laid over the ranks: no whole parameter may be left after it.
-    num_parameters = circuit.num_parameters
-    if found is not None:
-        load_parameters(circuit, found)
-    parts = _assemble(ctx, spec, index, mesh, circuit, saver, facts)
+    # Not under a name, by which it would keep blocks of random numbers.
+    parts = _assemble(
+        ctx,
+        spec,
+        index,
+        mesh,
+        beginning(ctx, spec, index, found, verify=mesh.is_main),
+        saver,
+        facts,
+    )
     if found is not None:
         load_optimizer(parts.engine, found)
     trainer = Trainer(
@@ -120,50 +126,98 @@ def train_rank(payload: dict[str, Any], mesh: Mesh) -> None:
         results = trainer.results()
     if mesh.is_main:
         extra = {
-            "num_parameters": num_parameters,
+            "num_parameters": parts.blank.num_parameters,
             "zero_stage": ctx.config.parallel.zero_stage,
             "node_parallel": mesh.node_parallel,
             "resumed_at_step": resumed_at_step,
             "deepspeed": parts.engine.config_json,
+            "fused": parts.fused is not None,
         }
         write_json(ctx.out / RESULTS, {**results, **extra})
     # Where every rank was started from outside, all of them read the results.
     barrier(mesh)
 
 
-def starting_circuit(
-    ctx: StageContext, spec: DatasetSpec, index: ShardIndex, *, random_rows: bool = True
-) -> Model:
-    """The circuit that training starts from, equal on every rank, as its rule wants it.
+class Beginning(NamedTuple):
+    """The circuit that training begins with.
+
+    Attributes:
+        circuit: whole. It has no values yet, unless the rule needed them all to begin, or it is
+            networks.
+        source: of its values; None where it has them.
+        blank: the same circuit, which never gets any; networks: themselves.
+    """
+
+    circuit: Model
+    source: Source | None
+    blank: Model
+
+
+def beginning(
+    ctx: StageContext,
+    spec: DatasetSpec,
+    index: ShardIndex,
+    saved: Checkpoint | None,
+    *,
+    verify: bool = True,
+) -> Beginning:
+    """What training begins with, equal on every rank and in every layout, as its rule wants it.
 
     Args:
         ctx: of the stage.
         spec: of the data.
         index: of the shards.
-        random_rows: whether a random start has to be moved near the data's marginals; not needed
-            when a checkpoint will overwrite it.
+        saved: to go on from; None: from the distilled model, or from a random circuit.
+        verify: whether this process compares a distilled model's checksum.
+
+    Raises:
+        ArtifactError: `saved` is of another circuit.
+        ModelFileError: the distilled model is damaged.
     """
     config = ctx.config.finetune
     if ctx.config.integral.enabled:
-        graph = RegionGraph.from_json(read_json(_graph_path(ctx)))
-        batches = take_rows(index, "train", MARGINAL_SAMPLES) if random_rows else None
-        return starting_networks(ctx.config, graph, spec, batches)
+        return _beginning_of_networks(ctx, spec, index, saved)
+    source: Source | None = saved
     if config.initialization == "distilled":
-        circuit = load_model(ctx.input("distill").path / "model")
+        file = ModelFile(ctx.input("distill").path / "model", verify=verify and saved is None)
+        circuit, source = file.circuit(), saved or file
     else:
-        graph = RegionGraph.from_json(read_json(_graph_path(ctx)))
         circuit = Circuit(
-            graph,
+            RegionGraph.from_json(read_json(_graph_path(ctx))),
             spec.num_categories,
-            seed=ctx.config.seed,
-            init_noise=config.init_noise,
             max_fold_bytes=ctx.config.structure.max_fold_bytes,
+            device="meta",
         )
-        if random_rows:
-            start_near_data_(circuit, take_rows(index, "train", MARGINAL_SAMPLES))
+        if saved is None:
+            samples = take_rows(index, "train", MARGINAL_SAMPLES)
+            source = random_near_data(circuit, samples, ctx.config.seed, config.init_noise)
     smooth_over_neighbours(circuit, take_rows(index, "train", MARGINAL_SAMPLES), config.leaf_width)
-    rule_of(ctx, circuit, index).start()
-    return circuit
+    if saved is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in circuit.state_dict().items()}
+        check_shapes(saved.path, saved.shapes, shapes)
+    blank = circuit.blank()
+    rule = rule_of(ctx, circuit, index)
+    if saved is not None or rule.keeps_statistics:
+        rule.resume()
+    else:
+        assert source is not None
+        fill_(circuit, source)
+        source = None
+        # With the parameters that the circuit has now.
+        rule_of(ctx, circuit, index).start()
+    blank.set_smoothing(*circuit.smoothing)
+    return Beginning(circuit, source, blank)
+
+
+def _beginning_of_networks(
+    ctx: StageContext, spec: DatasetSpec, index: ShardIndex, saved: Checkpoint | None
+) -> Beginning:
+    graph = RegionGraph.from_json(read_json(_graph_path(ctx)))
+    batches = take_rows(index, "train", MARGINAL_SAMPLES) if saved is None else None
+    networks = starting_networks(ctx.config, graph, spec, batches)
+    if saved is not None:
+        load_saved(networks, saved)
+    return Beginning(networks, None, networks)
 
 
 def rule_of(ctx: StageContext, circuit: Circuit, index: ShardIndex) -> Rule:
@@ -189,51 +243,26 @@ def _assemble(
     spec: DatasetSpec,
     index: ShardIndex,
     mesh: Mesh,
-    circuit: Model,
+    begin: Beginning,
     saver: Saver,
     facts: TrainingFacts,
 ) -> Parts:
-    config, parallel = ctx.config.finetune, ctx.config.parallel
+    config, parallel, circuit = ctx.config.finetune, ctx.config.parallel, begin.circuit
     if parallel.recompute_messages and isinstance(circuit, Circuit):
         circuit.recompute_messages_()
     costs = footprint(circuit.graph, circuit.schedule, mesh.node_parallel)
     # A multiply-add is two operations; backward takes two products for forward's one.
     flops = 6.0 * costs.multiply_adds
-    whole, splits = _shared(ctx, mesh, circuit)
-    rule = rule_of(ctx, circuit, index) if isinstance(circuit, Circuit) else None
-    optimizer = CircuitOptimizer(
-        circuit.parameter_groups(),
-        step_size=config.step_size,
-        rule=rule,
-        gradient_learning_rate=config.gradient_learning_rate,
-        gradient_clip=config.gradient_clip,
-    )
-    needs_all_data = rule is not None and rule.needs_all_data
-    loader = Loader(
-        index,
-        spec,
-        "train",
-        global_batch=index.num_samples("train") if needs_all_data else config.batch_size,
-        mesh_rank=mesh.data_rank,
-        num_ranks=mesh.data_parallel,
-        seed=ctx.config.seed,
-        cache_bytes=ctx.config.data.cache_bytes,
-        state=LoaderState.from_json(facts.loader) if facts.loader else None,
-    )
+    optimizer, engine = _engine(ctx, index, mesh, begin, costs)
     return Parts(
         circuit=circuit,
-        whole=whole,
+        whole=_whole(ctx, mesh, begin),
+        blank=begin.blank,
         optimizer=optimizer,
-        engine=Engine(
-            circuit,
-            optimizer,
-            mesh=mesh,
-            zero_stage=parallel.zero_stage,
-            reduce_bucket=fitting_bucket(costs.num_parameters, costs.largest_bank),
-            offload=parallel.offload,
-            splits=splits,
-        ),
-        loader=loader,
+        engine=engine,
+        # The engine has put the circuit on its device, where it stays.
+        fused=fused_step(ctx.config, mesh, circuit),
+        loader=_loader(ctx, spec, index, mesh, optimizer, facts),
         validation=Validation(
             index,
             spec,
@@ -253,22 +282,70 @@ def _assemble(
     )
 
 
-def _shared(ctx: StageContext, mesh: Mesh, circuit: Model) -> tuple[Model, dict[str, Split]]:
-    """Keep this rank's units of the circuit; a circuit for whole parameters, and what is split."""
-    if isinstance(circuit, IntegralCircuit):
-        if mesh.node_parallel > 1:
-            circuit.share_units_(axes(mesh).node)
-        return circuit, {}
-    whole = circuit
-    if mesh.is_main and (ctx.config.parallel.zero_stage == 3 or mesh.node_parallel > 1):
-        whole = Circuit(
-            circuit.graph, circuit.num_categories, max_fold_bytes=circuit.max_fold_bytes
+def _engine(
+    ctx: StageContext, index: ShardIndex, mesh: Mesh, begin: Beginning, costs: Footprint
+) -> tuple[CircuitOptimizer, Engine]:
+    """Lay the circuit over the ranks; what updates it there."""
+    config, parallel, circuit = ctx.config.finetune, ctx.config.parallel, begin.circuit
+    how: dict[str, Any] = {
+        "zero_stage": parallel.zero_stage,
+        "reduce_bucket": fitting_bucket(costs.num_parameters, costs.largest_bank),
+        "offload": parallel.offload,
+    }
+    splits = lay_out_(circuit, begin.source, mesh, **how)
+    optimizer = CircuitOptimizer(
+        circuit.parameter_groups(),
+        step_size=config.step_size,
+        rule=rule_of(ctx, circuit, index) if isinstance(circuit, Circuit) else None,
+        gradient_learning_rate=config.gradient_learning_rate,
+        gradient_clip=config.gradient_clip,
+    )
+    return optimizer, Engine(circuit, optimizer, mesh=mesh, splits=splits, **how)
+
+
+def _loader(
+    ctx: StageContext,
+    spec: DatasetSpec,
+    index: ShardIndex,
+    mesh: Mesh,
+    optimizer: CircuitOptimizer,
+    facts: TrainingFacts,
+) -> Loader:
+    """Of the training split, from where `facts` stand."""
+    size, rule = ctx.config.finetune.batch_size, optimizer.rule
+    if rule is not None and rule.needs_all_data:
+        size = index.num_samples("train")
+    return Loader(
+        index,
+        spec,
+        "train",
+        global_batch=size,
+        mesh_rank=mesh.data_rank,
+        num_ranks=mesh.data_parallel,
+        seed=ctx.config.seed,
+        cache_bytes=ctx.config.data.cache_bytes,
+        state=LoaderState.from_json(facts.loader) if facts.loader else None,
+    )
+
+
+def _whole(ctx: StageContext, mesh: Mesh, begin: Beginning) -> Model | None:
+    """What validations show figures of; None where rank 0 could not hold it, on every rank."""
+    parallel = ctx.config.parallel
+    if parallel.zero_stage < 3 and mesh.node_parallel == 1:
+        return begin.circuit
+    costs = footprint(begin.blank.graph, begin.blank.schedule)
+    size_gib = FLOAT_BYTES * costs.num_parameters / 2**30
+    if size_gib <= parallel.whole_circuit_gib:
+        return begin.blank
+    if ctx.config.finetune.reseed_every_epochs:
+        raise ConfigError(
+            "dead states are started again by rank 0, which holds the whole circuit for it",
+            where="finetune.reseed_every_epochs",
+            found=f"a circuit of {size_gib:.3g} GiB",
+            expected=f"at most {parallel.whole_circuit_gib:g} GiB (parallel.whole_circuit_gib)",
+            fix="raise parallel.whole_circuit_gib, or set finetune.reseed_every_epochs=0",
         )
-        whole.load_state_dict(circuit.state_dict())
-        whole.set_smoothing(*circuit.smoothing)
-    if mesh.node_parallel == 1:
-        return whole, {}
-    return whole, splits_of(circuit, share_units_(circuit, axes(mesh).node))
+    return None
 
 
 def _has_model(ctx: StageContext) -> bool:
@@ -280,10 +357,7 @@ def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
     spec = DatasetSpec.load(ctx.input("shards").path)
     index = ShardIndex.load(ctx.input("index").path)
     best = Checkpoints(ctx.out / CHECKPOINTS, identity_of(ctx)).at(results["best_step"])
-    model = starting_circuit(ctx, spec, index, random_rows=False)
-    load_parameters(model, best)
-    if isinstance(model, Circuit):
-        rule_of(ctx, model, index).finish()
+    model = beginning(ctx, spec, index, best).circuit
     training = {
         "step": results["best_step"],
         "epoch": results["best_epoch"],
@@ -294,8 +368,14 @@ def _save_best(ctx: StageContext, results: dict[str, Any]) -> None:
     copy_tokenizer(ctx.input("shards").path, ctx.out / MODEL)
     facts: dict[str, Any] = {"dataset": spec.to_json(), "training": training}
     if isinstance(model, IntegralCircuit):
-        save_networks(model, ctx.out / MODEL / FOLDER, **facts)
-    save_model(as_circuit(model), ctx.out / MODEL, **facts)
+        save_both(model, ctx.out / MODEL, **facts)
+        return
+    values: Checkpoint | None = best
+    if not rule_of(ctx, model, index).keeps_statistics:
+        fill_(model, best)
+        rule_of(ctx, model, index).finish()
+        values = None
+    save_model(model, ctx.out / MODEL, **facts, values=values)
 
 
 def _graph_path(ctx: StageContext) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from distpc.errors import TrainingError
+from distpc.parallel.places import Place
 from distpc.training.figures import Figures
 
 LOWER_STEP_SIZE = "lower finetune.step_size and run again"
@@ -66,10 +67,12 @@ class Guard:
             TrainingError: naming the step, the layer's parameter and the row.
         """
         place = locate_nonfinite(state)
-        if place is None:
-            return
-        name, row, value = place
-        raise TrainingError(
+        if place is not None:
+            raise self.nonfinite(step, *place)
+
+    def nonfinite(self, step: int, name: str, row: tuple[int, ...], value: float) -> TrainingError:
+        """The error for a NaN or an infinity in a parameter."""
+        return TrainingError(
             "a circuit's statistics are not finite",
             where=f"step {step}, parameter '{name}', row {list(row)}",
             found=value,
@@ -125,6 +128,16 @@ class Guard:
             f"the best, {best['bits']:.4f}",
             fix=LOWER_STEP_SIZE,
         )
+
+
+def locate_in_places(places: Iterable[Place]) -> tuple[str, tuple[int, ...], float] | None:
+    """As `locate_nonfinite`, among what one rank holds; rows are those of whole parameters."""
+    for place in places:
+        found = locate_nonfinite({place.name: place.values.reshape(-1, 1)})
+        if found is not None:
+            _, (number,), value = found
+            return place.name, place.index_of(number)[:-1], value
+    return None
 
 
 def locate_nonfinite(state: Mapping[str, Tensor]) -> tuple[str, tuple[int, ...], float] | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.integral.circuit import IntegralCircuit
+from distpc.circuits.integral.io import FOLDER, save_networks
 from distpc.circuits.integral.settings import IntegralSettings
+from distpc.circuits.io import save_model
 from distpc.config.integral import IntegralConfig
 from distpc.config.schema import RunConfig
 from distpc.data.spec import DatasetSpec
 from distpc.structures.region_graph import RegionGraph
+from distpc.training.checkpoint import Checkpoint, check_shapes
 from distpc.training.start import marginals_of
 
 Model = Circuit | IntegralCircuit
@@ -62,6 +66,34 @@ def starting_networks(
     if batches is not None:
         model.start_near_(marginals_of(batches, spec.num_categories).counts)
     return model
+
+
+def load_saved(model: IntegralCircuit, saved: Checkpoint) -> None:
+    """Give networks the parameters that they had at a checkpoint.
+
+    Raises:
+        ArtifactError: it is of other networks, or cannot be read.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(saved.path, saved.shapes, shapes)
+    model.load_state_dict(saved.statistics())
+
+
+def save_both(
+    model: IntegralCircuit, folder: Path, *, dataset: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """Write networks, and the circuit of the structure's own number of states, into `folder`.
+
+    Args:
+        model: the networks.
+        folder: of the model, see `circuits.io`.
+        dataset, training: see there.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    save_networks(model, folder / FOLDER, dataset=dataset, training=training)
+    save_model(model.materialise(), folder, dataset=dataset, training=training)
 
 
 def count_parameters(config: RunConfig, graph: RegionGraph, spec: DatasetSpec) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from distpc.circuits.fill import fill_
+from distpc.circuits.integral.circuit import IntegralCircuit
 from distpc.circuits.io import save_model
 from distpc.data.spec import DatasetSpec
 from distpc.errors import DistpcError, TrainingError
 from distpc.parallel.collectives import broadcast_object
 from distpc.parallel.mesh import Mesh
-from distpc.training.checkpoint import Checkpoints, load_parameters
-from distpc.training.integral import Model, as_circuit
+from distpc.training.checkpoint import Checkpoints
+from distpc.training.integral import Model, load_saved, save_both
 
 LAST_GOOD = "last_good_model"
 """Folder beside the stage's own, which is emptied as soon as a setting changes."""
@@ -29,7 +32,7 @@ def with_last_good(
     Args:
         error: why training stops; every rank has it.
         checkpoints: of the training.
-        model: whole on rank 0; it gets the parameters of the best model.
+        model: whole, without values; networks get those of the best model.
         spec: of the data.
         folder: of the model; an older one is replaced.
         mesh: this process among the ranks.
@@ -65,11 +68,7 @@ def _save(
     if newest is None or newest.facts.best is None:
         return None
     best = newest.facts.best
-    load_parameters(model, checkpoints.at(int(best["step"])))
-    circuit = as_circuit(model)
-    if not any(circuit.smoothing[:2]):
-        # Rules that smooth in their update leave rows of any sum: back to the flow scale.
-        circuit.rescale_to_uses_()
+    saved = checkpoints.at(int(best["step"]))
     training = {
         "stage": "finetune",
         "step": int(best["step"]),
@@ -77,5 +76,15 @@ def _save(
         f"valid_{spec.unit}": best["bits"],
         "stopped_by": error.what,
     }
-    save_model(circuit, folder, dataset=spec.to_json(), training=training)
+    facts: dict[str, Any] = {"dataset": spec.to_json(), "training": training}
+    if isinstance(model, IntegralCircuit):
+        load_saved(model, saved)
+        save_both(model, folder, **facts)
+    elif any(model.smoothing[:2]):
+        save_model(model, folder, **facts, values=saved)
+    else:
+        # Rules that smooth in their update leave rows of any sum: back to the flow scale.
+        fill_(model, saved)
+        model.rescale_to_uses_()
+        save_model(model, folder, **facts)
     return f"the best model so far, of step {int(best['step'])}, is kept in {folder}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
-from distpc.config.schema import DistillConfig
+from distpc.config.distillation import DistillConfig
 from distpc.parallel.stopwatch import count
 from distpc.structures.patch_layout import PatchLayout
 from distpc.structures.patches import group_graph
@@ -77,15 +77,48 @@ def fit_leaf(
         for every epoch the mean nats of the batches just before they were learnt from.
     """
     start_near_data_(circuit, patches.split(_MARGINAL_BATCH))
-    circuit.set_smoothing(settings.pseudocount, settings.pseudocount, len(patches))
-    optimizer = CircuitOptimizer(circuit.parameter_groups(), step_size=settings.leaf_step_size)
-    last = min(_FINAL_STEP_SIZE, settings.leaf_step_size)
-    total = settings.leaf_epochs * len(patches)
-    schedule = LinearSchedule(settings.leaf_step_size, last, total)
+    return fit_heads(
+        circuit,
+        patches,
+        heads,
+        epochs=settings.leaf_epochs,
+        batch_size=settings.leaf_batch_size,
+        step_size=settings.leaf_step_size,
+        pseudocount=settings.pseudocount,
+        seed=seed,
+    )
+
+
+def fit_heads(
+    circuit: Circuit,
+    patches: Tensor,
+    heads: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    step_size: float,
+    pseudocount: float,
+    seed: int,
+) -> list[float]:
+    """Online EM on log p(patch, head), from the parameters that the circuit has.
+
+    Args:
+        circuit, patches, heads, seed: as of `fit_leaf`.
+        epochs: passes over the patches.
+        batch_size: patches in a batch.
+        step_size: the first one; it falls linearly.
+        pseudocount: patches' worth of smoothing a row.
+
+    Returns:
+        for every epoch the mean nats of the batches just before they were learnt from.
+    """
+    circuit.set_smoothing(pseudocount, pseudocount, len(patches))
+    optimizer = CircuitOptimizer(circuit.parameter_groups(), step_size=step_size)
+    schedule = LinearSchedule(step_size, min(_FINAL_STEP_SIZE, step_size), epochs * len(patches))
     generator = torch.Generator().manual_seed(seed)
-    num_batches = math.ceil(len(patches) / settings.leaf_batch_size)
+    num_batches = math.ceil(len(patches) / batch_size)
     consumed, curve = 0, []
-    for _ in range(settings.leaf_epochs):
+    for _ in range(epochs):
         nats = 0.0
         for rows in torch.randperm(len(patches), generator=generator).tensor_split(num_batches):
             optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from distpc.circuits.compiled import compile_graph
 from distpc.circuits.footprint import Footprint, backward_peak, footprint, shared
+from distpc.circuits.random_start import BLOCK_ENTRIES, KEPT_ENTRIES
 from distpc.config.schema import RunConfig
 from distpc.parallel.memory import (
     FLOAT_BYTES,
@@ -17,8 +18,12 @@ from distpc.parallel.memory import (
     bytes_per_rank,
     engine_bytes,
     fitting_bucket,
+    share,
 )
 from distpc.structures.region_graph import RegionGraph
+
+_BLOCKS = 4
+"""Of random numbers at a time: as they are drawn, in float64, and normalised."""
 
 _BUILDING_COPIES = 3
 """Copies of the largest parameter while random statistics are made and brought to scale."""
@@ -90,11 +95,33 @@ def peak_bytes(
     return {**sizes, "messages_and_flows": 0, "buffers": after}
 
 
-def host_bytes(costs: Footprint, layout: Layout) -> int:
-    """Bytes of host memory that one rank takes to build the circuit before it is laid out.
+def host_bytes(
+    costs: Footprint,
+    layout: Layout,
+    *,
+    keeps_statistics: bool = True,
+    whole_circuit_bytes: float = 0.0,
+) -> int:
+    """Bytes of host memory that a rank takes to make its share of the circuit.
 
-    Every rank makes the whole circuit; where ranks share parameters afterwards, rank 0 keeps a
-    second one for figures.
+    Args:
+        costs: the whole circuit's sizes.
+        layout: of the ranks.
+        keeps_statistics: whether the rule begins with statistics as they are; others bring the
+            whole circuit to another scale first, on every rank.
+        whole_circuit_bytes: up to which this rank puts a circuit together that ranks share, for
+            figures; 0 for all but rank 0.
     """
-    copies = 2 if layout.zero_stage == 3 or layout.node_axis > 1 else 1
-    return FLOAT_BYTES * (copies * costs.num_parameters + _BUILDING_COPIES * costs.largest_bank)
+    own = shared(costs, layout.node_axis)
+    building = FLOAT_BYTES * (min(KEPT_ENTRIES, costs.num_parameters) + _BLOCKS * BLOCK_ENTRIES)
+    if not keeps_statistics:
+        entries = costs.num_parameters + _BUILDING_COPIES * costs.largest_bank
+        return FLOAT_BYTES * entries + building
+    whole = FLOAT_BYTES * costs.num_parameters
+    is_shared = layout.zero_stage == 3 or layout.node_axis > 1
+    shown = whole if is_shared and whole <= whole_circuit_bytes else 0
+    stays, bank = own.num_parameters, 0
+    if layout.zero_stage == 3:
+        # A bank is whole for a moment, and stays in shards.
+        stays, bank = share(stays, layout.data_axis), own.largest_bank
+    return FLOAT_BYTES * stays + max(FLOAT_BYTES * bank + building, shown)

@@ -82,6 +82,13 @@ class CircuitOptimizer(torch.optim.Optimizer):
         self._watching = True
         self._found_nonfinite = False
 
+    @torch.no_grad()
+    def look(self) -> None:
+        """Look at all parameters at once: for what others than `step` have written."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._watch(parameter)
+
     def end_watch(self) -> bool:
         """Stop looking; whether this rank's parameters or shards hold a NaN or an infinity."""
         self._watching = False

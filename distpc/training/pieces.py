@@ -20,7 +20,6 @@ from torch import Tensor
 
 from distpc.artifacts.files import read_json
 from distpc.artifacts.stage import StageContext
-from distpc.data.index import ShardEntry
 from distpc.errors import LatentError
 from distpc.latents.store import read_tensors, write_tensors
 from distpc.parallel.cluster import Cluster
@@ -47,15 +46,16 @@ class Piece:
 
     Attributes:
         name: of its file.
-        kind: `top` (pair counts of latents), `counts` (values under latents in some shards) or
-            `leaf` (one group of hidden Chow-Liu leaves).
+        kind: `top` (pair counts of latents), `counts` (values under latents in some shards),
+            `leaf` (one group of hidden Chow-Liu leaves), `codebook` (of latents inside leaves),
+            `cluster` (a leaf circuit that grows) or `soft` (likelihoods under all leaf circuits).
         cost: rough seconds.
-        shards: names of the shards to count (kind counts).
-        group: number of the group (kind leaf).
+        shards: names of the shards to count (kinds counts, soft).
+        group: number of the group (kind leaf), or of the cluster (kind cluster).
     """
 
     name: str
-    kind: Literal["top", "counts", "leaf"]
+    kind: Literal["top", "counts", "leaf", "codebook", "cluster", "soft"]
     cost: float
     shards: tuple[str, ...] = ()
     group: int = -1
@@ -98,7 +98,7 @@ def plan_pieces(ctx: StageContext, layout: PatchLayout, source: LatentSource) ->
         usage += np.bincount(source.latents(entry).ravel(), minlength=len(usage))
     pieces = [Piece("top", "top", _COUNT_COST * int(usage.sum()))]
     if layout.leaf is None:
-        pieces += _count_pieces(layout, source, shards)
+        pieces += _count_pieces(layout, source)
     else:
         weights = layout.variables_per_patch * layout.leaf.num_states**2
         visit = _LEAF_COST * ctx.config.distill.leaf_epochs * weights
@@ -108,12 +108,19 @@ def plan_pieces(ctx: StageContext, layout: PatchLayout, source: LatentSource) ->
     return sorted(pieces, key=lambda piece: -piece.cost)
 
 
-def _count_pieces(
-    layout: PatchLayout, source: LatentSource, shards: Sequence[ShardEntry]
-) -> list[Piece]:
-    """Consecutive shards of about equally many samples, in a bounded number of pieces."""
+def _count_pieces(layout: PatchLayout, source: LatentSource) -> list[Piece]:
     categories = patch_categories(layout, source.index.spec.num_categories)
-    table_bytes = 8 * layout.num_clusters * sum(categories)
+    return shard_pieces(source, 8 * layout.num_clusters * sum(categories))
+
+
+def shard_pieces(source: LatentSource, table_bytes: int) -> list[Piece]:
+    """Consecutive shards of about equally many samples to count, in a bounded number of pieces.
+
+    Args:
+        source: of the shards.
+        table_bytes: that the counts of one piece take.
+    """
+    shards = source.shards()
     number = min(len(shards), _MAX_COUNT_PIECES, max(1, _MAX_COUNT_BYTES // table_bytes))
     sizes = np.array([entry.num_samples for entry in shards])
     owner = (np.cumsum(sizes) - sizes) * number // sizes.sum()

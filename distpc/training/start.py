@@ -13,6 +13,7 @@ from distpc.circuits.circuit import Circuit
 from distpc.circuits.gaussian import GaussianBank
 from distpc.circuits.inputs import CategoricalBank, TableBank
 from distpc.circuits.neighbours import neighbour_kernel
+from distpc.circuits.random_start import RandomStart
 
 MARGINAL_SAMPLES = 20_000
 """Samples from which marginals are counted; a histogram of one variable needs no more."""
@@ -87,21 +88,43 @@ def start_near_data_(circuit: Circuit, batches: Iterable[np.ndarray | Tensor]) -
     """
     marginals = marginals_of(batches, circuit.num_categories)
     circuit.standardise(marginals.centre, marginals.spread)
-    pooled: dict[str | int, Tensor] = {}
-    owners: dict[str | int, int] = {}
-    for index, region in enumerate(circuit.graph.regions):
-        count = None if region.variable is None else marginals.counts[region.variable]
-        if count is not None:
-            key = index if region.tie is None else region.tie
-            pooled[key] = pooled[key] + count if key in pooled else count
-            owners.setdefault(key, index)
-    for key, index in owners.items():
-        smoothed = pooled[key] + 1.0 / len(pooled[key])
-        bank, table = circuit.bank_of(index)
+    for (number, table), shares in table_shares(circuit, marginals).items():
+        bank = circuit.bank_list[number]
         assert isinstance(bank, TableBank)
         # The scale of statistics does not matter before the last line.
-        bank.start_near_(table, (smoothed / smoothed.sum()).to(circuit.device))
+        bank.start_near_(table, shares.to(circuit.device))
     circuit.rescale_to_uses_()
+
+
+def random_near_data(
+    circuit: Circuit, batches: Iterable[np.ndarray | Tensor], seed: int, noise: float
+) -> RandomStart:
+    """Values of a random circuit whose inputs are where the data are, see `start_near_data_`.
+
+    Args:
+        circuit: which is going to be filled with them, whole or in parts; its real variables are
+            standardised.
+        batches: (B, V) samples.
+        seed, noise: see `Circuit`.
+    """
+    marginals = marginals_of(batches, circuit.num_categories)
+    circuit.standardise(marginals.centre, marginals.spread)
+    return RandomStart(circuit, seed, noise, table_shares(circuit, marginals))
+
+
+def table_shares(circuit: Circuit, marginals: Marginals) -> dict[tuple[int, int], Tensor]:
+    """By bank and table, the shares (C,) of the values of all variables that the table is for."""
+    shares = {}
+    for number, plan in enumerate(circuit.schedule.banks):
+        for table, owners in enumerate(plan.owners):
+            variables = [circuit.graph.regions[owner].variable for owner in owners]
+            counts = [marginals.counts[v] for v in variables if v is not None]
+            known = [count for count in counts if count is not None]
+            if known:
+                # One value's worth over all of them: none is ruled out.
+                pooled = torch.stack(known).sum(0) + 1.0 / len(known[0])
+                shares[number, table] = pooled / pooled.sum()
+    return shares
 
 
 def standardise_if_new(circuit: Circuit, x: Tensor) -> None:
@@ -135,4 +158,4 @@ def smooth_over_neighbours(
         alike = [counts for counts in found if counts is not None and len(counts) == size]
         kernel = neighbour_kernel(torch.stack(alike).sum(0), width)
     for bank in banks:
-        bank.kernel = None if kernel is None else kernel.to(bank.statistics.device)
+        bank.kernel = None if kernel is None else kernel.to(bank.starts.device)

@@ -52,13 +52,13 @@ def run(ctx: StageContext) -> None:
     check_fit(ctx.config, index.spec)
     trees: dict[str, Tree] = {}
     information: dict[str, float] = {}
+    check_codebook(ctx.config)
     if ctx.config.structure.kind != "patches":
         if ctx.config.structure.kind in LEARNT:
             found = _pixel_information(ctx, index)
             trees["variables"], information["variables"] = _tree(found)
         graph = _build(ctx.config, index.spec, trees.get("variables"))
     else:
-        _refuse_own_codebooks(ctx.config)
         grid = PatchGrid.of(index.spec, ctx.config.data.patch_size_pixels)
         trees["patches"], information["patches"] = _tree(
             _latent_information(ctx, grid)
@@ -100,15 +100,22 @@ def sketch(config: RunConfig, spec: DatasetSpec) -> RegionGraph:
     return _patch_circuit(config, grid, Tree.balanced(grid.num_patches), leaf)
 
 
-def _refuse_own_codebooks(config: RunConfig) -> None:
-    """Patches share their leaves, so a latent value has to mean the same at every position."""
-    if config.latents.codebook != "shared":
+def check_codebook(config: RunConfig) -> None:
+    """Refuse codebooks of single positions where latents have to mean the same at all of them.
+
+    Raises:
+        ConfigError: positions share what the latents choose among.
+    """
+    structure = config.structure
+    is_shared = structure.kind == "patches" or (structure.tied and config.teacher.kind != "none")
+    if is_shared and config.latents.codebook != "shared":
         raise ConfigError(
-            "patch circuits share their leaves over positions, which codebooks of their own forbid",
+            "a circuit shares its leaves over positions, which codebooks of their own forbid",
             where="latents.codebook",
-            found=config.latents.codebook,
+            found=f"{config.latents.codebook}, and structure.kind={structure.kind}",
             expected="shared",
-            fix="set latents.codebook=shared; per_position is for latents that are used elsewhere",
+            fix="set latents.codebook=shared; per_position is for latents that are used elsewhere: "
+            "distpc run CONFIG --until assign",
         )
 
 
@@ -221,7 +228,14 @@ def _patch_circuit(
     shape = None
     if leaf is not None:
         settings = config.structure
-        shape = HcltLeaf(leaf, settings.leaf_num_states, settings.leaf_num_groups)
+        channels = tuple(d % grid.channels for d in range(grid.variables_per_patch))
+        shape = HcltLeaf(
+            leaf,
+            settings.leaf_num_states,
+            settings.leaf_num_groups,
+            has_latents=settings.leaf_latents,
+            emissions=channels if settings.leaf_tied else None,
+        )
     return patch_graph(grid.variables(), tree, config.latents.num_clusters, shape)
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distpc.circuits.circuit import Circuit
+from distpc.circuits.kernels.step import FastStep
 from distpc.config.schema import FinetuneConfig
 from distpc.data.loader import Loader
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.errors import TrainingError
 from distpc.parallel.checks import check_replicas
-from distpc.parallel.collectives import broadcast_object, gather_objects, sum_across
+from distpc.parallel.collectives import gather_objects, sum_across
 from distpc.parallel.engine import Engine
 from distpc.parallel.heap import steady
 from distpc.parallel.mesh import Mesh
@@ -25,11 +27,12 @@ from distpc.parallel.meter import Meter, by_member, peak_memory_bytes
 from distpc.parallel.progress import Progress
 from distpc.training.checkpoint import Checkpoints, Piece, Saver, TrainingFacts, take_snapshot
 from distpc.training.figures import Figures, bits_per_value, tally
-from distpc.training.guard import Guard
+from distpc.training.guard import Guard, locate_in_places
 from distpc.training.integral import Model, as_circuit, begin_step
 from distpc.training.last_good import with_last_good
 from distpc.training.monitor import Monitor
 from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.reseed import RESEED_UNTIL, reseed_dead
 from distpc.training.schedule import make_schedule
 from distpc.training.validation import Validation
 
@@ -40,16 +43,21 @@ class Parts:
 
     Attributes:
         circuit: the module inside the engine.
-        whole: what holds whole parameters on rank 0: the same object, except under ZeRO-3 and on a
-            node axis, where it is a copy that validations load `full_state` into.
+        whole: what holds whole parameters on rank 0, for figures and pictures: the same object,
+            except under ZeRO-3 and on a node axis, where it is a copy of a circuit that validations
+            load `full_state` into, or None where that would be too large for one process.
+        blank: the whole circuit without values, to save models with; networks have theirs.
+        fused: what updates the circuit in place of engine and optimizer; None: those do.
         checkpoints, saver: where checkpoints are, and what writes them.
         last_good: folder for the best model so far, should training have to stop.
     """
 
     circuit: Model
-    whole: Model
+    whole: Model | None
+    blank: Model
     optimizer: CircuitOptimizer
     engine: Engine
+    fused: FastStep | None
     loader: Loader
     validation: Validation
     checkpoints: Checkpoints
@@ -116,7 +124,7 @@ class Trainer:
             except TrainingError as error:
                 parts.saver.settle()
                 raise with_last_good(
-                    error, parts.checkpoints, parts.whole, self.spec, parts.last_good, parts.mesh
+                    error, parts.checkpoints, parts.blank, self.spec, parts.last_good, parts.mesh
                 ) from error
 
     def _run(self, progress: Progress) -> None:
@@ -133,6 +141,7 @@ class Trainer:
             self._account(figures, before)
             progress.advance(min(batch.global_size, self.total - before), bits=bits)
             self._report_step(bits)
+            self._reseed(before, progress)
             ended = facts.samples >= self.total
             if ended or self._due(before, self.config.evaluate_every_epochs):
                 self._validate(progress, last=ended)
@@ -157,6 +166,7 @@ class Trainer:
             "epochs": facts.samples / self.num_samples,
             "curve": facts.curve,
             "train_impossible_samples": facts.impossible,
+            "reseeded_states": facts.reseeded,
             "samples_per_second": self._samples_per_second(),
             "waiting_fraction": self._waiting_fraction(),
             "peak_memory_bytes": max(memory),
@@ -184,16 +194,7 @@ class Trainer:
         if watched:
             parts.optimizer.watch()
         totals = torch.zeros(len(Figures.NAMES) + 2, dtype=torch.float64, device=parts.mesh.device)
-        for x, is_real in self._micro_batches(batch):
-            x = x.to(parts.mesh.device)
-            likelihoods = self._forward(x)
-            usable = torch.isfinite(likelihoods) & is_real
-            # `where` gives samples outside `usable` a flow of exactly zero.
-            kept = torch.where(usable, likelihoods, torch.zeros_like(likelihoods))
-            parts.engine.backward(-kept.sum(), global_count=batch.global_size)
-            # Ranks of a node axis see the same samples: one of them counts.
-            if is_real and parts.mesh.node_rank == 0:
-                totals[:-2] += tally(likelihoods.detach(), x, self.spec.counted)
+        totals[:-2] = self._flows(batch) if parts.fused is None else self._fused_update(batch)
         totals[-2] = float(parts.saver.has_failed)
         totals[-1] = float(parts.mesh.is_main and self._is_late())
         totals = sum_across(totals, parts.mesh)
@@ -203,19 +204,45 @@ class Trainer:
             parts.saver.wait()
         if figures.not_a_number:
             # Where the statistics are the cause, they name the layer and the row.
-            self._check_statistics(facts.step, parts.engine.full_state())
+            self._check_statistics(facts.step)
         self.guard.check_batch(
             step,
             not_a_number=figures.not_a_number,
             impossible=figures.impossible,
             size=batch.global_size,
         )
-        parts.engine.step()
+        if parts.fused is None:
+            parts.engine.step()
+        elif watched:
+            parts.optimizer.look()
         if watched and self._found_by_any_rank():
-            self._check_statistics(step, parts.engine.full_state())
+            self._check_statistics(step)
         if self.check_replicas_every and step % self.check_replicas_every == 0:
             check_replicas(parts.engine, step)
         return figures, bool(totals[-1] > 0)
+
+    def _flows(self, batch: Any) -> Tensor:
+        """Leave the flows of this rank's share as gradients; returns its `Figures`, as sums."""
+        parts = self.parts
+        totals = torch.zeros(len(Figures.NAMES), dtype=torch.float64, device=parts.mesh.device)
+        for x, is_real in self._micro_batches(batch):
+            x = x.to(parts.mesh.device)
+            likelihoods = self._forward(x)
+            usable = torch.isfinite(likelihoods) & is_real
+            # `where` gives samples outside `usable` a flow of exactly zero.
+            kept = torch.where(usable, likelihoods, torch.zeros_like(likelihoods))
+            parts.engine.backward(-kept.sum(), global_count=batch.global_size)
+            # Ranks of a node axis see the same samples: one of them counts.
+            if is_real and parts.mesh.node_rank == 0:
+                totals += tally(likelihoods.detach(), x, self.spec.counted)
+        return totals
+
+    def _fused_update(self, batch: Any) -> Tensor:
+        """Update at once; samples without a finite likelihood pass no flow. Returns as `_flows`."""
+        assert self.parts.fused is not None
+        x = batch.x.to(self.parts.mesh.device)
+        likelihoods = self.parts.fused.step(x, self.schedule(self.facts.samples))
+        return tally(likelihoods, x, self.spec.counted)
 
     def _is_late(self) -> bool:
         """Whether a checkpoint is due; a slow disk puts it off rather than holding up training."""
@@ -266,16 +293,18 @@ class Trainer:
         found = torch.tensor(float(self.parts.optimizer.end_watch()), device=mesh.device)
         return bool(sum_across(found, mesh) > 0)
 
-    def _check_statistics(self, step: int, state: dict[str, Tensor]) -> None:
-        """Every rank raises what rank 0 finds, which alone has the whole state; a collective."""
-        found: TrainingError | None = None
-        try:
-            self.guard.check_statistics(step, state)
-        except TrainingError as error:
-            found = error
-        found = broadcast_object(found, self.parts.mesh)
-        if found is not None:
-            raise found
+    def _check_statistics(self, step: int) -> None:
+        """Every rank looks at what it holds, and all raise what the first has found; a collective.
+
+        Raises:
+            TrainingError: naming the step, the parameter and the row.
+        """
+        engine = self.parts.engine
+        found = gather_objects(locate_in_places(engine.places(owned=True)), self.parts.mesh)
+        order = {name: place for place, name in enumerate(engine.module.state_dict())}
+        places = [place for place in found if place is not None]
+        if places:
+            raise self.guard.nonfinite(step, *min(places, key=lambda p: (order[p[0]], p[1])))
 
     def _account(self, figures: Figures, before: int) -> None:
         facts = self.facts
@@ -289,6 +318,19 @@ class Trainer:
     def _due(self, before: int, every_epochs: float) -> bool:
         interval = every_epochs * self.num_samples
         return math.floor(before / interval) < math.floor(self.facts.samples / interval)
+
+    def _reseed(self, before: int, progress: Progress) -> None:
+        """Start dead states again where that is due; before a checkpoint, which then holds it."""
+        every, facts = self.config.reseed_every_epochs, self.facts
+        if every and facts.samples < RESEED_UNTIL * self.total and self._due(before, every):
+            below = self.config.reseed_below
+            whole = self.parts.whole
+            assert isinstance(whole, Circuit)
+            number = reseed_dead(self.parts.engine, whole, below, seed=facts.step)
+            facts.reseeded += number
+            self.parts.monitor.scalars(facts.step, {"latents/reseeded_states": number})
+            if number and self.parts.mesh.is_main:
+                progress.say(f"finetune: step {facts.step}  {number} dead states started again")
 
     def _report_step(self, bits: float) -> None:
         every = max(1, self.total // 1000 // self.config.batch_size)
@@ -322,11 +364,11 @@ class Trainer:
         if facts.best is None or rank < (facts.best["impossible"], facts.best["bits"]):
             facts.best = facts.valid
         self._save()
-        if parts.engine.zero_stage == 3 or parts.mesh.node_parallel > 1:
+        if parts.whole is not None and parts.whole is not parts.circuit:
             # For figures and pictures of the circuit as a whole.
             state = parts.engine.full_state()
             if parts.mesh.is_main:
-                parts.whole.load_state_dict(state)
+                parts.whole.load_state_dict(state, assign=True)
         self._report_validation(progress, last)
 
     def _report_validation(self, progress: Progress, last: bool) -> None:
@@ -335,15 +377,17 @@ class Trainer:
         if not parts.monitor.enabled:
             return
         parts.monitor.scalars(facts.step, {f"valid_{unit}": facts.valid["bits"]})
-        circuit, examples = as_circuit(parts.whole), parts.validation.examples()
-        health = parts.monitor.health(facts.step, circuit)
-        parts.monitor.pictures(facts.step, circuit, examples, force=last)
+        dead = ""
+        if parts.whole is not None:
+            circuit, examples = as_circuit(parts.whole), parts.validation.examples()
+            health = parts.monitor.health(facts.step, circuit)
+            dead = f"dead states {int(health.get('latents/dead_states', 0))}  "
+            parts.monitor.pictures(facts.step, circuit, examples, force=last)
         train = "" if facts.train_bits is None else f"train {facts.train_bits:.4f}  "
         progress.say(
             f"finetune: step {facts.step}  epoch {facts.valid['epoch']:.2f}  {train}"
             f"valid {facts.valid['bits']:.4f} {unit}  best {facts.best['bits']:.4f} "
-            f"(step {int(facts.best['step'])})  "
-            f"dead states {int(health.get('latents/dead_states', 0))}  "
+            f"(step {int(facts.best['step'])})  {dead}"
             f"{self._samples_per_second():.0f} samples/s"
         )
 
@@ -354,7 +398,7 @@ class Trainer:
         parts.saver.wait()
         pieces = take_snapshot(parts.engine)
         if self._is_poisoned(pieces):
-            self._check_statistics(facts.step, parts.engine.full_state())
+            self._check_statistics(facts.step)
         parts.saver.save(facts, pieces)
         self._saved_at = time.monotonic()
 

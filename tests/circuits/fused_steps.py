@@ -118,6 +118,8 @@ def main() -> None:
         assert launch.uses_triton(circuit.device)
         check_steps(circuit, fast, 1e-6)
         print(name)
+    circuit = tree(5)
+    check_steps(circuit, FastStep(circuit, 7, dtype=torch.float32), 1e-6)
     check_rounding_at_random()
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
+from packaging.version import Version
 
 import distpc
 from distpc.circuits.circuit import Circuit
@@ -36,6 +38,13 @@ def test_a_step_is_that_of_the_ordinary_engine(name):
     check_steps(circuit, fast, 1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 7, 101])
+@pytest.mark.parametrize("num_units", [3, 4])
+def test_messages_of_odd_sizes_lie_side_by_side(num_units, batch):
+    circuit = tree(num_units)
+    check_steps(circuit, FastStep(circuit, batch, dtype=torch.float32), 1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
@@ -50,6 +59,10 @@ def test_statistics_in_bfloat16_want_a_gpu():
         FastStep(tree(8), 8, statistics=torch.bfloat16)
 
 
+@pytest.mark.skipif(
+    Version(np.__version__) >= Version("2.5") and Version(triton.__version__) < Version("3.7"),
+    reason="the interpreter of Triton 3.6 fails with NumPy 2.5, which wants no arrays as scalars",
+)
 def test_the_kernels_do_what_plain_pytorch_does():
     done = subprocess.run(
         [sys.executable, "-m", "tests.circuits.fused_steps"],

@@ -24,6 +24,7 @@ KEYS = {
     "test_bpd",
     "teacher",
     "latents",
+    "distillation",
     "stages",
     "peak_memory_bytes",
     "versions",
@@ -46,6 +47,7 @@ def test_the_keys_of_a_run_without_a_teacher(digits_run, digits_config):
     assert set(report) == KEYS
     assert report["teacher"] is None
     assert report["latents"] is None
+    assert report["distillation"] is None
     evaluation = read_json(digits_run / "evaluate" / "evaluation.json")
     assert report["test_bpd"] == evaluation["test_bpd"]
     assert report["num_parameters"] > 1000
@@ -71,14 +73,17 @@ def test_teacher_and_latents_come_from_their_stages(digits_run, tmp_path):
     facts = {
         "teacher": {"feature_width": 4, "peak_memory_bytes": 2**45},
         "assign": {"num_clusters": 64, "used": 60, "usage_entropy_bits": 5.5, "dead": [3]},
+        "distill": {"num_samples": 9, "num_heads": 7, "valid_bpd": 2.5, "pieces": {}},
     }
     for name, metadata in facts.items():
         (run / name).mkdir()
         Artifact.seal(run / name, name, f"fingerprint-{name}", 1.0, metadata)
-    report = build_report(run, config, stages(run, *STAGES, "teacher", "assign"))
+    report = build_report(run, config, stages(run, *STAGES, *facts))
     assert report["teacher"]["kind"] == "pixels"
     assert report["teacher"]["feature_width"] == 4
     assert report["latents"] == {"num_clusters": 64, "used": 60, "usage_entropy_bits": 5.5}
+    found = {"kind": "plain", "num_samples": 9, "num_heads": 7, "valid_bpd": 2.5}
+    assert report["distillation"] == found
     assert report["peak_memory_bytes"] == 2**45
 
 

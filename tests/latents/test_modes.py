@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 from distpc.config.schema import LatentsConfig
 from distpc.latents.balance import apply_splits, plan_splits, small_clusters
 from distpc.latents.fit import principal_directions
-from distpc.latents.holder import View
+from distpc.latents.holder import Draw, FeatureHolder, View
 from distpc.latents.state import FitState
 
 from .jobs import BLOBS, blob_shards, local_holders, local_job, write_features
@@ -156,6 +159,32 @@ def test_projected_features_are_clustered(tmp_path):
     facts = holders.each("describe", names)
     covariance = sum(fact.squares for fact in facts) / sum(fact.points for fact in facts)
     assert covariance == pytest.approx(6, rel=0.01)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_what_a_worker_keeps_is_bounded(tmp_path, projected):
+    shards, _ = blob_shards()
+    names = write_features(tmp_path, shards)
+    eye = np.zeros(5, np.float32), np.eye(5, dtype=np.float32)
+    options = {"projection": eye} if projected else {"in_memory": True}
+    answers = []
+    # A shard has 4,000 bytes of features: room for all of them, for one, for none.
+    for most_bytes, kept in ((12_000, 3), (7_999, 1), (0, 0)):
+        holder = FeatureHolder(str(tmp_path), "f", "cpu", most_bytes=most_bytes, **options)
+        answers.append([holder.describe(name) for name in names])
+        assert [len(holder.draw(Draw(View(name), 10, (0,)))) for name in names] == [10, 10, 10]
+        assert len(holder._kept) == kept
+    for facts in zip(*answers, strict=True):
+        assert len({fact.squares for fact in facts}) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at the process's memory maps")
+def test_no_file_stays_mapped(tmp_path):
+    shards, _ = blob_shards()
+    names = write_features(tmp_path, shards)
+    config = LatentsConfig(num_clusters=BLOBS)
+    local_job(tmp_path, names, config)[0].run(FitState())
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("init", ["k-means||", "random"])

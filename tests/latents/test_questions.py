@@ -7,8 +7,8 @@ import pytest
 
 from distpc.errors import HeldLostError
 from distpc.latents.entries import Entries
-from distpc.latents.holder import View
-from distpc.latents.questions import Holders
+from distpc.latents.holder import Draw, View
+from distpc.latents.questions import Holders, shard_of
 
 
 class Workers:
@@ -87,3 +87,14 @@ def test_points_come_in_the_order_of_entries():
     assert entries.shards.tolist() == [1, 0, 1, 2, 0]
     points = Holders(ask, ask).take(views, entries)
     assert points.ravel().tolist() == [11.0, 0.0, 10.0, 2.0, 4.0]
+
+
+def test_questions_name_the_shard_that_they_are_about():
+    draw = Draw(View("b", 3), 10, (0, 1))
+    groups = [("draw", [draw, Draw(View("c"), 1, (0,))]), ("describe", ["b", "c"])]
+    assert [shard_of("each", group) for group in groups] == ["b", "b"]
+    assert shard_of("sum_each", ("totals", [(draw, np.zeros(2), 24)])) == "b"
+    assert shard_of("moments", "b") == "b"
+    # Sums are with nobody in particular.
+    assert shard_of("add", ("one", "other")) is None
+    assert shard_of("means", ("sum", np.zeros(2))) is None

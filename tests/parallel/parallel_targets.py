@@ -185,6 +185,27 @@ def wait_for_ever(payload: dict[str, Any], mesh: Mesh) -> None:
     collectives.barrier(mesh)
 
 
+def stop(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Rank 1 is stopped from outside, so to speak; rank 0 waits for it."""
+    if mesh.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    collectives.barrier(mesh)
+
+
+def compute_then_read(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Rank 0 computes for longer than may be stood still, rank 1 waits for it; both is allowed.
+    Then rank 1 reads from a pipe into which nobody writes."""
+    if mesh.rank == 0:
+        until = time.monotonic() + 1.6 * payload["lost_seconds"]
+        while time.monotonic() < until:
+            torch.ones(200, 200) @ torch.ones(200, 200)
+    collectives.barrier(mesh)
+    Path(payload["out"], f"computed-{mesh.rank}").touch()
+    if mesh.rank == 1:
+        Path(payload["out"], "pipe").read_bytes()
+    collectives.barrier(mesh)
+
+
 def wait_alone(payload: dict[str, Any], mesh: Mesh) -> None:
     """Leave the numbers of this process and its parent, and wait."""
     Path(payload["out"], "pids").write_text(f"{os.getpid()} {os.getppid()}")

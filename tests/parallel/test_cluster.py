@@ -70,8 +70,12 @@ def test_a_pool_keeps_its_workers_and_their_items(
     cluster: Cluster, kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with cluster.pool(ADDER, kwargs) as pool:
-        first = dict(pool.map(range(6), method="who", label="asking"))
-        second = dict(pool.map(range(6), method="who"))
+        needs = list("abcdef")
+        first = dict(pool.map(range(6), method="who", label="asking", needs=needs))
+        # Calls that need nothing, or other things, take no item away from its worker.
+        list(pool.map(range(3), method="who"))
+        list(pool.map(range(3), method="who", needs=["x", None, "y"]))
+        second = dict(pool.map(range(6), method="who", needs=needs))
     assert {threads for _, threads in first.values()} == {1}
     workers = {process for process, _ in first.values()}
     assert len(workers) <= 2
@@ -180,6 +184,7 @@ def test_gpus_that_are_not_there_are_refused_at_once(monkeypatch: pytest.MonkeyP
     with pytest.raises(ResourceError) as caught:
         Cluster.connect(ParallelConfig(num_workers=3, cpus_per_worker=0.1, gpus_per_worker=0.5))
     assert time.monotonic() - started < 2
+    assert caught.value.where == "parallel.gpus_per_worker"
     assert "and 1 GPUs on 1 machine(s): room for 2 workers" in str(caught.value.found)
     assert "0.5 GPUs = 0.3 CPUs and 1.5 GPUs" in str(caught.value.expected)
 

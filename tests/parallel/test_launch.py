@@ -77,6 +77,40 @@ def test_an_exit_status_is_an_error(tmp_path: Path) -> None:
     assert "last words" in (tmp_path / "logs" / "rank-1.log").read_text()
 
 
+def run_until_lost(target: str, folder: Path) -> tuple[TrainingError, float]:
+    """The error, and after how many seconds it came."""
+    before, began = descendants(os.getpid()), time.monotonic()
+    with pytest.raises(TrainingError) as caught:
+        run_ranks(
+            f"parallel_targets:{target}",
+            {"out": str(folder), "lost_seconds": 2.5},
+            num_ranks=2,
+            threads_per_rank=1,
+            log_folder=folder / "logs",
+            lost_seconds=2.5,
+        )
+    assert descendants(os.getpid()) == before
+    return caught.value, time.monotonic() - began
+
+
+def test_a_stopped_rank_is_given_up(tmp_path: Path) -> None:
+    error, seconds = run_until_lost("stop", tmp_path)
+    assert error.what.startswith("training rank 1 of 2 has given no sign of life for 3 s")
+    assert error.expected is not None and "2.5 s (parallel.lost_seconds)" in error.expected
+    # Most of it is the start.
+    assert seconds < 60
+
+
+def test_a_rank_that_is_stuck_is_given_up_and_one_that_computes_or_waits_is_not(
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    error, _ = run_until_lost("compute_then_read", tmp_path)
+    assert (tmp_path / "computed-0").is_file() and (tmp_path / "computed-1").is_file()
+    assert error.what.startswith("training rank 1 of 2 has stood still for")
+    assert "in read_bytes" in str(error.found) or "in open" in str(error.found)
+
+
 def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     driver, ranks = start_waiting_ranks(tmp_path)
     processes = [psutil.Process(rank) for rank in ranks]

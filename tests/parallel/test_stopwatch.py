@@ -71,6 +71,36 @@ def test_seconds_of_a_worker_add_up_to_its_age() -> None:
     assert sum(worked(host.run("__call__", 0.0)).seconds.values()) < 0.3
 
 
+class Multiplier:
+    """A worker whose operations are known: in inference mode, where torch cuts others up later."""
+
+    def multiply(self, size: int) -> int:
+        a = torch.ones(size, size)
+        with torch.inference_mode():
+            for _ in range(4):
+                torch.nn.functional.linear(a, a)
+        (a.requires_grad_() @ a).sum().backward()
+        return 2 * size**3 * (4 + 3)
+
+
+def test_operations_of_some_calls_are_counted() -> None:
+    host = WorkerHost("test_stopwatch:Multiplier", {}, 1, 0.0)
+    for number in range(1, 5):
+        outcome = host.run("multiply", 256)
+        work = worked(outcome)
+        assert (work.tflops is not None) == (number in (1, 2, 4))
+        if work.tflops is not None and work.device_peak_fraction is not None:
+            found = work.tflops * 1e12 * work.seconds["compute"]
+            assert found == pytest.approx(outcome.value, rel=1e-6)
+            assert work.device_peak_fraction > 0.0
+    tally = Tally("fit")
+    assert "tflops" not in tally.to_json()
+    for worker in ("a", "b", "b"):
+        tally.add(Work(worker, tflops=0.5, device_peak_fraction=0.25))
+    figures = tally.to_json()
+    assert (figures["tflops"], figures["device_peak_fraction"]) == (1.0, 0.25)
+
+
 def test_outside_of_a_worker_nothing_is_noted() -> None:
     read(0.0)
     count(samples=3)

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from distpc.circuits.circuit import Circuit
-from distpc.circuits.share_out import share_units_, splits_of
-from distpc.parallel.collectives import axes, barrier
+from distpc.circuits.random_start import RandomStart
+from distpc.parallel.collectives import barrier
 from distpc.parallel.engine import Engine
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.mesh import Mesh
 from distpc.structures.hclt import hclt_graph
 from distpc.structures.tree import Tree
+from distpc.training.lay_out import lay_out_
 from distpc.training.optimizer import CircuitOptimizer
 
 SMALL = {
@@ -46,6 +47,9 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     """A few steps of an HCLT; on one rank and with a case that says so, without any engine.
 
     Returns:
+        laid_out_bytes: most that the process held, above what it held before all, until it had its
+            share of the circuit;
+        ready_bytes: until there was an engine for it, too;
         peak_bytes: most that the process held in a step, above what it held before all;
         sums_bytes: statistics and flows of its sums, at the end of a backward pass;
         sent_bytes: that all processes of this host or network namespace sent in a step;
@@ -55,14 +59,16 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     idle = _status("VmRSS")
     graph = hclt_graph(Tree.balanced(case["num_variables"]), case["num_states"])
     categories = [case["num_categories"]] * case["num_variables"]
-    circuit = Circuit(graph, categories, max_fold_bytes=case["max_fold_bytes"])
+    circuit = Circuit(graph, categories, max_fold_bytes=case["max_fold_bytes"], device="meta")
     circuit.set_smoothing(1.0, 1.0, 1000)
     if case.get("recompute"):
         circuit.recompute_messages_()
     mesh = mesh.with_node_axis(case.get("node_axis", 1))
-    splits = {}
-    if mesh.node_parallel > 1:
-        splits = splits_of(circuit, share_units_(circuit, axes(mesh).node))
+    bucket = case["reduce_bucket"]
+    start = RandomStart(circuit, 0, 1.0)
+    splits = lay_out_(circuit, start, mesh, zero_stage=case["zero_stage"], reduce_bucket=bucket)
+    del start
+    laid_out = _status("VmHWM") - idle
     optimizer = CircuitOptimizer(circuit.parameter_groups())
     engine: Engine | Plain = Plain(circuit, optimizer)
     if not case.get("plain"):
@@ -71,9 +77,10 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
             optimizer,
             mesh=mesh,
             zero_stage=case["zero_stage"],
-            reduce_bucket=case["reduce_bucket"],
+            reduce_bucket=bucket,
             splits=splits,
         )
+    ready = _status("VmHWM") - idle
     _forget_peak()
     # The first pass under ZeRO 3 finds out in which order blocks are gathered.
     seconds = [_step(engine, case, mesh, 0)[0]]
@@ -85,6 +92,8 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     barrier(mesh)
     sent = _sent_bytes() - before
     return {
+        "laid_out_bytes": laid_out,
+        "ready_bytes": ready,
         "peak_bytes": _status("VmHWM") - idle,
         "sums_bytes": sums,
         "sent_bytes": sent / (STEPS - 1),

@@ -34,6 +34,24 @@ def test_overrides_may_stand_before_and_behind_options(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_may_stop_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", CONFIG, "--until", "index", "--out", str(tmp_path)]) == 0
+    assert {"shards", "index"} == {path.parent.name for path in tmp_path.glob("*/manifest.json")}
+    unneeded = ["structure.kind=hclt", "teacher.kind=none", "finetune.initialization=random"]
+    assert main(["run", CONFIG, "--until", "assign", *unneeded]) == 2
+    assert "has no stage 'assign'" in capsys.readouterr().err
+
+
+def test_codebooks_of_positions_are_for_latents_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", CONFIG, "--out", str(tmp_path), "latents.codebook=per_position"]
+    assert main([*arguments, "--dry-run"]) == main(arguments) == 2
+    assert "distpc run CONFIG --until assign" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main([*arguments, "--dry-run", "--until", "assign"]) == 0
+
+
 def test_a_users_error_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", CONFIG, "finetune.epochs=5"]) == 2
     shown = capsys.readouterr().err

@@ -24,7 +24,7 @@ def config(*overrides: str) -> RunConfig:
 
 def test_runs_are_variants_by_sizes_by_seeds(tmp_path: Path) -> None:
     runs = plan_runs(config("compare.sizes=[4, 8]", "compare.seeds=[3, 5]"), tmp_path)
-    assert len(runs) == 6 * 2 * 2
+    assert len(runs) == 9 * 2 * 2
     assert len({run.folder for run in runs}) == len(runs)
     assert {run.config.latents.num_clusters for run in runs} == {4, 8}
     assert {run.config.seed for run in runs} == {3, 5}
@@ -33,6 +33,11 @@ def test_runs_are_variants_by_sizes_by_seeds(tmp_path: Path) -> None:
     fast = next(run for run in runs if run.variant == "em_fast")
     assert (fast.group, fast.config.finetune.step_size, fast.size) == ("em", 0.3, 4)
     assert "size 4 seed 3" in fast.name
+
+
+def test_some_variants_can_be_asked_for(tmp_path: Path) -> None:
+    runs = plan_runs(config("compare.only=[pixels, em_fast]"), tmp_path)
+    assert [run.variant for run in runs] == ["pixels", "pixels", "em_fast", "em_fast"]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,7 @@ def test_standard_variants_have_every_control(kind: str, own: set[str], tmp_path
         ("compare.variants={a: {set: {nothing.here: 8}}}", "nothing.here"),
         ("compare.variants={a: {set: {finetune.step_sise: 0.1}}}", "step_size"),
         ("compare.variants={../a: {}}", "compare.variants"),
+        ("compare.only=[pixels, none_such]", "none_such"),
         ("structure.tree_of=latents", "tree_of"),
         ("compare.seeds=[]", "compare.seeds"),
     ],
@@ -114,6 +120,18 @@ def test_sizes_are_rows_of_their_own(tmp_path: Path) -> None:
     assert rows["em (best)@8"]["test_bpd"] == 2.0
 
 
+def test_a_teacher_with_a_likelihood_stands_beside_its_student(tmp_path: Path) -> None:
+    runs = plan_runs(config("compare.only=[pixels, vae]"), tmp_path)
+    found = [facts(2.0, 2.1)] * 2 + [facts(1.9, 2.0, teacher_valid_bpd=bits) for bits in (2.5, 2.7)]
+    rows = rows_of(runs, found, batch=10)
+    assert rows["vae"]["teacher_valid_bpd"] == pytest.approx(2.6)
+    head, _, vae, pixels = (line.split("|") for line in table_text(rows, "bpd").splitlines())
+    assert head[-2].strip() == "the teacher's own valid bpd"
+    assert (vae[-2].strip(), pixels[-2].strip()) == ("2.6000", "")
+    without = table_text({"pixels": rows["pixels"]}, "bpd")
+    assert "teacher" not in without
+
+
 def test_a_whole_comparison(tmp_path: Path) -> None:
     """EM and distillation on digits, then the same command again: nothing is run twice."""
     variants = "compare.variants={em: " + EM + ", pixels: {}}"
@@ -136,7 +154,7 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     assert 1.5 < pixels["test_bpd"] < em["test_bpd"] < 3.5
     # One set of shards and one tree a size for all runs.
     shared = sorted(path.name.split("-")[0] for path in (tmp_path / "stages").iterdir())
-    assert shared == ["features", "index", "shards", "structure", "structure"]
+    assert shared == ["features", "index", "shards", "structure", "structure", "teacher"]
     for name in ("table.md", "curves.png", "sizes.png"):
         assert (tmp_path / name).stat().st_size > 100
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*/report.json")}

@@ -1,6 +1,7 @@
 """The planner: sizes, formulas, choices and refusals."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,10 @@ def test_a_matrix_beyond_a_device_takes_ranks_that_share_its_rows(
     assert status == 0 and "23,767,285,760 parameters" in shown
     assert "set        parallel.num_ranks=8 (a host) parallel.node_parallel=" in shown
     assert "does not fit" in shown
+    # A rank makes its share of the circuit, a sixteenth of 88.5 GiB, and holds no whole one.
+    assert "host       5.7 GiB a rank to make its share of the circuit, 5.7 GiB rank 0" in shown
+    _, shown, _ = plan(capsys, "plan/hmm_131072.yaml", "parallel.whole_circuit_gib=100")
+    assert "94.1 GiB rank 0, which shows figures" in shown
     status, _, error = plan(capsys, "plan/hmm_131072.yaml", "finetune.rule=anemone")
     assert status == 2
     assert "no layout fits" in error and "76.0 GiB usable" in error and "at least" in error
@@ -222,3 +227,21 @@ def test_dry_run_shows_the_same_arithmetic(
     (option,) = [o for o in options(job, cluster) if o.layout.name == "1 x 2, ZeRO 0"]
     assert f"total {option.peak:,}" in shown
     assert np.isclose(option.memory["statistics"], 4 * job.costs.num_parameters)
+
+
+def test_ranks_that_share_cores_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    warning = "32 ranks of 1 thread share 2 cores: they take turns"
+    config = str(CONFIGS / "digits.yaml")
+    run = ["run", config, "--out", str(tmp_path), "--dry-run"]
+    assert main([*run, "parallel.num_ranks=32"]) == 0
+    assert f"warning: {warning}" in capsys.readouterr().out
+    assert main(run) == 0 and "warning" not in capsys.readouterr().out
+    status, shown, _ = plan(capsys, "digits.yaml", "--nodes", "1", "--gpus-per-node", "32")
+    assert status == 0 and f"warning    if this machine runs it: {warning}" in shown
+    # Several machines are others.
+    status, shown, _ = plan(capsys, "digits.yaml", "--nodes", "2", "--gpus-per-node", "32")
+    assert status == 0 and "warning" not in shown

@@ -19,7 +19,7 @@ from distpc.parallel.memory import Layout, fitting_bucket, share
 from distpc.parallel.traffic import traffic
 from distpc.structures.hclt import hclt_graph
 from distpc.structures.tree import Tree
-from distpc.training.needs import peak_bytes
+from distpc.training.needs import host_bytes, peak_bytes
 
 TARGETS = Path(__file__).parent / "plan_targets.py"
 
@@ -95,6 +95,23 @@ def compare(
     return measured
 
 
+def made(
+    cases: list[dict[str, Any]], measured: list[list[dict[str, float]]], num_ranks: int
+) -> None:
+    """Host memory until every rank has its share of the circuit: no more than was planned."""
+    for case, ranks in zip(cases, measured, strict=True):
+        axis = case.get("node_axis", 1)
+        layout = Layout(axis, num_ranks // axis, case["zero_stage"], case["reduce_bucket"])
+        planned = host_bytes(sizes(case), layout)
+        found, ready = ([rank[key] for rank in ranks] for key in ("laid_out_bytes", "ready_bytes"))
+        print(
+            f"{layout.name}: {planned / 2**20:.0f} MiB planned to make a share, "
+            f"{[round(value / 2**20) for value in found]} taken, "
+            f"{[round(value / 2**20) for value in ready]} with the engine"
+        )
+        assert max(found) < 1.15 * planned, (case, planned, found)
+
+
 def test_two_ranks_take_and_send_what_was_planned(tmp_path: Path) -> None:
     shape = {"num_variables": 64, "num_states": 256, "num_categories": 16}
     shape |= {"max_fold_bytes": 2**21, "reduce_bucket": 1_000_000}
@@ -158,6 +175,15 @@ def test_shares_of_a_large_circuit(tmp_path: Path) -> None:
     of_sums = max(rank["sums_bytes"] for rank in rows) / alone["sums_bytes"]
     peaks = [max(rank["peak_bytes"] for rank in ranks) for ranks in (rows, zero)]
     of_rows, of_zero = (peak / alone["peak_bytes"] for peak in peaks)
+    made(layouts, [rows, zero], 4)
+    of_making = [
+        max(max(rank["ready_bytes"], rank["peak_bytes"]) for rank in ranks) / alone["peak_bytes"]
+        for ranks in (rows, zero)
+    ]
+    print(
+        "from nothing to the end of the first steps a rank takes at most "
+        f"{of_making[0]:.3f} (node axis 4) and {of_making[1]:.3f} (ZeRO 3) of one process's peak"
+    )
     print(
         f"alone {alone['peak_bytes'] / 2**20:.0f} MiB at its peak; a rank of node axis 4 holds "
         f"{of_sums:.3f} of its sums' statistics and flows, and {of_rows:.3f} of its peak; a rank "
@@ -165,3 +191,5 @@ def test_shares_of_a_large_circuit(tmp_path: Path) -> None:
     )
     assert of_sums <= 0.30
     assert of_zero <= 0.45
+    # Making a share takes no more than a step with it.
+    assert of_making[0] <= 0.40 and of_making[1] <= 0.45

@@ -124,6 +124,9 @@ _MAE = {"width": 16, "num_heads": 2, "feature_width": 5}
 CASES: dict[str, Case] = {
     "pixels": Case("pixels", is_random=False),
     "random": Case("random", {"random_width": 7}),
+    "random-prefix": Case("random", {"sees": "prefix"}, (TEXT, TOKENS), sees=before),
+    "random-suffix": Case("random", {"sees": "suffix"}, (TEXT,), sees=behind),
+    "random-both": Case("random", {"sees": "both"}, (TEXT,), sees=everything),
     "mae-1": Case("mae", {"mae": {**_MAE, "neighbourhood": 1}}),
     "mae-3": Case("mae", {"mae": {**_MAE, "neighbourhood": 3}}, sees=around),
     "onehot": Case("onehot", specs=(TEXT,), is_random=False),

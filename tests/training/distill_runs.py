@@ -38,6 +38,7 @@ class Runs:
         self._stage("shards", data_shards.run)
         self._stage("index", data_index.run)
         self._stage("assign", cluster_patches)
+        self._stage("features", keep_patches)
 
     def variant(self, name: str, **sections: Any) -> StageContext:
         """The context of the distill stage of a variant whose structure stage has run."""
@@ -125,3 +126,14 @@ def cluster_patches(ctx: StageContext) -> None:
         rows = torch.from_numpy(latents.astype(np.int32)).reshape(len(shard.keys), -1)
         facts = {"fingerprint": ctx.fingerprint, "num_clusters": NUM_CLUSTERS}
         write_shard(shard_path(ctx.out, shard.name), "latents", rows, shard.keys, facts)
+
+
+def keep_patches(ctx: StageContext) -> None:
+    """Features as the features stage writes them: a patch's own values."""
+    index = data_index.ShardIndex.load(ctx.input("index").path)
+    variables = PatchGrid.of(index.spec, 2).variables()
+    for entry in index.shards("train"):
+        shard = read_shard(entry, index.spec)
+        rows = torch.from_numpy(shard.x[:, variables]).to(torch.float16)
+        path = shard_path(ctx.out, shard.name)
+        write_shard(path, "features", rows, shard.keys, {"fingerprint": ctx.fingerprint})

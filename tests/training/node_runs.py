@@ -14,10 +14,11 @@ from distpc import structures
 from distpc.artifacts.files import write_json
 from distpc.artifacts.tensors import write_tensors
 from distpc.circuits.circuit import Circuit
-from distpc.circuits.share_out import share_units_, splits_of
+from distpc.circuits.fill import Source, fill_
+from distpc.circuits.random_start import RandomStart
 from distpc.errors import TrainingError
 from distpc.parallel.checks import check_replicas
-from distpc.parallel.collectives import axes, sum_across
+from distpc.parallel.collectives import sum_across
 from distpc.parallel.engine import Engine
 from distpc.parallel.mesh import Mesh
 from distpc.structures.hclt import hclt_graph
@@ -30,13 +31,13 @@ from distpc.training.checkpoint import (
     Saver,
     TrainingFacts,
     load_optimizer,
-    load_parameters,
     take_snapshot,
 )
+from distpc.training.lay_out import lay_out_
 from distpc.training.optimizer import CircuitOptimizer
 from distpc.training.rules import Smoothing, make_rule
 
-STEPS, BATCH, STATES, VALUES = 10, 22, 12, 5
+STEPS, BATCH, STATES, VALUES, SEED = 10, 22, 12, 5, 0
 SMOOTHING = Smoothing(0.1, 0.1, 1000)
 STEP_SIZES = {"online_em": 0.2, "adam": 0.01}
 """Adam divides a gradient by its own size: where that is nearly zero, rounding turns into steps."""
@@ -80,13 +81,25 @@ STRUCTURES: dict[str, Callable[[], RegionGraph]] = {
 }
 
 
-def circuit_of(case: Case) -> Circuit:
+def circuit_of(case: Case, device: str = "cpu") -> Circuit:
     graph = STRUCTURES[case.structure]()
     # Folds of two matrices, so that ZeRO 3 has several to gather.
     fold = 8 * STATES * STATES
-    circuit = Circuit(graph, [VALUES] * graph.num_variables, max_fold_bytes=fold)
+    values = [VALUES] * graph.num_variables
+    return Circuit(graph, values, seed=SEED, max_fold_bytes=fold, device=device)
+
+
+def beginning(case: Case, saved: Checkpoint | None) -> tuple[Circuit, Source | None]:
+    """The circuit of a training on ranks, and where its values come from; as `finetune` does it."""
+    circuit = circuit_of(case, "meta")
+    source = saved or RandomStart(circuit, SEED, 1.0)
+    rule = make_rule(case.rule, circuit, SMOOTHING)
+    if saved is not None or rule.keeps_statistics:
+        rule.resume()
+        return circuit, source
+    fill_(circuit, source)
     make_rule(case.rule, circuit, SMOOTHING).start()
-    return circuit
+    return circuit, None
 
 
 def optimizer_of(case: Case, circuit: Circuit) -> CircuitOptimizer:
@@ -105,6 +118,7 @@ def batch_of(case: Case, step: int, num_variables: int) -> Tensor:
 def train_alone(case: Case) -> dict[str, Tensor]:
     """The same in this process, without any engine."""
     circuit = circuit_of(case)
+    make_rule(case.rule, circuit, SMOOTHING).start()
     optimizer = optimizer_of(case, circuit)
     nats = []
     for step in range(STEPS):
@@ -122,19 +136,17 @@ class Shared:
     def __init__(self, case: Case, mesh: Mesh, saved: Checkpoint | None = None) -> None:
         self.case = case
         self.mesh = mesh = mesh.with_node_axis(case.node_parallel)
-        self.circuit = circuit_of(case)
-        if saved is not None:
-            load_parameters(self.circuit, saved)
+        self.circuit, source = beginning(case, saved)
         if case.recompute:
             self.circuit.recompute_messages_()
-        table = share_units_(self.circuit, axes(mesh).node)
+        splits = lay_out_(self.circuit, source, mesh, zero_stage=case.zero_stage, reduce_bucket=500)
         self.engine = Engine(
             self.circuit,
             optimizer_of(case, self.circuit),
             mesh=mesh,
             zero_stage=case.zero_stage,
             reduce_bucket=500,
-            splits=splits_of(self.circuit, table),
+            splits=splits,
         )
         if saved is not None:
             load_optimizer(self.engine, saved)

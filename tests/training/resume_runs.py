@@ -22,12 +22,13 @@ from distpc.parallel.engine import Engine
 from distpc.parallel.mesh import Mesh
 from distpc.training import finetune
 from distpc.training.checkpoint import (
+    Checkpoint,
     Checkpoints,
     Piece,
     Saver,
     TrainingFacts,
+    check_shapes,
     load_optimizer,
-    load_parameters,
     take_snapshot,
 )
 from distpc.training.trainer import Trainer
@@ -101,6 +102,14 @@ class Net(nn.Module):
         return self.second(hidden).square()
 
 
+def load(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Set all parameters and buffers."""
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_shapes(checkpoint.path, checkpoint.shapes, shapes)
+    model.load_state_dict({name: checkpoint.part(name, None, 0) for name in state})
+
+
 def train_by_adam(case: dict[str, Any], mesh: Mesh) -> None:
     """A few steps of AdamW from scratch or from a checkpoint, then a checkpoint."""
     model = Net()
@@ -110,7 +119,7 @@ def train_by_adam(case: dict[str, Any], mesh: Mesh) -> None:
         source = Checkpoints(Path(case["source"]), {}).newest(mesh)
         assert source is not None
         first = source.facts.step
-        load_parameters(model, source)
+        load(model, source)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     engine = Engine(model, optimizer, mesh=mesh, zero_stage=case["stage"], reduce_bucket=20)
     saver = Saver(checkpoints, mesh)
@@ -157,7 +166,7 @@ def misuse(folder: Path, mesh: Mesh) -> None:
     odd = replace(found, slots={"first.weight": {"exp_avg": (2, 2)}})
     engine = Engine(model, torch.optim.AdamW(model.parameters()), mesh=mesh)
     told["other state"] = _told(lambda: load_optimizer(engine, odd))
-    told["other circuit"] = _told(lambda: load_parameters(model, found))
+    told["other circuit"] = _told(lambda: load(model, found))
     # The saver is of use again once the cause is mended.
     saver.save(TrainingFacts(step=5), [mine])
     told["mended"] = _told(saver.wait)

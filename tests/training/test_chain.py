@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distpc.circuits.circuit import Circuit
-from distpc.config.schema import DistillConfig
+from distpc.config.distillation import DistillConfig
 from distpc.errors import ConfigError, StructureError
 from distpc.structures.chain_layout import ChainLayout
 from distpc.structures.hclt import hclt_graph

@@ -18,11 +18,12 @@ from distpc.errors import LatentError, ResourceError
 from distpc.latents.store import read_shard, shard_path, write_shard
 from distpc.parallel.cluster import Cluster
 from distpc.structures import PatchLayout
-from distpc.training import distill
+from distpc.training import distill, growing
 from distpc.training.assembly import mix_rows
+from distpc.training.cluster_jobs import ClusterWorker, cluster_piece, leaf_folder
 from distpc.training.distill import collect
 from distpc.training.leaf import train_group
-from distpc.training.pieces import load_graph, plan_pieces
+from distpc.training.pieces import describe, load_graph, plan_pieces
 from distpc.training.samples import LatentSource
 
 EXACT = {"emission_noise": 0.0, "transition_noise": 0.0, "pseudocount": 0.0}
@@ -284,6 +285,109 @@ def test_graphs_of_other_clusters_are_refused(runs, product):
         distill.run(ctx)
 
 
+INNER = {"leaf": "hclt", "leaf_num_states": 6, "leaf_latents": True, "leaf_tied": True}
+GROWN = {
+    "structure": {"leaf": "hclt", "leaf_num_states": 4},
+    "distill": {
+        "kind": "progressive",
+        "growing": {"final_heads": 3, "epochs": 2, "top_epochs": 2, "top_samples": 600},
+    },
+}
+
+
+def test_every_level_supervised(runs):
+    ctx = runs.variant("inner", structure=INNER)
+    distill.run(ctx)
+    circuit = load_model(ctx.out / "model")
+    layout = PatchLayout.of(circuit.graph)
+    assert circuit.num_latents == 16 + 64
+    assert layout.leaf is not None and layout.leaf.tables == (0, 0, 0, 0)
+    # The codebook, and the counts of all shards.
+    assert ctx.metadata["pieces"].keys() >= {"codebook"} and ctx.metadata["kept_pieces"] == 0
+    assert ctx.metadata["states_never_used"] == 1
+    assert ctx.metadata["train_with_latents_bpd"] > ctx.metadata["train_bpd"]
+    # Counted alone, where a circuit with random parameters has more than 3.5.
+    assert ctx.metadata["valid_bpd"] < 2.7
+    again = runs.variant("inner-again", structure=INNER)
+    again.fingerprint = ctx.fingerprint
+    shutil.copytree(ctx.out / "pieces", again.out / "pieces")
+    next(iter((again.out / "pieces").glob("counts-*"))).unlink()
+    distill.run(again)
+    assert again.metadata["kept_pieces"] == len(ctx.metadata["pieces"]) - 1
+    first, second = (load_model(c.out / "model").state_dict() for c in (ctx, again))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.fixture(scope="module")
+def grown(runs):
+    ctx = runs.variant("grown", **GROWN)
+    distill.run(ctx)
+    return ctx
+
+
+def test_progressive_growing_makes_one_circuit_of_all_heads(grown, product):
+    circuit, facts = load_model(grown.out / "model"), grown.metadata
+    assert len(facts["clusters"]) == NUM_CLUSTERS - 1
+    assert circuit.latent_sizes == (facts["num_heads"],) * 16
+    for cluster in facts["clusters"].values():
+        heads = [found["heads"] for found in cluster["rounds"]]
+        assert heads in ([1], [1, 2, 3], [2, 3])
+    assert facts["num_heads"] == sum(
+        cluster["rounds"][-1]["heads"] for cluster in facts["clusters"].values()
+    )
+    assert facts["top_nats_by_epoch"][-1] > facts["top_nats_by_epoch"][0]
+    assert facts["valid_impossible"] == 0
+    assert facts["valid_bpd"] < product.metadata["valid_bpd"] + 0.05
+    assert not list((grown.out / "rounds").iterdir())
+    assert list((grown.tensorboard / "distill" / "growing").iterdir())
+
+
+def test_a_cluster_goes_on_after_its_last_round_and_finished_ones_stay(runs, grown, monkeypatch):
+    """A cluster's job ends in its second round; the next attempt trains that round alone."""
+    ctx = runs.variant("interrupted", **GROWN)
+    ctx.fingerprint = grown.fingerprint
+    patches = {c: f["patches"] for c, f in grown.metadata["clusters"].items()}
+    cluster = int(max(patches, key=patches.__getitem__))
+    item = describe(cluster_piece(ctx, PatchLayout.of(load_graph(ctx)), cluster, 1))
+    fit, trained = growing.fit_heads, []
+
+    def interrupted(*args, **kwargs):
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        trained.append(1)
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(growing, "fit_heads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ClusterWorker(ctx.to_json())(item)
+    assert [path.name for path in (ctx.out / "rounds").iterdir()] == [f"{cluster:04d}-001"]
+    # A round that was cut short while it was saved.
+    (ctx.out / "rounds" / f"{cluster:04d}-002").mkdir()
+    (ctx.out / "rounds" / f"{cluster:04d}-002" / "state.safetensors").write_bytes(b"cut")
+    monkeypatch.setattr(growing, "fit_heads", lambda *a, **k: trained.append(1) or fit(*a, **k))
+    ClusterWorker(ctx.to_json())(item)
+    rounds = grown.metadata["clusters"][str(cluster)]["rounds"]
+    assert len(trained) == len(rounds)
+    first, second = (load_model(leaf_folder(one, cluster)).state_dict() for one in (ctx, grown))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_features_of_other_samples_are_refused(runs, grown, tmp_path):
+    source = grown.input("features")
+    shutil.copytree(source.path, tmp_path / "features")
+    path = next((tmp_path / "features").glob("train-*"))
+    shard = read_shard(path, "features")
+    write_shard(path, "features", shard.rows[:, 1:].contiguous(), shard.keys, shard.metadata)
+    (tmp_path / "features" / "manifest.json").unlink()
+    features = Artifact.seal(tmp_path / "features", "features", source.fingerprint, 0.0, {})
+    ctx = runs.variant("other-features", **GROWN)
+    ctx.inputs["features"] = features
+    worker = ClusterWorker(ctx.to_json())
+    with pytest.raises(LatentError, match="other samples") as caught:
+        worker(describe(cluster_piece(ctx, PatchLayout.of(load_graph(ctx)), 0, 1)))
+    assert caught.value.where == str(path)
+
+
 def test_mixed_rows():
     rows = torch.tensor([[3.0, 1.0], [0.0, 0.0]])
     random = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
@@ -291,6 +395,6 @@ def test_mixed_rows():
     torch.testing.assert_close(mixed, torch.tensor([[2.5, 1.5], [0.0025, 0.0075]]))
 
 
-def test_facts_are_json(product, groups):
-    for ctx in (product, groups):
+def test_facts_are_json(product, groups, grown):
+    for ctx in (product, groups, grown):
         assert json.loads(json.dumps(ctx.metadata)) == ctx.metadata

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.io import load_model
-from distpc.errors import ArtifactError, TrainingError
+from distpc.errors import ArtifactError, ConfigError, TrainingError
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.meter import FIGURES
 from distpc.training import finetune
@@ -23,6 +23,8 @@ from distpc.training.last_good import LAST_GOOD
 
 HERE = Path(__file__).parent
 NUM_STEPS = 29
+RARE_USES = 4.5
+"""Uses a sample below which some of the circuit's states, each of 21 variables, lie early on."""
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +64,26 @@ def stages(base: StageContext) -> dict[str, Any]:
     alone = variant(base, "alone", num_ranks=1)
     shared = {f"zero{stage}": variant(base, f"zero{stage}", zero_stage=stage) for stage in range(4)}
     shared["offloaded"] = variant(base, "offloaded", zero_stage=2, offload=True)
-    shared["node"] = variant(base, "node", node_parallel=2, recompute_messages=True)
-    poisoned = variant(base, "poisoned", zero_stage=3)
+    # Where no process ever holds the whole circuit.
+    never_whole: dict[str, Any] = {"whole_circuit_gib": 0.0}
+    shared["node"] = variant(base, "node", node_parallel=2, recompute_messages=True, **never_whole)
+    reseeding = {"reseed_every_epochs": 0.6, "reseed_below": RARE_USES}
+    restarted = variant(base, "restarted", reseeding, num_ranks=1)
+    shared["restarted_shared"] = variant(base, "restarted_shared", reseeding, zero_stage=3)
+    shared["restarted_node"] = variant(base, "restarted_node", reseeding, node_parallel=2)
+    poisoned = variant(base, "poisoned", zero_stage=3, **never_whole)
     payload = {
         "contexts": [ctx.to_json() for ctx in shared.values()],
         "poisoned": poisoned.to_json(),
     }
     options: dict[str, Any] = {"threads_per_rank": 1, "log_folder": base.out.parent / "logs"}
-    run_ranks("runs:train_each", {"contexts": [alone.to_json()]}, num_ranks=1, **options)
+    fused = variant(base, "fused", {"fused": True, "micro_batch_size": 101}, num_ranks=1)
+    single = {"contexts": [ctx.to_json() for ctx in (alone, restarted, fused)]}
+    run_ranks("runs:train_each", single, num_ranks=1, **options)
     with pytest.raises(TrainingError) as caught:
         run_ranks("runs:train_each", payload, num_ranks=2, **options)
-    return {"alone": alone, **shared, "poisoned": poisoned, "error": caught.value}
+    others = {"alone": alone, "restarted": restarted, "fused": fused, "poisoned": poisoned}
+    return {**others, **shared, "error": caught.value}
 
 
 @pytest.mark.parametrize("layout", ["zero0", "zero1", "zero2", "zero3", "offloaded", "node"])
@@ -85,6 +96,44 @@ def test_every_layout_gives_the_statistics_of_one_process(
     for figure in ("bits", "impossible"):
         assert alone.facts.best is not None and shared.facts.best is not None
         assert shared.facts.best[figure] == pytest.approx(alone.facts.best[figure], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["restarted_shared", "restarted_node"])
+def test_dead_states_are_started_again_alike_under_every_layout(
+    stages: dict[str, Any], layout: str
+) -> None:
+    alone, shared = newest(stages["restarted"]), newest(stages[layout])
+    assert shared.facts.reseeded == alone.facts.reseeded > 0
+    assert_same(shared, alone, rtol=1e-4, atol=1e-5)
+    untouched = newest(stages["alone"]).statistics()
+    assert any(not torch.equal(tensor, untouched[n]) for n, tensor in alone.statistics().items())
+
+
+def test_rules_that_keep_more_than_statistics_do_not_reseed(base: StageContext) -> None:
+    with pytest.raises(ConfigError, match="rule adam keeps more"):
+        variant(base, "refused", {"rule": "adam", "reseed_every_epochs": 1.0})
+
+
+def test_what_no_process_may_hold_is_not_reseeded(base: StageContext) -> None:
+    settings = {"reseed_every_epochs": 1.0}
+    ctx = variant(base, "too_large", settings, zero_stage=3, num_ranks=1, whole_circuit_gib=0.0)
+    with pytest.raises(ConfigError, match="whole_circuit_gib"):
+        finetune.run(ctx)
+
+
+def test_the_fused_step_trains_as_the_ordinary_one(stages: dict[str, Any]) -> None:
+    alone, fused = newest(stages["alone"]), newest(stages["fused"])
+    ran = {
+        name: json.loads((stages[name].out / finetune.RESULTS).read_text())["fused"]
+        for name in ("alone", "fused")
+    }
+    assert ran == {"alone": False, "fused": True}
+    assert alone.facts.step == fused.facts.step == NUM_STEPS
+    for (_, expected), (_, found) in zip(alone.facts.curve, fused.facts.curve, strict=True):
+        assert found == pytest.approx(expected, abs=2e-3)
+    expected, found = alone.statistics(), fused.statistics()
+    for name, tensor in found.items():
+        assert (tensor - expected[name]).norm() < 2e-2 * expected[name].norm()
 
 
 def test_learns_and_says_so(stages: dict[str, Any]) -> None:
@@ -102,6 +151,15 @@ def test_learns_and_says_so(stages: dict[str, Any]) -> None:
     ]
     (measured,) = events_of(stages["zero0"]).Scalars("ranks/tflops/1")
     assert measured.step == 2 and measured.value == pytest.approx(second["tflops"])
+
+
+def test_figures_of_the_whole_circuit_are_left_out_where_no_rank_may_hold_it(
+    stages: dict[str, Any],
+) -> None:
+    shown = {name: set(events_of(stages[name]).Tags()["scalars"]) for name in ("zero3", "node")}
+    assert "latents/dead_states" in shown["zero3"] and "valid_bpd" in shown["node"]
+    left_out = shown["zero3"] - shown["node"]
+    assert {name.split("/")[0] for name in left_out} == {"latents", "sum_weight_entropy_bits"}
 
 
 def test_another_training_is_refused(stages: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import hidden_tree
+from hidden_trees import hidden_tree
 
 from distpc.circuits.circuit import Circuit
 from distpc.errors import ConfigError, DataError, TrainingError

@@ -17,15 +17,18 @@ from distpc.circuits.io import load_model
 from distpc.cli import main
 from distpc.config import parse_config
 from distpc.data.index import ShardIndex
-from distpc.errors import ConfigError
+from distpc.data.spec import DatasetSpec
+from distpc.errors import ConfigError, TrainingError
 from distpc.inference import evaluate
 from distpc.inference.likelihood import measure
 from distpc.parallel.launch import run_ranks
+from distpc.parallel.mesh import Mesh
 from distpc.pipeline.describe import describe
 from distpc.pipeline.runner import Pipeline
 from distpc.structures import Tree, hclt_graph
 from distpc.training import finetune
 from distpc.training.checkpoint import Checkpoints
+from distpc.training.last_good import with_last_good
 
 NUM_STEPS = 15
 SETTINGS = {
@@ -130,11 +133,35 @@ def test_learns_and_leaves_networks_and_a_circuit(
     assert main(["materialise", str(other), "--num-states", "8", "--out", str(tmp_path / "x")]) == 2
 
 
+def test_a_training_that_stops_leaves_networks_and_a_circuit(
+    stages: dict[str, StageContext], tmp_path: Path
+) -> None:
+    ctx, mesh = stages["alone"], Mesh(0, 1, 0, torch.device("cpu"))
+    checkpoints = Checkpoints(ctx.out / "checkpoints", finetune.identity_of(ctx))
+    spec = DatasetSpec.load(ctx.input("shards").path)
+    index = ShardIndex.load(ctx.input("index").path)
+    blank = finetune.beginning(ctx, spec, index, None).blank
+    stop = TrainingError("training diverges")
+    error = with_last_good(stop, checkpoints, blank, spec, tmp_path, mesh)
+    assert str(tmp_path) in str(error)
+    found = checkpoints.newest()
+    assert found is not None and found.facts.best is not None
+    networks, circuit = load_networks(tmp_path), load_model(tmp_path)
+    best = checkpoints.at(int(found.facts.best["step"])).statistics()
+    for name, tensor in networks.state_dict().items():
+        assert torch.equal(tensor, best[name])
+    assert circuit.training_facts["valid_bpd"] == found.facts.best["bits"]
+    again = networks.materialise()
+    for ours, theirs in zip(circuit.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("section", "values", "words"),
     [
         ("finetune", {"rule": "online_em"}, ["finetune.rule is online_em", "adam"]),
         ("finetune", {"initialization": "distilled"}, ["initialization"]),
+        ("finetune", {"reseed_every_epochs": 1.0}, ["reseed_every_epochs: rule adam"]),
         ("parallel", {"zero_stage": 3}, ["zero_stage is 3", "0 to 2"]),
         ("parallel", {"recompute_messages": True}, ["recompute_messages"]),
         ("structure", {"kind": "chow_liu"}, ["chow_liu", "no points of a latent"]),

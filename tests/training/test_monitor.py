@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import hidden_tree
+from hidden_trees import hidden_tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distpc.circuits.circuit import Circuit

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from runs import hidden_tree
+from hidden_trees import hidden_tree
 
 from distpc.circuits.circuit import Circuit
 from distpc.errors import TrainingError

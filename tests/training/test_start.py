@@ -2,12 +2,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import hidden_tree, prepare
+from hidden_trees import hidden_tree
+from runs import prepare
 
 from distpc.circuits.circuit import Circuit
+from distpc.circuits.fill import fill_
 from distpc.data.index import ShardIndex
 from distpc.data.spec import DatasetSpec
-from distpc.training.finetune import starting_circuit
+from distpc.parallel.mesh import Mesh
+from distpc.training.checkpoint import Checkpoints, Piece, Saver, TrainingFacts
+from distpc.training.finetune import beginning
 from distpc.training.start import marginals_of, start_near_data_
 
 
@@ -61,9 +65,13 @@ def test_a_resumed_run_spreads_flows_as_a_new_one_does(tmp_path: Path) -> None:
     ctx = prepare(tmp_path, leaf_width=1.5)
     spec = DatasetSpec.load(ctx.input("shards").path)
     index = ShardIndex.load(ctx.input("index").path)
-    kernels = [
-        starting_circuit(ctx, spec, index, random_rows=is_new).bank_list[-1].kernel
-        for is_new in (True, False)
-    ]
+    new = beginning(ctx, spec, index, None)
+    fill_(new.circuit, new.source)
+    saver = Saver(Checkpoints(tmp_path / "saved", {}), Mesh(0, 1, 0, torch.device("cpu")))
+    values = new.circuit.state_dict().items()
+    saver.save(TrainingFacts(), [Piece(k, tuple(v.shape), 0, v.reshape(-1)) for k, v in values])
+    saver.wait()
+    again = beginning(ctx, spec, index, saver.checkpoints.newest())
+    kernels = [begin.circuit.bank_list[-1].kernel for begin in (new, again)]
     assert kernels[0].shape == (17, 17) and float(kernels[0].diagonal().min()) < 0.5
     assert torch.equal(*kernels)

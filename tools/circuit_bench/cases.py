@@ -81,6 +81,10 @@ class Case:
         circuit.set_smoothing(0.1, 0.1, 50_000)
         return circuit
 
+    def outline(self) -> Circuit:
+        """Our circuit without its parameters: what compiling a peer looks at."""
+        return outline(self.graph(), self.num_categories)
+
     def batches(self, count: int, device: str, seed: int = 1) -> list[Tensor]:
         """Random samples: what they are does not change the work."""
         generator = torch.Generator().manual_seed(seed)
@@ -94,6 +98,18 @@ class Case:
         """6 x batch x K x K for each dense block, and nothing else."""
         blocks = self.num_variables - 1
         return 6e-9 * self.batch * self.num_states**2 * blocks
+
+
+def outline(graph: RegionGraph, num_categories: int) -> Circuit:
+    """A circuit without its parameters."""
+    return _Outline(graph, [num_categories] * graph.num_variables)
+
+
+class _Outline(Circuit):
+    """Parameters are reserved, which takes no memory, and never written."""
+
+    def _init(self, seed: int, noise: float, device: torch.device) -> None:
+        pass
 
 
 def image_tree(num_variables: int, seed: int = 0) -> Tree:

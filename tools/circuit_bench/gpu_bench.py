@@ -63,9 +63,22 @@ class GpuCase:
         self.row: Row = {**key_of(case), "num_categories": case.num_categories}
         self.ours: OursGpu | None = None
         self.peer: peer_pyjuice.PyJuicePeer | None = None
+        self.outline: peer_pyjuice.Outline | None = None
+        self.no_outline: str | None = None
+
+    def prepare(self) -> None:
+        """Compile the structure of the peer: this computes nothing on the device."""
+        begun = time.perf_counter()
+        try:
+            with at_most(self.limits["peer"]):
+                self.outline = peer_pyjuice.compile_outline(self.case.outline())
+        except Exception as error:
+            self.no_outline = reason_of(error, time.perf_counter() - begun)
 
     def run(self, save: Save, with_peer: bool = True) -> None:
         """Our side alone, then both in turn; the peer alone where they do not fit together.
+
+        `prepare` comes first where the peer is tried.
 
         Args:
             save: is given the row after each stage.
@@ -107,6 +120,9 @@ class GpuCase:
     def _both(self, save: Save) -> None:
         assert self.ours is not None
         self.row["peer"] = peer_pyjuice.NAME
+        if self.no_outline:
+            self.row["peer_note"] = self.no_outline
+            return
         self.row["peer_note"] = "the process ended while PyJuice was being tried"
         save(self.row)
         # What the peer is given is what our side has by now.
@@ -140,7 +156,8 @@ class GpuCase:
         begun, before = time.perf_counter(), held(self.device)
         try:
             with at_most(self.limits["peer"]):
-                self.peer = peer_pyjuice.PyJuicePeer(circuit, self.batches, self.device)
+                outline, self.outline = self.outline, None
+                self.peer = peer_pyjuice.PyJuicePeer(circuit, self.batches, self.device, outline)
                 self.row["peer_compile_seconds"] = round(self.peer.compile_seconds, 2)
                 if and_drop:
                     before -= _drop(circuit)

@@ -15,6 +15,7 @@ from circuit_bench import gpu_turn
 from circuit_bench.cases import Case
 from circuit_bench.ceilings import ceilings
 from circuit_bench.gpu_bench import GpuCase, Row, key_of
+from circuit_bench.gpu_clock import free
 
 CASES = [
     "hclt:768:1024",
@@ -39,14 +40,11 @@ TIMING_SECONDS = 6.0
 
 def run_gpu(options: argparse.Namespace) -> None:
     """Measure the cases that have no row yet; see `bench_circuit.py --help`."""
-    gpu_turn.take()
     table = Table(options.json)
     words = options.vocabulary or (100 if options.quick else VOCABULARY)
     sizes = options.batch or BATCH, options.dtype or DTYPE, words
     names = options.cases or (QUICK if options.quick else CASES)
-    found = ceilings(options.device)
-    table.begin({**machine(options.device), "ceilings": found})
-    say(f"ceilings: {found}")
+    found: dict[str, float] = {}
     limits = {"case": options.limit, "peer": options.peer_limit, "timing": TIMING_SECONDS}
     for name in names:
         case = Case.parse(name, *sizes)
@@ -55,7 +53,16 @@ def run_gpu(options: argparse.Namespace) -> None:
             continue
         say(str(case))
         measured = GpuCase(case, options.device, found, limits, options.rounds, not options.plain)
+        if not options.no_peer:
+            measured.prepare()
+        gpu_turn.take()
+        if not found:
+            found.update(ceilings(options.device))
+            free(options.device)
+            table.begin({**machine(options.device), "ceilings": found})
+            say(f"ceilings: {found}")
         measured.run(table.add, with_peer=not options.no_peer)
+        gpu_turn.give()
         say(f"  {summary(measured.row)}")
     if not options.json:
         print(json.dumps(table.content, indent=2))
@@ -64,6 +71,9 @@ def run_gpu(options: argparse.Namespace) -> None:
 class Table:
     """The rows and what they were measured on, in memory and in a file.
 
+    Other processes may add theirs: the file is read again before it is written, and who writes has
+    the turn on the GPU.
+
     Args:
         path: of the file, whose rows are kept; None: in memory alone.
     """
@@ -71,11 +81,11 @@ class Table:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.content: dict[str, Any] = {"machine": {}, "cases": []}
-        if path and path.exists():
-            self.content = json.loads(path.read_text())
+        self._read()
 
     def begin(self, about: dict[str, Any]) -> None:
         """Note the machine, with the ceilings of this run; those of earlier runs stay."""
+        self._read()
         runs = self.content["machine"].get("runs", [])
         self.content["machine"] = {**about, "runs": [*runs, about["ceilings"]]}
         self._write()
@@ -88,10 +98,15 @@ class Table:
     def add(self, row: Row) -> None:
         """Add a row, or replace the one of its case."""
         key = [(k, row[k]) for k in ("structure", "num_variables", "num_states", "batch", "dtype")]
+        self._read()
         rows = self.content["cases"]
         others = [old for old in rows if any(old[k] != value for k, value in key)]
         self.content["cases"] = [*others, dict(row)]
         self._write()
+
+    def _read(self) -> None:
+        if self.path and self.path.exists():
+            self.content = json.loads(self.path.read_text())
 
     def _write(self) -> None:
         if self.path:

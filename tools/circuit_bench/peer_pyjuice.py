@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from circuit_bench import gpu_turn
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exchange.pyjuice import skeleton
 
@@ -34,19 +33,24 @@ class PyJuicePeer:
         circuit: what to copy; its sums have to be dense.
         batches: (B, V) integers on the device, taken in turn.
         device: where the circuit is.
+        outline: of the same structure, compiled beforehand; None: compile it here.
 
     Attributes:
-        compile_seconds: of Python making nodes and compiling them, parameters copied.
+        compile_seconds: of Python making nodes and compiling them.
         warm_seconds: of its first steps: Triton's and nvcc's compilers, tuning, the CUDA graph.
         setting: what it runs with, in words.
     """
 
-    def __init__(self, circuit: Circuit, batches: Sequence[Tensor], device: str) -> None:
-        import pyjuice  # noqa: F401
-
-        begun = time.perf_counter()
-        self.model = compiled(circuit, device)
-        self.compile_seconds = time.perf_counter() - begun
+    def __init__(
+        self,
+        circuit: Circuit,
+        batches: Sequence[Tensor],
+        device: str,
+        outline: Outline | None = None,
+    ) -> None:
+        outline = outline or compile_outline(circuit)
+        self.compile_seconds = outline.seconds
+        self.model = filled(outline, circuit, device)
         self.batches = cycle(batches)
         self.graphs = False
         self.warm_seconds = 0.0
@@ -61,17 +65,28 @@ class PyJuicePeer:
         return f"{name}, half precision, {graphs}, {kernels}, blocks of {MAX_BLOCK_SIZE}"
 
     def warm_up(self, optimizer: str = "MiniBatchEM", **settings: Any) -> None:
-        """Make the optimizer; run once plainly, once to record CUDA graphs, once with those."""
+        """Make the optimizer; run once plainly, once to record CUDA graphs, once with those.
+
+        An optimizer's own kernels are compiled in its first step, which is taken on a copy of the
+        parameters that is put back.
+        """
         from pyjuice import optim
 
         begun = time.perf_counter()
         settings = settings or {"step_size": STEP_SIZE, "pseudocount": PSEUDOCOUNT}
         self.optimizer = getattr(optim, optimizer)(self.model, **settings)
         x = next(self.batches)
+        if x.is_cuda and optimizer != "MiniBatchEM":
+            kept = [tensor.clone() for tensor in self.parameters()]
+            self.step(x)
+            for tensor, value in zip(self.parameters(), kept, strict=True):
+                tensor.copy_(value)
+            self.optimizer = getattr(optim, optimizer)(self.model, **settings)
         if x.is_cuda:
             # Kernels are tuned in plain passes; what these leave in the flows is dropped.
             self.model(x).mean().backward()
             torch.cuda.synchronize()
+            _scratch.clear()
             self.model(x, record_cudagraph=True).mean().backward()
             torch.cuda.synchronize()
             self.graphs = True
@@ -100,12 +115,22 @@ class PyJuicePeer:
         self.optimizer.step(step_size)
 
 
-def compiled(circuit: Circuit, device: str) -> Any:
-    """A `TensorCircuit` with the structure and the parameters of a circuit, on its device.
+class Outline(NamedTuple):
+    """A compiled structure without parameters.
 
-    Parameters go from device to device: by way of the host, as `TensorCircuit` makes them, a
-    circuit of some billions takes minutes.
+    Attributes:
+        model: a `TensorCircuit`.
+        owners: nodes with parameters of their own, and the regions that those are of.
+        seconds: that compiling took.
     """
+
+    model: Any
+    owners: dict[Any, int]
+    seconds: float
+
+
+def compile_outline(circuit: Circuit) -> Outline:
+    """Compile the structure of a circuit, whose parameters are not looked at."""
     from pyjuice.io.serialization import deserialize_nodes
     from pyjuice.model import TensorCircuit
 
@@ -115,21 +140,46 @@ def compiled(circuit: Circuit, device: str) -> Any:
         def _init_parameters(self, perturbation: float = 4.0, pseudocount: float = 0.0) -> None:
             self.params = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
+    begun = time.perf_counter()
     _compare_scopes_fast()
+    _share_scratch()
     records, regions = skeleton(circuit, MAX_BLOCK_SIZE)
-    with gpu_turn.aside(), redirect_stdout(StringIO()):
-        # Built here, if it was not before: in its first step others would wait for the compiler.
-        has_cutlass()
+    with redirect_stdout(StringIO()):
         root = deserialize_nodes(records)
         model = OnDevice(root, verbose=False)
+    owners = {node: regions[n] for n, node in _numbered(root, records) if n in regions}
+    return Outline(model, owners, time.perf_counter() - begun)
+
+
+def filled(outline: Outline, circuit: Circuit, device: str) -> Any:
+    """The `TensorCircuit` of an outline with the parameters of a circuit, on its device.
+
+    Parameters go from device to device: by way of the host, as `TensorCircuit` makes them, a
+    circuit of some billions takes minutes.
+    """
+    model = outline.model
     model.to(torch.device(device))
     model.params.data = torch.zeros(model.num_sum_params, device=device)
-    owners = {number: node for number, node in _numbered(root, records) if number in regions}
-    _copy_inputs(model, circuit, {owners[n]: r for n, r in regions.items()})
-    for number, region in regions.items():
-        if not owners[number].is_input():
-            _copy_sum(model, owners[number], circuit.weights_of(region))
+    _copy_inputs(model, circuit, outline.owners)
+    for node, region in outline.owners.items():
+        if not node.is_input():
+            _copy_sum(model, node, circuit.weights_of(region))
     return model
+
+
+_scratch: dict[str, Any] = {}
+
+
+def _share_scratch() -> None:
+    """One buffer for the tuning of all sum layers, which else keep one each, as large as all flows.
+
+    Without this it needs tens of GB more, and large cases do not fit; no step is affected.
+    """
+    from pyjuice.layer.sum_layer import SumLayer
+
+    SumLayer._bk_ele_scratch = property(
+        lambda layer: _scratch.get("it"), lambda layer, value: _scratch.update(it=value)
+    )
 
 
 def _compare_scopes_fast() -> None:

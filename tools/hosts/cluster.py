@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +36,7 @@ _NOTICE_SECONDS = 90.0
 """Most that may pass until Ray has noticed that a host is lost."""
 _TAUGHT = ("shards", "index", "teacher")
 _BEFORE_TRAINING = (*_TAUGHT, "features", "fit", "assign", "structure", "distill")
+_COMPUTES = re.compile(rb"ray::_Host\.(?!__init__)")
 _VARIABLES = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -108,10 +112,13 @@ class Clusters:
             def in_the_middle() -> bool:
                 if run.poll() is not None:
                     raise Failed("the run ended before a host was cut off")
-                return finished() >= expected // 8 and "workers" in _kinds(lost)
+                return finished() >= expected // 8
 
-            wait_for(in_the_middle, _RUN_SECONDS, "extraction on all hosts")
-            lost.unplug()
+            wait_for(in_the_middle, _RUN_SECONDS, "extraction")
+            # The host's worker may start later than the others can finish: they wait for it.
+            with _paused(rest):
+                wait_for(lambda: _computes(lost), _RUN_SECONDS, f"{lost.name} to take part")
+                lost.unplug()
             check(
                 finished() < expected,
                 f"{lost.name} is cut off during extraction",
@@ -135,14 +142,16 @@ class Clusters:
         with self._cluster(hosts, name):
             run = self._run(hosts, out, name, workers=len(hosts), ranks=len(hosts))
             wait_for(lambda: has_trained(out), _RUN_SECONDS, "a checkpoint")
+            # Ray chooses which host has which rank.
+            rank = _rank_on(lost)
             lost.kill_all()
             begun = time.monotonic()
             wait_for(lambda: run.poll() is not None, _NOTICE_SECONDS, "training to stop")
             told = hosts[0].log(name).read_text()
             check(
-                f"rank {len(hosts) - 1} of {len(hosts)} is lost" in told and run.returncode == 2,
+                f"rank {rank} of {len(hosts)} is lost" in told and run.returncode == 2,
                 f"{lost.name} is switched off in training on Ray: the error names the rank",
-                f"after {time.monotonic() - begun:.1f} s",
+                f"rank {rank}, after {time.monotonic() - begun:.1f} s",
             )
             again = self._run(rest, out, f"{name}-rest", workers=len(rest), ranks=len(rest))
             wait_for_ends({hosts[0].name: again}, _RUN_SECONDS)
@@ -198,15 +207,57 @@ def _kinds(host: Host) -> set[str]:
     """What of a run runs on `host` now: Ray workers, training ranks."""
     kinds = set()
     for process in host.processes():
-        try:
-            words = Path(f"/proc/{process}/cmdline").read_bytes()
-        except OSError:
-            continue
+        words = _read(process, "cmdline")
         if words.startswith(b"ray::_Host"):
             kinds.add("workers")
         if b"distpc.parallel.rank" in words:
             kinds.add("ranks")
     return kinds
+
+
+def _computes(host: Host) -> bool:
+    """Whether a Ray worker on `host` has work now: Ray shows the method in the process's name."""
+    return any(_COMPUTES.match(_read(process, "cmdline")) for process in host.processes())
+
+
+@contextmanager
+def _paused(hosts: list[Host]) -> Iterator[None]:
+    """Ray workers on `hosts` stand still in here."""
+    workers = [
+        process
+        for host in hosts
+        for process in host.processes()
+        if _read(process, "cmdline").startswith(b"ray::_Host")
+    ]
+    try:
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        yield
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+
+
+def _rank_on(host: Host) -> int:
+    """Which training rank runs on `host`.
+
+    Raises:
+        Failed: none does.
+    """
+    for process in host.processes():
+        if b"distpc.parallel.rank" in _read(process, "cmdline"):
+            found = re.search(rb"(?:^|\0)RANK=(\d+)", _read(process, "environ"))
+            if found:
+                return int(found[1])
+    raise Failed(f"no rank trains on {host.name}")
+
+
+def _read(process: int, name: str) -> bytes:
+    """A file of /proc about a process; empty where it has just ended."""
+    try:
+        return Path(f"/proc/{process}/{name}").read_bytes()
+    except OSError:
+        return b""
 
 
 def _same_files(out: Path, whole: Path, stage: str) -> None:

@@ -96,7 +96,11 @@ def _let_all_begin(holders: Holders, features: Artifact, num_workers: int) -> No
     items = [Draw(View(name), 0, (0,)) for name in feature_shards(features)[:num_workers]]
     while True:
         holders.ask("draw", items)
-        if sum(str(features.path) in maps for maps in _of_workers("maps").values()) == num_workers:
+        # While one starts, its title goes on.
+        titles = [title.split("\0")[0].strip() for title in _of_workers("cmdline").values()]
+        if titles.count(WORKER) == num_workers:
+            # All have come, so that each is given one of these.
+            holders.ask("draw", items)
             return
         time.sleep(0.1)
 

@@ -149,8 +149,8 @@ class IntegralCircuit(nn.Module):
         skeleton = self._skeleton(num_states, is_shared=False)
         made = skeleton.writer.write(self._points(skeleton.sizes))
         circuit = self._empty_circuit(num_states)
-        for bank, statistics in zip(circuit.bank_list, made, strict=True):
-            bank.statistics.data = statistics
+        named = dict(zip(skeleton.names, made, strict=True))
+        circuit.load_state_dict(named, strict=False, assign=True)
         circuit.to(self.device)
         circuit.set_smoothing(0.0, self.settings.leaf_floor, 1)
         circuit.rescale_to_uses_()
@@ -236,7 +236,7 @@ class IntegralCircuit(nn.Module):
                 ]
             for bank in circuit.bank_list:
                 # Never read: every call brings statistics with it.
-                bank.statistics.requires_grad_(False).data = torch.empty(0)
+                bank.statistics = nn.Parameter(torch.empty(0), requires_grad=False)
                 if isinstance(bank, SumBank):
                     bank.smoothing = _SUM_FLOOR
                 elif isinstance(bank, TableBank):
@@ -259,4 +259,6 @@ class IntegralCircuit(nn.Module):
         graph = self.graph
         if num_states != self.num_states:
             graph = with_num_states(graph, num_states)
-        return Circuit(graph, self.num_categories, seed=None, max_fold_bytes=self.max_fold_bytes)
+        return Circuit(
+            graph, self.num_categories, max_fold_bytes=self.max_fold_bytes, device="meta"
+        )

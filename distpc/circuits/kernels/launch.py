@@ -118,6 +118,7 @@ def multiply(layout: Layout, nodes: Nodes) -> None:
         layout.sum_inverse_at,
         layout.batch,
         ONE_LEAF=nodes.has_one_leaf,
+        EVEN=constants["K"] == constants["BLOCK_K"] and layout.batch % constants["BLOCK_B"] == 0,
         **constants,
     )
 
@@ -288,9 +289,9 @@ def read_weights(layout: Layout, tables: Tables) -> None:
 
 def leaf_tile(leaves: Leaves) -> Tile:
     """The tile (values, units, tokens) of `learn_leaves`."""
-    units = min(64, _block(leaves.units))
-    warps = 8 if leaves.chunk * units >= 8192 else 4
-    return Tile(leaves.chunk, units, 32 if leaves.is_sorted else 64, warps, 3)
+    if leaves.chunk <= 16:
+        return Tile(leaves.chunk, min(256, _block(leaves.units)), 32, 4, 3)
+    return Tile(leaves.chunk, min(64, _block(leaves.units)), 32 if leaves.is_sorted else 64, 4, 3)
 
 
 class Tokens(NamedTuple):

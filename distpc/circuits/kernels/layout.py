@@ -167,9 +167,11 @@ class Layout:
         self.plan, self.batch, self.dtype, self.at_random = plan, batch, dtype, at_random
         self.device = circuit.device
         nodes = plan.nodes
-        self.is_aligned = all(n.shape[1] % ALIGN == 0 for n in nodes)
-        u_at = _places([batch * node.shape[1] for node in nodes])
-        y_at = _places([batch * node.shape[0] for node in nodes])
+        self.is_aligned = all(
+            units % ALIGN == 0 and (rows % ALIGN == 0 or count == 1)
+            for (rows, units), (_, count) in plan.shapes.items()
+        )
+        u_at, y_at = (_message_places(plan, batch, side) for side in (1, 0))
         self.u_at, self.y_at = u_at, y_at
         self.u = torch.zeros(u_at[-1], dtype=dtype, device=self.device)
         self.v = torch.zeros_like(self.u)
@@ -272,6 +274,21 @@ def _offset(base: Tensor, part: Tensor) -> int:
     distance, rest = divmod(part.data_ptr() - base.data_ptr(), base.element_size())
     assert rest == 0 and base.dtype == part.dtype and part.is_contiguous()
     return distance
+
+
+def _message_places(plan: Plan, batch: int, side: int) -> list[int]:
+    """Where each node's messages begin, (B, shape[side]); and the end.
+
+    Nodes of one shape follow each other without a gap: a group of them is one matrix product.
+    """
+    firsts = {first for first, _ in plan.shapes.values()}
+    places, end = [], 0
+    for i, node in enumerate(plan.nodes):
+        if i in firsts:
+            end = -(-end // ALIGN) * ALIGN
+        places.append(end)
+        end += batch * node.shape[side]
+    return [*places, end]
 
 
 def _places(sizes: Sequence[int]) -> list[int]:

@@ -29,8 +29,9 @@ from distpc.circuits.kernels import launch
 from distpc.circuits.kernels.layout import Layout
 from distpc.circuits.kernels.plan import make_plan, why_not
 
-_CHUNKS = (128, 64)
-"""Values of a leaf that a program of its update owns: of small and of large vocabularies."""
+_CHUNKS = (16, 64)
+"""Values of a leaf that a program of its update owns: of small and of large vocabularies. A chunk's
+tokens are few where values are seen often."""
 
 
 class FastStep:

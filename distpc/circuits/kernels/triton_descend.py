@@ -7,6 +7,7 @@ leaves, and the ratio flow / y of every sum below. Reference: a plain product an
 import triton
 import triton.language as tl
 
+from distpc.circuits.kernels.triton_products import ratio_of
 from distpc.circuits.kernels.triton_sums import halves
 
 
@@ -27,12 +28,10 @@ def pass_down(
     for f in range(first_sum, end_sum):
         message = y + tl.multiple_of(tl.load(sum_at + f), ALIGN)
         if EVEN:
-            below = tl.load(message + entry).to(tl.float32)
-            ratio = tl.where(below > 0, values / below, 0.0)
+            ratio = ratio_of(values, tl.load(message + entry))
             tl.store(message + entry, ratio.to(y.dtype.element_ty))
         else:
-            below = tl.load(message + entry, mask=inside, other=1.0).to(tl.float32)
-            ratio = tl.where(below > 0, values / below, 0.0)
+            ratio = ratio_of(values, tl.load(message + entry, mask=inside, other=1.0))
             tl.store(message + entry, ratio.to(y.dtype.element_ty), mask=inside)
 
 

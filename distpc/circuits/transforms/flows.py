@@ -33,7 +33,9 @@ class Flows:
     log_prob: float = 0.0
 
 
-def aggregate_flows(circuit: Circuit, data: Any, batch_size: int = 256) -> Flows:
+def aggregate_flows(
+    circuit: Circuit, data: Any, batch_size: int = 256, latents: Any = None
+) -> Flows:
     """Flows of all regions and banks over a data set.
 
     Memory: the messages of one batch, and two float64 tables of the circuit's size.
@@ -42,6 +44,7 @@ def aggregate_flows(circuit: Circuit, data: Any, batch_size: int = 256) -> Flows
         circuit: the model; its parameters and their `.grad` are left alone.
         data: (N, V) values as for calling the circuit, or an iterable of such batches.
         batch_size: samples at a time, where `data` is one array.
+        latents: (N, Z) values of the latents that are known, -1 for others, of such an array.
 
     Raises:
         EvidenceError: values that do not fit the circuit.
@@ -59,7 +62,7 @@ def aggregate_flows(circuit: Circuit, data: Any, batch_size: int = 256) -> Flows
     )
     learning = [number for number, edges in enumerate(total.edges) if edges is not None]
     parameters = [circuit.bank_list[number].statistics for number in learning]
-    for evidence in evidence_batches(circuit, data, batch_size):
+    for evidence in evidence_batches(circuit, data, batch_size, latents):
         evaluation, of_steps, of_parameters = batch_flows(circuit, evidence, parameters)
         for step, flow in zip(circuit.step_list, of_steps, strict=True):
             sums = flow.double().sum(1)
@@ -81,11 +84,13 @@ def aggregate_flows(circuit: Circuit, data: Any, batch_size: int = 256) -> Flows
     return total
 
 
-def evidence_batches(circuit: Circuit, data: Any, batch_size: int) -> Iterator[Evidence]:
+def evidence_batches(
+    circuit: Circuit, data: Any, batch_size: int, latents: Any = None
+) -> Iterator[Evidence]:
     """A data set (see `aggregate_flows`) as checked evidence."""
     arrays: Iterable[Any] = [data] if hasattr(data, "shape") else data
     for array in arrays:
-        batches = circuit.reader.batches(array, None, None, batch_size, circuit.device)
+        batches = circuit.reader.batches(array, latents, None, batch_size, circuit.device)
         yield from (evidence for _, evidence in batches)
 
 

@@ -75,24 +75,30 @@ def grow(
 
 
 def split_states(
-    circuit: Circuit, units: Sequence[tuple[int, int]], *, noise: float = 0.3, seed: int = 0
+    circuit: Circuit,
+    units: Sequence[tuple[int, int]],
+    *,
+    noise: float = 0.3,
+    cross: float = 1.0,
+    seed: int = 0,
 ) -> Circuit:
     """Split single states in two, which are neighbours afterwards.
 
     Args:
         circuit: left as it is.
         units: (region, unit) of each state; any of its units names a state.
-        noise, seed: as for `grow`.
+        noise, cross, seed: as for `grow`.
 
     Raises:
         ConfigError: a setting out of its range.
         StructureError: a unit that does not exist or cannot be split on its own.
     """
     _check("noise", noise, np.inf)
+    _check("cross", cross, 1.0)
     states = find_states(circuit)
     chosen = np.zeros(states.number, dtype=bool)
     chosen[[states.of(region, unit) for region, unit in units]] = True
-    return _clone(circuit, states, chosen, noise, 1.0, seed)
+    return _clone(circuit, states, chosen, noise, cross, seed)
 
 
 class Reseeded(NamedTuple):

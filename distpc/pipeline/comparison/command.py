@@ -17,7 +17,7 @@ from distpc.pipeline.comparison.schedule import Scheduler
 from distpc.pipeline.comparison.table import facts_of, rows_of, table_text, unit_of
 from distpc.pipeline.comparison.variants import Run, plan_runs
 
-SHARED = ("features", "structure")
+SHARED = ("teacher", "features", "structure")
 """Stages of which several runs need the same one, beside the data's."""
 
 

@@ -32,7 +32,11 @@ def facts_of(run: Run, charged: int) -> dict[str, Any]:
     circuit = load_model(run.folder / "model")
     dead, states = dead_states(circuit)
     curve = [[samples + charged, bits] for samples, bits in training["curve"]]
+    # A likelihood of the teacher's own: exact of language models, of autoencoders a bound, the bits
+    # of their codes included.
+    own = (report["teacher"] or {}).get(f"valid_{unit}")
     return {
+        **({} if own is None else {f"teacher_valid_{unit}": own}),
         f"test_{unit}": report[f"test_{unit}"],
         f"valid_{unit}": report[f"valid_{unit}"],
         "num_parameters": report["num_parameters"],
@@ -103,6 +107,9 @@ def table_text(rows: Mapping[str, Mapping[str, Any]], unit: str) -> str:
     """The rows as a Markdown table, the best first within each size."""
     titles = ["variant", f"test {unit}", "spread", f"valid {unit}", "parameters", "visits",
               "distilled on", "dead states", "training s"]  # fmt: skip
+    own = f"teacher_valid_{unit}"
+    has_own = any(own in row for row in rows.values())
+    titles += [f"the teacher's own valid {unit}"] if has_own else []
     lines = [titles, ["---"] * len(titles)]
     order = sorted(rows.items(), key=lambda row: (row[1]["size"] or 0, row[1][f"test_{unit}"]))
     for name, row in order:
@@ -112,6 +119,7 @@ def table_text(rows: Mapping[str, Mapping[str, Any]], unit: str) -> str:
             f"{row[f'valid_{unit}']:.4f}", f"{row['num_parameters']:,}", f"{row['num_visits']:,}",
             f"{row['distillation_visits']:,}", f"{row['dead_states']:g} of {row['num_states']}",
             f"{row['training_seconds']:.0f}",
+            *([f"{row[own]:.4f}" if own in row else ""] if has_own else []),
         ])  # fmt: skip
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     padded = [
@@ -136,6 +144,9 @@ def _summary(seeds: Mapping[int, Mapping[str, Any]], unit: str) -> dict[str, Any
         key: found[0][key]
         for key in ("num_parameters", "num_visits", "distillation_visits", "num_states")
     }
+    own = f"teacher_valid_{unit}"
+    if own in found[0]:
+        means[own] = mean(one[own] for one in found)
     return {**means, "spread": max(test) - min(test), **same, "seeds": dict(seeds)}
 
 

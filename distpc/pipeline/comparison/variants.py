@@ -64,7 +64,7 @@ def plan_runs(config: RunConfig, folder: Path) -> list[Run]:
         ConfigError: a variant that the configuration does not allow, or a name that is no folder.
     """
     asked = config.compare
-    variants = asked.variants or standard_variants(config)
+    variants = _chosen(asked.variants or standard_variants(config), asked.only)
     sizes: list[int | None] = [*asked.sizes] or [None]
     runs = []
     for name, variant in variants.items():
@@ -119,6 +119,18 @@ def standard_variants(config: RunConfig) -> dict[str, Variant]:
     if config.teacher.kind not in (own, "random", "none"):
         found[config.teacher.kind] = Variant(set={**LVD, "teacher.kind": config.teacher.kind})
     return found
+
+
+def _chosen(variants: dict[str, Variant], only: list[str]) -> dict[str, Variant]:
+    unknown = [name for name in only if name not in variants]
+    if unknown:
+        raise ConfigError(
+            "a variant is asked for that the comparison does not have",
+            where="compare.only",
+            found=", ".join(unknown),
+            expected=f"of {', '.join(variants)}",
+        )
+    return {name: variants[name] for name in only} if only else variants
 
 
 def _configure(

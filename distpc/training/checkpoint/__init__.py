@@ -9,7 +9,6 @@ from distpc.training.checkpoint.shard import Piece
 from distpc.training.checkpoint.snapshot import (
     check_shapes,
     load_optimizer,
-    load_parameters,
     take_snapshot,
 )
 
@@ -21,6 +20,5 @@ __all__ = [
     "TrainingFacts",
     "check_shapes",
     "load_optimizer",
-    "load_parameters",
     "take_snapshot",
 ]

@@ -17,6 +17,7 @@ class TrainingFacts:
         sums: of the running epoch: nats, observed values, samples (for the training figure).
         train_bits: bits per dimension of the last whole epoch, each batch before its update.
         impossible: training samples of likelihood 0 met so far.
+        reseeded: dead states started again so far.
         valid: the last validation's figures, as `best`.
         curve: [samples consumed, validation bits] of every validation.
     """
@@ -28,5 +29,6 @@ class TrainingFacts:
     sums: dict[str, float] = field(default_factory=dict)
     train_bits: float | None = None
     impossible: int = 0
+    reseeded: int = 0
     valid: dict[str, float] | None = None
     curve: list[list[float]] = field(default_factory=list)

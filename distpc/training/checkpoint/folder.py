@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from distpc.errors import ArtifactError
 from distpc.parallel.collectives import broadcast_object, gather_objects
 from distpc.parallel.mesh import Mesh
 from distpc.parallel.places import Split
+from distpc.training.checkpoint.cuts import read_in_order, read_part
 from distpc.training.checkpoint.facts import TrainingFacts
 from distpc.training.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -81,6 +82,24 @@ class Checkpoint:
             for first, last, file in overlapping(self.table[key], start, stop)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def part(self, name: str, split: Split | None, number: int) -> Tensor:
+        """One part of a parameter or buffer, or all of it: see `circuits.fill.Source`.
+
+        Nothing larger than the part is read, however the ranks that wrote it shared the tensor.
+
+        Raises:
+            ArtifactError: a file is missing or damaged.
+        """
+        stored, shape = self.splits.get(name), self.shapes[name]
+        return read_part(self._reader(name), shape, stored, split, number)
+
+    def in_order(self, name: str) -> Iterator[Tensor]:
+        """All elements of a parameter or buffer, some at a time, flattened."""
+        return read_in_order(self._reader(name), self.shapes[name], self.splits.get(name))
+
+    def _reader(self, key: str) -> Callable[[int, int], Tensor]:
+        return lambda start, stop: self._read(key, start, stop)
 
     def whole(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """A whole tensor, on the CPU."""

@@ -1,42 +1,23 @@
 """One rank's file of a checkpoint: element ranges of tensors, in the safetensors format.
 
-Written here rather than by the library, whose writer copies all tensors and holds the interpreter
-while training should go on; and the digest comes from the bytes as they are written.
-
-    keys      banks.0.statistics            a parameter or buffer
-              banks.0.statistics#mean       what the optimizer keeps beside it, here `mean`
-    in files  banks.0.statistics@1200       its elements from the 1200th on, flattened
+keys      banks.0.statistics            a parameter or buffer
+          banks.0.statistics#mean       what the optimizer keeps beside it, here `mean`
+in files  banks.0.statistics@1200       its elements from the 1200th on, flattened
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from distpc.artifacts.files import atomic_path
+from distpc.artifacts.tensors import Entry, dtype_name, stream_tensors
 from distpc.errors import ArtifactError
 from distpc.parallel.places import Split
 
 SLOT = "#"
-_CHUNK_BYTES = 16 << 20
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class Piece(NamedTuple):
@@ -67,40 +48,29 @@ def write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
     Raises:
         ResourceError: the disk is full.
     """
-    # Widest types first keeps every piece aligned for readers that map the file.
-    pieces = sorted(pieces, key=lambda piece: -piece.values.element_size())
-    header: dict[str, Any] = {}
-    end = 0
-    for piece in pieces:
-        begin, end = end, end + piece.values.numel() * piece.values.element_size()
-        header[_entry(piece.key, piece.start)] = {
-            "dtype": _DTYPES[piece.values.dtype],
-            "shape": [piece.values.numel()],
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with atomic_path(path) as partial, partial.open("wb") as file:
-        for block in (len(text).to_bytes(8, "little"), text):
-            file.write(block)
-            digest.update(block)
-        for piece in pieces:
-            content = piece.values.contiguous().view(torch.uint8).numpy().data
-            for first in range(0, len(content), _CHUNK_BYTES):
-                chunk = content[first : first + _CHUNK_BYTES]
-                file.write(chunk)
-                digest.update(chunk)
+    num_bytes, digest = stream_tensors(
+        path,
+        [
+            Entry(
+                _entry(piece.key, piece.start),
+                dtype_name(piece.values),
+                (piece.values.numel(),),
+                piece.values.element_size(),
+                lambda values=piece.values: [values],  # type: ignore[misc]
+            )
+            for piece in pieces
+        ],
+    )
     return {
-        "bytes": 8 + len(text) + end,
-        "sha256": digest.hexdigest(),
+        "bytes": num_bytes,
+        "sha256": digest,
         "ranges": [[p.key, p.start, p.start + p.values.numel()] for p in pieces],
         "tensors": {piece.key: _kind(piece) for piece in pieces},
     }
 
 
 def _kind(piece: Piece) -> dict[str, Any]:
-    kind: dict[str, Any] = {"shape": list(piece.shape), "dtype": _DTYPES[piece.values.dtype]}
+    kind: dict[str, Any] = {"shape": list(piece.shape), "dtype": dtype_name(piece.values)}
     if piece.split is not None:
         kind["split"] = [piece.split.dim, piece.split.parts]
     return kind

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distpc.errors import ArtifactError
 from distpc.parallel.engine import Engine
@@ -35,20 +35,6 @@ def take_snapshot(engine: Engine) -> list[Piece]:
                 # Counts belong to a parameter as a whole: the owner of its first element has them.
                 pieces.append(Piece(key, (), 0, _copy(tensor.reshape(1))))
     return pieces
-
-
-def load_parameters(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Set a module's parameters and buffers, one after the other.
-
-    Raises:
-        ArtifactError: they are those of another circuit, or cannot be read.
-    """
-    tensors = module.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_shapes(checkpoint.path, checkpoint.shapes, shapes)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(checkpoint.whole(name, shapes[name]))
 
 
 def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:

@@ -60,6 +60,8 @@ class Rule(ABC):
         needs_whole_circuit: whether it asks the circuit for the uses of its rows at a step.
         needs_all_data: whether one step takes the flows of the whole data set.
         keeps_state: whether it keeps tensors of its own beside S.
+        keeps_statistics: whether it starts and ends with statistics as they are, so that nobody
+            needs the whole circuit for it.
     """
 
     name: ClassVar[str]
@@ -67,6 +69,7 @@ class Rule(ABC):
     needs_whole_circuit: ClassVar[bool] = False
     needs_all_data: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False
+    keeps_statistics: ClassVar[bool] = False
 
     def __init__(self, circuit: Circuit, smoothing: Smoothing) -> None:
         self.circuit = circuit
@@ -80,6 +83,10 @@ class Rule(ABC):
 
         # Rules on whole rows smooth in their update, so weights are read out as they are.
         convert_(self.circuit, Smoothing(0.0, 0.0, self.smoothing.num_samples))
+
+    def resume(self) -> None:
+        """Set the read-out alone, for statistics that this rule has left."""
+        self.circuit.set_smoothing(0.0, 0.0, self.smoothing.num_samples)
 
     def finish(self) -> None:
         """Leave statistics on the flow scale, for whichever rule comes next; the model stays."""

@@ -31,12 +31,16 @@ class GrowingEM(Rule):
     name = "growing_em"
     needs_whole_rows = False
     keeps_state = True
+    keeps_statistics = True
 
     def __init__(self, circuit: Circuit, smoothing: Smoothing, growth: float = 2.0) -> None:
         super().__init__(circuit, smoothing)
         self.growth = growth
 
     def start(self) -> None:
+        self.resume()
+
+    def resume(self) -> None:
         self.circuit.set_smoothing(*self.smoothing)
 
     def finish(self) -> None:

@@ -24,10 +24,14 @@ class OnlineEM(Rule):
 
     name = "online_em"
     needs_whole_rows = False
+    keeps_statistics = True
 
     def start(self) -> None:
         # Not `convert_`: weights that are zero before training must not stay zero in the first
         # validation. See there for going on with a trained circuit exactly as it is.
+        self.resume()
+
+    def resume(self) -> None:
         self.circuit.set_smoothing(*self.smoothing)
 
     def finish(self) -> None:

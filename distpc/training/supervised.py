@@ -1,0 +1,175 @@
+"""Distillation of patch circuits whose latents are supervised at every level: all of it is counts.
+
+The codebook of the latents inside of patches is one piece of work; the counts of some shards under
+all latents are the others. A piece is one file, whole or absent.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distpc.artifacts.stage import StageContext
+from distpc.circuits.circuit import Circuit
+from distpc.data.patches import PatchGrid
+from distpc.latents.store import write_tensors
+from distpc.parallel.stopwatch import count
+from distpc.structures.patch_layout import PatchLayout
+from distpc.structures.region_graph import RegionGraph
+from distpc.training.counting import assemble_counted_, count_tables, table_names
+from distpc.training.inner import InnerCodebook, InnerSource, Surroundings
+from distpc.training.pieces import Piece, load_graph, make_pieces, shard_pieces
+from distpc.training.samples import LatentSource
+
+WORKER = "distpc.training.supervised:SupervisedWorker"
+CODEBOOK = Piece("codebook", "codebook", 0.0)
+
+CODEBOOK_PATCHES = 40_000
+"""Patches that the codebook of the latents inside of patches is fitted to, over all shards."""
+
+
+def distil_supervised(
+    ctx: StageContext, graph: RegionGraph, layout: PatchLayout, source: LatentSource
+) -> tuple[Circuit, dict[str, Any], LatentSource]:
+    """Fit the inner codebook, count all training samples with latents, and build the circuit.
+
+    Returns:
+        the circuit, notes for the stage's metadata, and the source of the latents of all levels.
+
+    Raises:
+        LatentError: latents of other samples than the data.
+        ResourceError: the cluster is too small, or keeps losing workers.
+    """
+    spec = source.index.spec
+    table_bytes = 8 * _num_cells(graph, spec.num_categories)
+    pieces = shard_pieces(source, table_bytes)
+    kept = sum(piece.is_finished(ctx) for piece in [CODEBOOK, *pieces])
+    make_pieces(ctx, WORKER, [CODEBOOK])
+    _, workers = make_pieces(ctx, WORKER, pieces)
+    total: dict[str, Tensor] = {}
+    for piece in pieces:
+        for name, table in piece.load(ctx)[0].items():
+            total[name] = total[name] + table if name in total else table
+    samples = int(total.pop("num_samples"))
+    circuit = Circuit(
+        graph,
+        spec.num_categories,
+        seed=ctx.config.seed,
+        max_fold_bytes=ctx.config.structure.max_fold_bytes,
+    )
+    assemble_counted_(circuit, total, samples, ctx.config.distill, ctx.config.seed)
+    notes = {
+        "num_samples": samples,
+        "states_never_used": _never_used(layout, total),
+        "pieces": {piece.name: {} for piece in [CODEBOOK, *pieces]},
+        "kept_pieces": kept,
+        "workers": workers,
+    }
+    return circuit, notes, InnerSource.around(source, layout, read_codebook(ctx, layout))
+
+
+def surroundings(ctx: StageContext, source: LatentSource) -> Surroundings:
+    """What the configured codebook clusters."""
+    grid = PatchGrid.of(source.index.spec, ctx.config.data.patch_size_pixels)
+    settings = ctx.config.distill
+    return Surroundings(grid.size, grid.channels, settings.inner_pixel, settings.inner_near)
+
+
+def read_codebook(ctx: StageContext, layout: PatchLayout) -> InnerCodebook:
+    """The codebook that a worker fitted.
+
+    Raises:
+        LatentError: absent, cut, or of another fingerprint.
+    """
+    assert layout.leaf is not None
+    tensors, _ = CODEBOOK.load(ctx)
+    source = LatentSource.of(ctx, layout.num_patches)
+    return InnerCodebook(
+        surroundings(ctx, source), layout.leaf.tables, tensors["centroids"].clone()
+    )
+
+
+class SupervisedWorker:
+    """Makes pieces and writes their files; lives in a process of its own.
+
+    Args:
+        context: the stage's context as JSON.
+    """
+
+    def __init__(self, context: dict[str, Any]) -> None:
+        self._ctx = StageContext.from_json(context)
+        self._graph = load_graph(self._ctx)
+        self._layout = PatchLayout.of(self._graph)
+        self._source = LatentSource.of(self._ctx, self._layout.num_patches)
+        self._entries = {entry.name: entry for entry in self._source.shards()}
+
+    def __call__(self, item: dict[str, Any]) -> None:
+        """Make the piece that `describe` described."""
+        piece = Piece(**{**item, "shards": tuple(item["shards"])})
+        began = time.monotonic()
+        if piece.kind == "codebook":
+            tensors = {"centroids": self._fit_codebook()}
+        else:
+            tensors = self._count(piece.shards)
+        seconds = time.monotonic() - began
+        notes = {
+            "fingerprint": self._ctx.fingerprint,
+            "holds": piece.name,
+            "seconds": f"{seconds:.3f}",
+        }
+        write_tensors(piece.path(self._ctx.out), tensors, notes)
+        count(pieces=1)
+
+    def _fit_codebook(self) -> Tensor:
+        """(T, K, F) centroids, of patches that are drawn from every shard."""
+        leaf = self._layout.leaf
+        assert leaf is not None
+        rng = np.random.default_rng(self._ctx.config.seed)
+        share = -(-CODEBOOK_PATCHES // len(self._entries))
+        drawn = []
+        for entry in self._entries.values():
+            x, _ = self._source.read(entry)
+            patches = x[:, self._layout.variables].reshape(-1, self._layout.variables_per_patch)
+            drawn.append(patches[rng.permutation(len(patches))[:share]])
+        codebook = InnerCodebook.fit(
+            np.concatenate(drawn),
+            surroundings(self._ctx, self._source),
+            leaf.tables,
+            leaf.num_states,
+            self._ctx.config.seed,
+        )
+        return codebook.centroids
+
+    def _count(self, shards: tuple[str, ...]) -> dict[str, Tensor]:
+        codebook = read_codebook(self._ctx, self._layout)
+        source = InnerSource.around(self._source, self._layout, codebook)
+        categories = self._source.index.spec.num_categories
+        total: dict[str, Tensor] = {}
+        samples = 0
+        for name in shards:
+            x, latents = source.read(self._entries[name])
+            samples += len(x)
+            count(patches=len(x) * self._layout.num_patches)
+            for key, table in count_tables(self._graph, categories, x, latents).items():
+                total[key] = total[key] + table if key in total else table
+        return {**total, "num_samples": torch.tensor([samples])}
+
+
+def _num_cells(graph: RegionGraph, num_categories: Any) -> int:
+    """Entries of all count tables."""
+    sizes: dict[str, int] = {}
+    for index, name in table_names(graph).items():
+        region = graph.regions[index]
+        width = graph.fan_in(index) if region.kind == "sum" else num_categories[region.variable]
+        sizes[name] = region.num_units * int(width)
+    return sum(sizes.values())
+
+
+def _never_used(layout: PatchLayout, tables: dict[str, Tensor]) -> int:
+    """Patch values that no sample has: rows of the heads that stayed empty."""
+    heads = [tables[f"leaf/{group}/heads"].sum(-1) for group in range(len(layout.groups))]
+    return int((torch.cat(heads) == 0).sum())
