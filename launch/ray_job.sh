@@ -19,15 +19,35 @@ take_arguments "$@"
 setup_environment jobs
 
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}" RAY_USAGE_STATS_ENABLED=0
-if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ]; then
-    "$VENV/bin/ray" get-auth-token --generate >/dev/null
+if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s ~/.ray/auth_token ]; then
+    echo "ray_job.sh: no token in RAY_AUTH_TOKEN or ~/.ray/auth_token: take the one that the" \
+        "cluster was started with, or set RAY_AUTH_MODE=disabled if it has none" >&2
+    exit 2
 fi
+ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
+"$VENV/bin/python" - "$ADDRESS" <<'END'
+import sys
+import urllib.error
+import urllib.request
+
+try:
+    urllib.request.urlopen(sys.argv[1] + "/api/version", timeout=10)
+except urllib.error.HTTPError:
+    pass  # It answers; what it has against the token it says at submission.
+except (OSError, ValueError) as error:
+    print(
+        f"ray_job.sh: no Ray cluster answers at {sys.argv[1]} ({error}): start one (the lines at "
+        "the top of this script), or set RAY_API_SERVER_ADDRESS",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+END
 case " ${ARGS[*]:-} " in
 *" --out"*) ;;
 *) ARGS+=(--out "$PWD/runs/$(sed -n 's/^name: *//p' "$CONFIG")") ;;
 esac
 excludes='[".git", ".venv", "runs", "data", "*.pyc", "docs/*.png"]'
 exec "$VENV/bin/ray" job submit \
-    --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" \
+    --address "$ADDRESS" \
     --runtime-env-json "{\"working_dir\": \"$REPO\", \"excludes\": $excludes}" \
     -- "${JOB_PYTHON:-python}" -m distpc run "${CONFIG#"$REPO/"}" "${ARGS[@]}"

@@ -104,8 +104,11 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
             fix=f"did you mean '{near[0]}'?" if near else "see docs/config.md for every field",
         )
     found = first["input"]
+    # Checks that a section makes itself: pydantic's prefix says nothing to a reader.
+    text = first["msg"].removeprefix("Value error, ")
+    subject = f"config field '{field}' is wrong" if field else "fields of the config do not agree"
     return ConfigError(
-        f"config field '{field or 'the run'}' is wrong: {first['msg']}{suffix}",
+        f"{subject}: {text}{suffix}",
         where=where,
         found=None if isinstance(found, BaseModel | dict) else repr(found),
         fix="see docs/config.md for every field",

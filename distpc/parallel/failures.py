@@ -14,6 +14,9 @@ from distpc.errors import DistpcError, TrainingError
 
 _SHOWN_LINES = 15
 
+DISK_FULL = 28
+"""Exit status of a rank that found no room to write its error: the number of ENOSPC."""
+
 
 @dataclass(frozen=True)
 class Failure:

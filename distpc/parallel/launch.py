@@ -18,10 +18,17 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from distpc.artifacts.files import write_json
+from distpc.artifacts.files import no_space, write_json
 from distpc.config.schema import ParallelConfig
 from distpc.errors import DistpcError, TrainingError
-from distpc.parallel.failures import Failure, first_own, first_rank, rank_failed, read_failure
+from distpc.parallel.failures import (
+    DISK_FULL,
+    Failure,
+    first_own,
+    first_rank,
+    rank_failed,
+    read_failure,
+)
 from distpc.parallel.mesh import check_devices, crowded, is_rank, launcher_name
 from distpc.parallel.meter import FIGURES
 from distpc.parallel.placement import LOST
@@ -312,6 +319,8 @@ def _error(failed: dict[int, int], job: _Job) -> DistpcError:
     own = first_own(failures)
     if own is not None:
         return own
+    if DISK_FULL in failed.values():
+        return no_space(job.log_folder)
     killed = next((rank for rank, code in failed.items() if code < 0), None)
     first = first_rank(failures) if killed is None else killed
     rank = next(iter(failed)) if first is None else first

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distpc.parallel.failures import write_failure
+from distpc.errors import ResourceError
+from distpc.parallel.failures import DISK_FULL, write_failure
 from distpc.parallel.processes import die_with_parent, end_process
 
 if TYPE_CHECKING:
@@ -88,21 +89,28 @@ def main(arguments: list[str]) -> int:
                     function(payload, mesh)
                 except (Exception, SystemExit) as error:
                     # Before leaving the group, which makes the other ranks fail in their turn.
-                    _leave(error, Path(log_folder), int(rank))
-                    return 1
+                    return _leave(error, Path(log_folder), int(rank))
     except Exception as error:
-        _leave(error, Path(log_folder), int(rank))
-        return 1
+        return _leave(error, Path(log_folder), int(rank))
     return 0
 
 
-def _leave(error: BaseException, log_folder: Path, rank: int) -> None:
-    """Write `error` for the launcher, unless the one that caused it is there already."""
+def _leave(error: BaseException, log_folder: Path, rank: int) -> int:
+    """Write `error` for the launcher, unless the one that caused it is there already.
+
+    Returns:
+        The exit status, which is all that a full disk lets this process say.
+    """
     if error_file(log_folder, rank).exists():
-        return
-    write_failure(error_file(log_folder, rank), error)
-    with log_file(log_folder, rank).open("a") as log:
+        return 1
+    try:
+        write_failure(error_file(log_folder, rank), error)
+    except ResourceError:
+        return DISK_FULL
+    # The error is told; a disk that has no room for its log as well must not hide it.
+    with contextlib.suppress(OSError), log_file(log_folder, rank).open("a") as log:
         traceback.print_exception(error, file=log)
+    return 1
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def choose(found: list[Option], cluster: Cluster) -> Option:
     raise ResourceError(
         "no layout fits this circuit onto the cluster",
         where=f"{cluster.hosts} x {cluster.gpus_per_host} devices",
-        found=f"{in_bytes(cluster.memory_bytes)} usable on a device",
+        found=f"{in_bytes(cluster.memory_bytes)} usable on a device "
+        "(--gpu-memory-gib less --reserve-gib)",
         expected=f"at least {in_bytes(least.peak)} ({least.layout.name}, "
         f"micro-batch {least.micro_batch}): " + in_words(least.memory),
         fix="more or larger devices, fewer states, or block-diagonal sums "

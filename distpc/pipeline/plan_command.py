@@ -66,7 +66,7 @@ def job_of(config: RunConfig) -> Job:
         costs=planned_costs(config, graph, spec.num_categories),
         batch=config.finetune.batch_size,
         state_copies=state_copies(config),
-        needs_whole_rows=config.finetune.rule != "online_em",
+        needs_whole_rows=RULES[config.finetune.rule].needs_whole_rows,
         needs_whole_circuit=config.finetune.rule == "anemone",
         offload=config.parallel.offload,
     )
@@ -98,7 +98,7 @@ def _lines(
     lines = [
         f"circuit    {config.structure.kind}, {job.costs.num_parameters:,} parameters "
         f"({in_bytes(4 * job.costs.num_parameters)}), "
-        f"{_tera(2 * job.costs.num_passes * job.costs.multiply_adds * job.batch)} TFLOP a step "
+        f"{_tera(_operations(job))} TFLOP a step "
         f"of {job.batch:,} samples",
         f"cluster    {cluster.hosts} x {cluster.gpus_per_host} devices, "
         f"{in_bytes(cluster.memory_bytes)} usable each, {cluster.device_tflops:g} TFLOP/s, "
@@ -170,6 +170,11 @@ def _table(found: list[Option], chosen: Option) -> list[str]:
     return lines if not left_out else [*lines, f"({left_out} more: --json)"]
 
 
+def _operations(job: Job) -> int:
+    """Of a step, messages that are computed twice (recompute_messages) included."""
+    return 2 * job.costs.num_passes * job.costs.multiply_adds * job.batch
+
+
 def _tera(amount: float) -> str:
     tera = amount / 1e12
     return f"{tera:,.0f}" if tera >= 10 else f"{tera:.2g}"
@@ -190,7 +195,7 @@ def _values(
         "batch": job.batch,
         "host_bytes_per_rank": _host_bytes(config, job, chosen.layout, shows=False),
         "host_bytes_of_rank_0": _host_bytes(config, job, chosen.layout, shows=True),
-        "flop_per_step": 6 * job.costs.multiply_adds * job.batch,
+        "flop_per_step": _operations(job),
         "cluster": {
             "nodes": cluster.hosts,
             "gpus_per_node": cluster.gpus_per_host,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from distpc.circuits.circuit import Circuit
 from distpc.data.pictures import to_display, to_grid
 from distpc.data.spec import DatasetSpec
+from distpc.errors import ResourceError
 from distpc.parallel.event_files import Curves
 
 DEAD_STATE_THRESHOLD = 1e-4
@@ -91,7 +93,8 @@ class Monitor(Curves):
 
 def note_stop(folder: Path, error: BaseException) -> None:
     """Say in a training's event files what stopped it: a rank that was lost, for one."""
-    with Curves(folder) as curves:
+    # Where the disk is full, the error itself is what matters.
+    with contextlib.suppress(OSError, ResourceError), Curves(folder) as curves:
         curves.text("stopped", str(error))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -155,6 +156,12 @@ def use_collectives(payload: dict[str, Any], mesh: Mesh) -> None:
 
 def speak(payload: dict[str, Any], mesh: Mesh) -> None:
     print(f"rank {mesh.rank} of {mesh.world_size} speaks", file=sys.stderr)
+
+
+def fail_on_a_full_disk(payload: dict[str, Any], mesh: Mesh) -> None:
+    """No file may grow from here on, which is told like a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    raise RuntimeError("no error file has room for this")
 
 
 def raise_own_error(payload: dict[str, Any], mesh: Mesh) -> None:

@@ -17,7 +17,7 @@ from parallel_processes import (
     wait_until,
 )
 
-from distpc.errors import DataError, TrainingError
+from distpc.errors import DataError, ResourceError, TrainingError
 from distpc.parallel.launch import run_ranks
 from distpc.parallel.processes import python_path
 
@@ -68,6 +68,11 @@ def test_any_other_error_names_the_rank_that_began(tmp_path: Path) -> None:
     assert str(tmp_path / "logs" / "rank-1.log") in text
     assert 'raise RuntimeError("the cause")' in text
     assert "the cause" in (tmp_path / "logs" / "rank-1.log").read_text()
+
+
+def test_a_rank_without_room_for_its_error_names_the_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="no space"):
+        run("fail_on_a_full_disk", tmp_path)
 
 
 def test_an_exit_status_is_an_error(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
         step_seconds: the fastest.
     """
     _forget_peak()
-    idle = _status("VmRSS")
+    idle = Idle()
     graph = hclt_graph(Tree.balanced(case["num_variables"]), case["num_states"])
     categories = [case["num_categories"]] * case["num_variables"]
     circuit = Circuit(graph, categories, max_fold_bytes=case["max_fold_bytes"], device="meta")
@@ -68,7 +68,7 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     start = RandomStart(circuit, 0, 1.0)
     splits = lay_out_(circuit, start, mesh, zero_stage=case["zero_stage"], reduce_bucket=bucket)
     del start
-    laid_out = _status("VmHWM") - idle
+    laid_out = idle.peak()
     optimizer = CircuitOptimizer(circuit.parameter_groups())
     engine: Engine | Plain = Plain(circuit, optimizer)
     if not case.get("plain"):
@@ -80,7 +80,7 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
             reduce_bucket=bucket,
             splits=splits,
         )
-    ready = _status("VmHWM") - idle
+    ready = idle.peak()
     _forget_peak()
     # The first pass under ZeRO 3 finds out in which order blocks are gathered.
     seconds = [_step(engine, case, mesh, 0)[0]]
@@ -94,7 +94,7 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     return {
         "laid_out_bytes": laid_out,
         "ready_bytes": ready,
-        "peak_bytes": _status("VmHWM") - idle,
+        "peak_bytes": idle.peak(),
         "sums_bytes": sums,
         "sent_bytes": sent / (STEPS - 1),
         "step_seconds": min(seconds),
@@ -141,6 +141,22 @@ def _step(engine: Engine | Plain, case: dict[str, Any], mesh: Mesh, step: int) -
     ]
     engine.step()
     return time.monotonic() - begun, sum(held)
+
+
+class Idle:
+    """What the process holds before a case: the floor of its peaks."""
+
+    def __init__(self) -> None:
+        self._held, self._of_files = _status("VmRSS"), _status("RssFile")
+
+    def peak(self) -> int:
+        """Most that was held since `_forget_peak`, above the floor, in bytes.
+
+        Pages of libraries count as held only while they are in memory: those that the system had
+        dropped from an idle process and brought back since are no memory of the case.
+        """
+        returned = max(0, _status("RssFile") - self._of_files)
+        return _status("VmHWM") - self._held - returned
 
 
 def _status(field: str) -> int:
