@@ -16,6 +16,7 @@ from distpc.artifacts.stage import StageContext
 from distpc.data.codec import SampleCodec
 from distpc.data.index import ShardIndex
 from distpc.data.reader import read_rows
+from distpc.data.tokenizers import tokenizer_of
 from distpc.latents.codebook import read_codebook
 from distpc.latents.fit import CENTROIDS
 from distpc.latents.members import Member, draw_members, spread_clusters
@@ -91,11 +92,16 @@ class Looks:
         return patch_montage(self.samples(members), units, self.index.spec, self.patch_size)
 
     def snippets(self, members: dict[int, list[Member]]) -> dict[int, list[str]]:
-        """Tokens of each cluster, in their text."""
-        is_bytes = set(self.index.spec.num_categories) == {256}
+        """Tokens of each cluster, in their text.
+
+        Raises:
+            DataError: the data's tokenizer is missing, or another one.
+        """
+        tokenizer = tokenizer_of(self.index.spec, self.index.folder)
+        end_token = self.index.spec.end_token
         return {
             cluster: [
-                snippet(row, member.unit, is_bytes)
+                snippet(row, member.unit, tokenizer, end_token)
                 for row, member in zip(rows, members[cluster], strict=True)
             ]
             for cluster, rows in self.samples(members).items()
