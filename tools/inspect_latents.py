@@ -30,7 +30,7 @@ from distpc.artifacts.files import atomic_path, read_json, write_bytes, write_js
 from distpc.config.load import load_config
 from distpc.errors import DistpcError
 from distpc.latents.elbow import POINTS, elbow, sizes_around
-from distpc.latents.looks import Looks, snippet_table
+from distpc.latents.looks import Looks
 from distpc.latents.projection import Projection, colours
 from distpc.latents.store import feature_shards
 
@@ -63,7 +63,7 @@ def main() -> int:
     return 0
 
 
-def inspect(run: Path, out: Path, num_clusters: int, num_members: int, seed: int) -> None:
+def inspect(run: Path, out: Path, num_shown: int, num_members: int, seed: int) -> None:
     """Write all files.
 
     Raises:
@@ -75,26 +75,29 @@ def inspect(run: Path, out: Path, num_clusters: int, num_members: int, seed: int
     assign = stages["assign"]
     names = sorted(Path(file).stem for file in assign.files if file.endswith(".safetensors"))
     usage = np.asarray(report["usage"])
-    looks = Looks(stages, assign.path, names, usage, config.data.patch_size_pixels)
+    num_clusters = int(report["num_clusters"])
+    size = config.data.patch_size_pixels
+    looks = Looks(stages, assign.path, names, usage, size, num_clusters)
     out.mkdir(parents=True, exist_ok=True)
 
-    members = looks.members(num_clusters, num_members, seed)
+    members = looks.members(num_shown, num_members, seed)
     is_image = looks.index.spec.kind == "image"
-    shown: Any = looks.montage(members) if is_image else snippet_table(looks.snippets(members))
+    shown: Any = looks.montage(members) if is_image else looks.snippet_table(members)
     if is_image:
-        _save_members(out / "members.png", shown, list(members), usage)
+        shares = {looks.name(c): usage[c] / usage.sum() for c in members}
+        _save_members(out / "members.png", shown, shares)
     else:
         write_bytes(out / "members.md", shown.encode())
     plane = looks.projection()
     _save_projection(out / "projection.png", plane)
     features, _ = looks.features(2 * POINTS)
-    sizes = sizes_around(len(usage), len(features) // 2)
+    sizes = sizes_around(num_clusters, len(features) // 2)
     bend = elbow(features, sizes, seed)
-    _save_elbow(out / "elbow.png", bend, len(usage))
+    _save_elbow(out / "elbow.png", bend, num_clusters)
     _save_usage(out / "usage.png", usage, report)
     figures = {
         "run": str(run),
-        "clusters_shown": {str(c): int(usage[c]) for c in members},
+        "clusters_shown": {looks.name(c): int(usage[c]) for c in members},
         "feature_shards": len(feature_shards(stages["features"])),
         "elbow_points": len(features) // 2,
         "elbow": bend,
@@ -106,15 +109,15 @@ def inspect(run: Path, out: Path, num_clusters: int, num_members: int, seed: int
     _print(figures, out)
 
 
-def _save_members(path: Path, sheet: np.ndarray, clusters: list[int], usage: np.ndarray) -> None:
-    """The montage with each cluster's number and share beside its row."""
+def _save_members(path: Path, sheet: np.ndarray, shares: dict[str, float]) -> None:
+    """The montage with each cluster's name and share beside its row."""
     plt = _pyplot()
     height, width = sheet.shape[:2]
     figure, axes = plt.subplots(figsize=(width / 90 + 1.2, height / 90))
     axes.imshow(sheet, interpolation="nearest")
-    rows = (np.arange(len(clusters)) + 0.5) * height / len(clusters)
-    shares = [f"{cluster} ({usage[cluster] / usage.sum():.2%})" for cluster in clusters]
-    axes.set_yticks(rows, shares, fontsize=8)
+    rows = (np.arange(len(shares)) + 0.5) * height / len(shares)
+    names = [f"{name} ({share:.2%})" for name, share in shares.items()]
+    axes.set_yticks(rows, names, fontsize=8)
     axes.set_xticks([])
     axes.set_ylabel("cluster (share of all patches)", fontsize=8)
     _save(figure, path)
@@ -185,7 +188,7 @@ def _log(folder: Path, out: Path, figures: dict[str, Any], text: str | None) -> 
 
 
 def _print(figures: dict[str, Any], out: Path) -> None:
-    print(f"{figures['used']} of {figures['num_clusters']} clusters used")
+    print(f"{figures['used']} of {len(figures['usage'])} clusters used")
     print(f"usage entropy {figures['usage_entropy_bits']:.3f} bits")
     for name, bits in figures["neighbour_information_bits"].items():
         print(f"mutual information of {name} neighbours {bits:.3f} bits")
