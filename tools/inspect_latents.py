@@ -27,14 +27,16 @@ import numpy as np
 
 from distpc.artifacts import Artifact
 from distpc.artifacts.files import atomic_path, read_json, write_bytes, write_json
+from distpc.artifacts.manifest import MANIFEST
 from distpc.config.load import load_config
-from distpc.errors import DistpcError
+from distpc.errors import ArtifactError, DistpcError
 from distpc.latents.elbow import POINTS, elbow, sizes_around
 from distpc.latents.looks import Looks
 from distpc.latents.projection import Projection, colours
 from distpc.latents.store import feature_shards
 
 _STAGES = ("index", "features", "fit", "assign")
+_PICTURES = ("elbow", "members", "projection", "usage")
 
 
 def main() -> int:
@@ -45,8 +47,12 @@ def main() -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, help="folder for the files (RUN/inspect)")
-    parser.add_argument("--clusters", type=int, default=8, help="clusters shown (%(default)s)")
-    parser.add_argument("--members", type=int, default=12, help="members of each (%(default)s)")
+    parser.add_argument(
+        "--clusters", type=_at_least_one, default=8, help="clusters shown (%(default)s)"
+    )
+    parser.add_argument(
+        "--members", type=_at_least_one, default=12, help="members of each (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
     options = parser.parse_args()
     try:
@@ -63,12 +69,26 @@ def main() -> int:
     return 0
 
 
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
 def inspect(run: Path, out: Path, num_shown: int, num_members: int, seed: int) -> None:
     """Write all files.
 
     Raises:
         DistpcError: a stage has not run, or its files cannot be read.
     """
+    for name in _STAGES:
+        if not (run / name / MANIFEST).is_file():
+            raise ArtifactError(
+                f"the run has not finished its stage {name}",
+                where=run,
+                expected=f"the stages {', '.join(_STAGES)}",
+                fix=f"distpc run CONFIG --until assign --out {run}",
+            )
     stages = {name: Artifact.open(run / name) for name in _STAGES}
     report = read_json(stages["assign"].path / "report.json")
     config = load_config(run / "resolved_config.yaml")
@@ -176,7 +196,9 @@ def _log(folder: Path, out: Path, figures: dict[str, Any], text: str | None) -> 
 
     shutil.rmtree(folder, ignore_errors=True)
     with SummaryWriter(folder) as writer:
-        for path in sorted(out.glob("*.png")):
+        for path in (
+            out / f"{name}.png" for name in _PICTURES if text is None or name != "members"
+        ):
             with Image.open(path) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
             writer.add_image(f"inspect/{path.stem}", pixels, 0, dataformats="HWC")
