@@ -104,8 +104,10 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
             fix=f"did you mean '{near[0]}'?" if near else "see docs/config.md for every field",
         )
     found = first["input"]
+    # What a validator of ours says needs no announcement.
+    message = first["msg"].removeprefix("Value error, ")
     return ConfigError(
-        f"config field '{field or 'the run'}' is wrong: {first['msg']}{suffix}",
+        f"config field '{field or 'the run'}' is wrong: {message}{suffix}",
         where=where,
         found=None if isinstance(found, BaseModel | dict) else repr(found),
         fix="see docs/config.md for every field",
