@@ -27,14 +27,16 @@ import numpy as np
 
 from distpc.artifacts import Artifact
 from distpc.artifacts.files import atomic_path, read_json, write_bytes, write_json
+from distpc.artifacts.manifest import MANIFEST
 from distpc.config.load import load_config
-from distpc.errors import DistpcError
+from distpc.errors import ArtifactError, DistpcError
 from distpc.latents.elbow import POINTS, elbow, sizes_around
-from distpc.latents.looks import Looks, snippet_table
+from distpc.latents.looks import Looks
 from distpc.latents.projection import Projection, colours
 from distpc.latents.store import feature_shards
 
 _STAGES = ("index", "features", "fit", "assign")
+_PICTURES = ("elbow", "members", "projection", "usage")
 
 
 def main() -> int:
@@ -45,8 +47,12 @@ def main() -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, help="folder for the files (RUN/inspect)")
-    parser.add_argument("--clusters", type=int, default=8, help="clusters shown (%(default)s)")
-    parser.add_argument("--members", type=int, default=12, help="members of each (%(default)s)")
+    parser.add_argument(
+        "--clusters", type=_at_least_one, default=8, help="clusters shown (%(default)s)"
+    )
+    parser.add_argument(
+        "--members", type=_at_least_one, default=12, help="members of each (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
     options = parser.parse_args()
     try:
@@ -63,38 +69,55 @@ def main() -> int:
     return 0
 
 
-def inspect(run: Path, out: Path, num_clusters: int, num_members: int, seed: int) -> None:
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def inspect(run: Path, out: Path, num_shown: int, num_members: int, seed: int) -> None:
     """Write all files.
 
     Raises:
         DistpcError: a stage has not run, or its files cannot be read.
     """
+    for name in _STAGES:
+        if not (run / name / MANIFEST).is_file():
+            raise ArtifactError(
+                f"the run has not finished its stage {name}",
+                where=run,
+                expected=f"the stages {', '.join(_STAGES)}",
+                fix=f"distpc run CONFIG --until assign --out {run}",
+            )
     stages = {name: Artifact.open(run / name) for name in _STAGES}
     report = read_json(stages["assign"].path / "report.json")
     config = load_config(run / "resolved_config.yaml")
     assign = stages["assign"]
     names = sorted(Path(file).stem for file in assign.files if file.endswith(".safetensors"))
     usage = np.asarray(report["usage"])
-    looks = Looks(stages, assign.path, names, usage, config.data.patch_size_pixels)
+    num_clusters = int(report["num_clusters"])
+    size = config.data.patch_size_pixels
+    looks = Looks(stages, assign.path, names, usage, size, num_clusters)
     out.mkdir(parents=True, exist_ok=True)
 
-    members = looks.members(num_clusters, num_members, seed)
+    members = looks.members(num_shown, num_members, seed)
     is_image = looks.index.spec.kind == "image"
-    shown: Any = looks.montage(members) if is_image else snippet_table(looks.snippets(members))
+    shown: Any = looks.montage(members) if is_image else looks.snippet_table(members)
     if is_image:
-        _save_members(out / "members.png", shown, list(members), usage)
+        shares = {looks.name(c): usage[c] / usage.sum() for c in members}
+        _save_members(out / "members.png", shown, shares)
     else:
         write_bytes(out / "members.md", shown.encode())
     plane = looks.projection()
     _save_projection(out / "projection.png", plane)
     features, _ = looks.features(2 * POINTS)
-    sizes = sizes_around(len(usage), len(features) // 2)
+    sizes = sizes_around(num_clusters, len(features) // 2)
     bend = elbow(features, sizes, seed)
-    _save_elbow(out / "elbow.png", bend, len(usage))
+    _save_elbow(out / "elbow.png", bend, num_clusters)
     _save_usage(out / "usage.png", usage, report)
     figures = {
         "run": str(run),
-        "clusters_shown": {str(c): int(usage[c]) for c in members},
+        "clusters_shown": {looks.name(c): int(usage[c]) for c in members},
         "feature_shards": len(feature_shards(stages["features"])),
         "elbow_points": len(features) // 2,
         "elbow": bend,
@@ -106,15 +129,15 @@ def inspect(run: Path, out: Path, num_clusters: int, num_members: int, seed: int
     _print(figures, out)
 
 
-def _save_members(path: Path, sheet: np.ndarray, clusters: list[int], usage: np.ndarray) -> None:
-    """The montage with each cluster's number and share beside its row."""
+def _save_members(path: Path, sheet: np.ndarray, shares: dict[str, float]) -> None:
+    """The montage with each cluster's name and share beside its row."""
     plt = _pyplot()
     height, width = sheet.shape[:2]
     figure, axes = plt.subplots(figsize=(width / 90 + 1.2, height / 90))
     axes.imshow(sheet, interpolation="nearest")
-    rows = (np.arange(len(clusters)) + 0.5) * height / len(clusters)
-    shares = [f"{cluster} ({usage[cluster] / usage.sum():.2%})" for cluster in clusters]
-    axes.set_yticks(rows, shares, fontsize=8)
+    rows = (np.arange(len(shares)) + 0.5) * height / len(shares)
+    names = [f"{name} ({share:.2%})" for name, share in shares.items()]
+    axes.set_yticks(rows, names, fontsize=8)
     axes.set_xticks([])
     axes.set_ylabel("cluster (share of all patches)", fontsize=8)
     _save(figure, path)
@@ -173,7 +196,9 @@ def _log(folder: Path, out: Path, figures: dict[str, Any], text: str | None) -> 
 
     shutil.rmtree(folder, ignore_errors=True)
     with SummaryWriter(folder) as writer:
-        for path in sorted(out.glob("*.png")):
+        for path in (
+            out / f"{name}.png" for name in _PICTURES if text is None or name != "members"
+        ):
             with Image.open(path) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
             writer.add_image(f"inspect/{path.stem}", pixels, 0, dataformats="HWC")
@@ -185,7 +210,7 @@ def _log(folder: Path, out: Path, figures: dict[str, Any], text: str | None) -> 
 
 
 def _print(figures: dict[str, Any], out: Path) -> None:
-    print(f"{figures['used']} of {figures['num_clusters']} clusters used")
+    print(f"{figures['used']} of {len(figures['usage'])} clusters used")
     print(f"usage entropy {figures['usage_entropy_bits']:.3f} bits")
     for name, bits in figures["neighbour_information_bits"].items():
         print(f"mutual information of {name} neighbours {bits:.3f} bits")

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +25,7 @@ from distpc.artifacts.place import Listed, Place
 from distpc.errors import ArtifactError, DistpcError
 
 CONTENT = "content"
+_NOTHING = object()
 THREADS = 4
 """Files that are brought or taken at once."""
 
@@ -175,10 +177,12 @@ def difference(there: Any, here: Any) -> str:
     if there is None:
         return "it does not say what it was made from"
     for path, one, other in _differing(there, here, ""):
-        return (
-            f"{path} is {json.dumps(one, default=str)} there, {json.dumps(other, default=str)} here"
-        )
+        return f"{path} is {_shown(one)} there, {_shown(other)} here"
     return "no difference"
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _NOTHING else json.dumps(value, default=str)
 
 
 def _differing(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -186,9 +190,7 @@ def _differing(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, Any
         for key in sorted({*there, *here}, key=str):
             yield from _differing(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
     elif isinstance(there, list | tuple) and isinstance(here, list | tuple):
-        if len(there) != len(here):
-            yield path, there, here
-        for number, (one, other) in enumerate(zip(there, here, strict=False)):
+        for number, (one, other) in enumerate(zip_longest(there, here, fillvalue=_NOTHING)):
             yield from _differing(one, other, f"{path}[{number}]")
     elif there != here:
         yield path, there, here

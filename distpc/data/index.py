@@ -115,10 +115,12 @@ class ShardIndex:
     Attributes:
         spec: of the samples.
         entries: train, valid, test, each in order of number.
+        folder: of the stage `shards`: what lies beside the tars, wherever these are.
     """
 
     spec: DatasetSpec
     entries: tuple[ShardEntry, ...]
+    folder: Path
 
     @classmethod
     def load(cls, folder: Path) -> ShardIndex:
@@ -138,7 +140,8 @@ class ShardIndex:
                 fix="remove the index stage's folder and run the same command again",
             )
         # By name, links left alone: a run's stages may be links to those of another run.
-        place = shards_place(Path(os.path.normpath(folder.absolute() / value["shards_folder"])))
+        shards = Path(os.path.normpath(folder.absolute() / value["shards_folder"]))
+        place = shards_place(shards)
         entries = [
             ShardEntry(
                 **entry,
@@ -147,7 +150,7 @@ class ShardIndex:
             )
             for entry in value["shards"]
         ]
-        return cls(DatasetSpec.from_json(value["dataset"]), tuple(entries))
+        return cls(DatasetSpec.from_json(value["dataset"]), tuple(entries), shards)
 
     def shards(self, split: str) -> list[ShardEntry]:
         """The shards of `split`, in order."""

@@ -36,7 +36,8 @@ class PatchGrid:
                 "patches need images",
                 where="data.source",
                 found=f"{spec.kind} data",
-                fix="use structure.kind=hclt with teacher.kind=none",
+                fix="choose a teacher of text (causal_lm, masked_lm, hf_text, onehot, random) and "
+                "structure.kind=hmm, or teacher.kind=none and structure.kind=hclt",
             )
         height, width, channels = spec.image_shape
         if height % size or width % size:

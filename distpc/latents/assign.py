@@ -143,6 +143,7 @@ def _report(ctx: StageContext, names: list[str]) -> LatentReport:
         None if grid is None else (int(grid[0]), int(grid[1])),
         inertia,
         read_fit(ctx.input("fit").path)["feature_variance"],
+        ctx.config.latents.codebook == "per_position",
     )
 
 

@@ -23,15 +23,19 @@ def elbow(features: np.ndarray, sizes: list[int], seed: int = 0) -> list[dict[st
     """Cluster half of (P, D) features for each size and measure both halves.
 
     Returns:
-        For each size: `num_clusters`, and mean squared distances to the nearest centroid of the
-        half that was clustered (`fitted`) and of the other (`held_out`).
+        For each size up to the number of different features: `num_clusters`, and mean squared
+        distances to the nearest centroid of the half that was clustered (`fitted`) and of the
+        other (`held_out`).
     """
     from sklearn.cluster import KMeans
 
     points = features.astype(np.float32)[np.random.default_rng(seed).permutation(len(features))]
     half = len(points) // 2
+    different = len(np.unique(points[:half], axis=0))
     found = []
     for size in sizes:
+        if size > different:
+            continue
         model = KMeans(size, n_init=1, max_iter=_ROUNDS, random_state=seed).fit(points[:half])
         found.append(
             {

@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
 from distpc.data.codec import SampleCodec
 from distpc.data.index import ShardIndex
 from distpc.data.reader import read_rows
-from distpc.latents.codebook import read_codebook
+from distpc.data.tokenizers import tokenizer_of
+from distpc.latents.codebook import Codebook, read_codebook
 from distpc.latents.fit import CENTROIDS
 from distpc.latents.members import Member, draw_members, spread_clusters
 from distpc.latents.montage import patch_montage, snippet
@@ -46,8 +45,10 @@ class Looks:
         inputs: artifacts of the stages index, features and fit.
         folder: of the latent shards.
         names: of the shards.
-        usage: (K,) how often each cluster occurs.
+        usage: how often each cluster occurs, K of every codebook.
         patch_size: side of a patch in pixels.
+        num_clusters: K. Where every position has a codebook, its clusters are numbered
+            position * K + value.
     """
 
     inputs: Mapping[str, Artifact]
@@ -55,6 +56,7 @@ class Looks:
     names: list[str]
     usage: np.ndarray
     patch_size: int
+    num_clusters: int
 
     @cached_property
     def index(self) -> ShardIndex:
@@ -91,62 +93,97 @@ class Looks:
         return patch_montage(self.samples(members), units, self.index.spec, self.patch_size)
 
     def snippets(self, members: dict[int, list[Member]]) -> dict[int, list[str]]:
-        """Tokens of each cluster, in their text."""
-        is_bytes = set(self.index.spec.num_categories) == {256}
+        """Tokens of each cluster, in their text.
+
+        Raises:
+            DataError: the data's tokenizer is missing, or another one.
+        """
+        tokenizer = tokenizer_of(self.index.spec, self.index.folder)
+        end_token = self.index.spec.end_token
         return {
             cluster: [
-                snippet(row, member.unit, is_bytes)
+                snippet(row, member.unit, tokenizer, end_token)
                 for row, member in zip(rows, members[cluster], strict=True)
             ]
             for cluster, rows in self.samples(members).items()
         }
 
+    def snippet_table(self, members: dict[int, list[Member]]) -> str:
+        """Markdown: one section a cluster, one line a member."""
+        lines: list[str] = []
+        for cluster, found in self.snippets(members).items():
+            title = f"**cluster {self.name(cluster)}**"
+            lines += [title, "", *(f"    {text}" for text in found), ""]
+        return "\n".join(lines)
+
+    def name(self, cluster: int) -> str:
+        """Of a cluster, for people."""
+        position, value = divmod(cluster, self.num_clusters)
+        return f"{value} of position {position}" if self._has_positions else str(value)
+
     def features(self, num_points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-        """(P, D) float32 features and (P,) clusters, of whole samples from shards far apart."""
+        """(P, D) float32 features as they were clustered, and their (P,) clusters, of whole
+        samples from shards far apart."""
         artifact = self.inputs["features"]
         names = _spread(feature_shards(artifact), SHARDS)
         points: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         for name in names:
             shard = read_shard(shard_path(artifact.path, name), "features")
-            _, latents = load_latents(self.folder, name)
+            latents = self._clusters(name)[1]
             wanted = -(-num_points // (len(names) * latents.shape[1]))
-            points.append(shard.rows[:wanted].flatten(0, 1).float().numpy())
+            rows = shard.rows[:wanted].flatten(0, 1).float()
+            if self._codebook.projection is not None:
+                rows = self._codebook.projection(rows).float()
+            points.append(rows.numpy())
             labels.append(latents[:wanted].ravel())
         return np.concatenate(points)[:num_points], np.concatenate(labels)[:num_points]
 
     def projection(self) -> Projection:
         """Features and centroids in the plane of the features' principal components."""
         features, labels = self.features()
+        return project(features, labels, self._codebook.centroids.flatten(0, -2).numpy())
+
+    @cached_property
+    def _codebook(self) -> Codebook:
         artifact = self.inputs["features"]
         path = self.inputs["fit"].path / CENTROIDS
         first = shard_path(artifact.path, feature_shards(artifact)[0])
         shape = read_shard(first, "features").rows.shape
-        codebook = read_codebook(
+        return read_codebook(
             path, features=artifact.fingerprint, shape=(int(shape[1]), int(shape[2]))
         )
-        if codebook.projection is not None:
-            features = codebook.projection(torch.from_numpy(features)).float().numpy()
-        centroids = codebook.centroids.flatten(0, -2).numpy()
-        return project(features, labels, centroids)
+
+    @property
+    def _has_positions(self) -> bool:
+        return len(self.usage) > self.num_clusters
+
+    def _clusters(self, name: str) -> tuple[list[str], np.ndarray]:
+        """Keys, and (N, Z) clusters of a shard."""
+        keys, latents = load_latents(self.folder, name)
+        if self._has_positions:
+            latents = latents + self.num_clusters * np.arange(latents.shape[1])
+        return keys, latents
 
     def _latents(self) -> Iterator[tuple[str, list[str], np.ndarray]]:
         # In an order in which neighbours are far apart: shards of text hold few documents each.
         for name in np.random.default_rng(0).permutation(self.names).tolist():
-            yield name, *load_latents(self.folder, name)
+            yield name, *self._clusters(name)
 
 
 def log_looks(ctx: StageContext, names: list[str], usage: list[int], folder: Path) -> None:
     """Write montage or snippets, and the plane of features, for TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    looks = Looks(ctx.inputs, ctx.out, names, np.asarray(usage), ctx.config.data.patch_size_pixels)
+    config = ctx.config
+    size, num_clusters = config.data.patch_size_pixels, config.latents.num_clusters
+    looks = Looks(ctx.inputs, ctx.out, names, np.asarray(usage), size, num_clusters)
     members = looks.members(seed=ctx.config.seed)
     with SummaryWriter(folder) as writer:
         if looks.index.spec.kind == "image":
             writer.add_image("latents/members", looks.montage(members), 0, dataformats="HWC")
         else:
-            writer.add_text("latents/members", snippet_table(looks.snippets(members)), 0)
+            writer.add_text("latents/members", looks.snippet_table(members), 0)
         picture = scatter_picture(looks.projection())
         writer.add_image("latents/projection", picture, 0, dataformats="HWC")
 
@@ -154,11 +191,3 @@ def log_looks(ctx: StageContext, names: list[str], usage: list[int], folder: Pat
 def _spread(names: list[str], most: int) -> list[str]:
     number = min(len(names), most)
     return [names[position * len(names) // number] for position in range(number)]
-
-
-def snippet_table(snippets: dict[int, list[str]]) -> str:
-    """Markdown: one section a cluster, one line a member."""
-    lines: list[Any] = []
-    for cluster, found in snippets.items():
-        lines += [f"**cluster {cluster}**", "", *(f"    {text}" for text in found), ""]
-    return "\n".join(lines)

@@ -7,6 +7,7 @@ import numpy as np
 from distpc.data.patches import PatchGrid
 from distpc.data.pictures import three_channels, to_display
 from distpc.data.spec import MISSING, DatasetSpec
+from distpc.data.tokenizers import Tokenizer
 
 _AROUND = 2
 _DIMMED = 0.6
@@ -15,6 +16,8 @@ _FRAME = (255, 220, 0)
 _MIN_SIDE = 80
 _GAP = 2
 _SNIPPET_UNITS = 24
+_END = "\u23f9"
+_VISIBLE = str.maketrans({"\n": "\u23ce", "\r": "", "\t": "\u21e5"})
 
 
 def patch_montage(
@@ -65,21 +68,28 @@ def _tile(picture: np.ndarray, unit: int, grid: PatchGrid, factor: int) -> np.nd
     return large
 
 
-def snippet(x: np.ndarray, unit: int, is_bytes: bool, units: int = _SNIPPET_UNITS) -> str:
+def snippet(
+    x: np.ndarray,
+    unit: int,
+    tokenizer: Tokenizer,
+    end_token: int | None = None,
+    units: int = _SNIPPET_UNITS,
+) -> str:
     """A token in its text: up to `units` tokens before and behind it, itself in [brackets].
 
     Args:
         x: (V,) tokens.
         unit: which of them.
-        is_bytes: whether they are bytes of UTF-8; else they are shown as numbers.
+        tokenizer: that made them.
+        end_token: the one that ends a document, which the tokenizer need not know.
     """
     parts = [x[max(0, unit - units) : unit], x[unit : unit + 1], x[unit + 1 : unit + 1 + units]]
-    before, token, behind = (_text(part[part != MISSING], is_bytes) for part in parts)
+    before, token, behind = (_text(part, tokenizer, end_token) for part in parts)
     return f"{before}[{token}]{behind}"
 
 
-def _text(tokens: np.ndarray, is_bytes: bool) -> str:
-    if not is_bytes:
-        return "".join(f" {token} " for token in tokens.tolist())
-    text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
-    return text.replace("\n", "\u23ce").replace("\r", "").replace("\t", "\u21e5")
+def _text(tokens: np.ndarray, tokenizer: Tokenizer, end_token: int | None) -> str:
+    # A missing one has no text, and can be the member: it has features like any other.
+    kept = tokens[(tokens != MISSING) & (tokens != end_token)].tolist()
+    text = tokenizer.decode(kept) + _END * bool((tokens == end_token).any())
+    return text.translate(_VISIBLE)

@@ -1,6 +1,7 @@
 """How well a codebook is used: figures, pictures, and a refusal where it collapsed.
 
-Legend: N samples, Z latents of a sample, K clusters.
+Legend: N samples, Z latents of a sample, K clusters of a codebook. Where every position has a
+codebook of its own, value c at position z is another cluster than c elsewhere: number z * K + c.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from distpc.errors import LatentError
 
 MAX_PAIR_SAMPLES = 20_000
 """Samples whose neighbouring latents are counted; more would not change the figure."""
+MAX_PAIR_LATENTS = 2**24
+"""A bound on their latents, which are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +28,26 @@ class LatentReport:
 
     Attributes:
         num_clusters: K.
+        num_codebooks: 1, or Z.
         samples: N over all shards.
         latents_per_sample: Z.
         used: clusters that occur.
         dead: clusters that do not.
-        usage_entropy_bits: entropy of a latent's value over all samples and positions.
+        usage_entropy_bits: entropy of a latent's value over all samples and positions; the mean of
+            codebooks where there are several.
         max_entropy_bits: log2 K, which equal use would give.
-        largest_share: share of the most frequent cluster.
+        largest_share: share of the most frequent cluster in the latents of its codebook.
         mean_squared_distance: of features to their centroid.
         explained_variance: 1 - mean_squared_distance over the features' variance.
         neighbour_information_bits: mutual information of latents beside and below each other
-            (`horizontal`, `vertical`); empty where latents lie on no grid.
+            (`horizontal`, `vertical`); the mean over pairs of positions where these have
+            codebooks; empty where latents lie on no grid.
         pair_samples: samples that the mutual information was counted on.
-        usage: how often each cluster occurs, K counts.
+        usage: how often each cluster occurs, K counts of every codebook.
     """
 
     num_clusters: int
+    num_codebooks: int
     samples: int
     latents_per_sample: int
     used: int
@@ -65,6 +72,7 @@ def make_report(
     grid: tuple[int, int] | None,
     inertia: float,
     feature_variance: float,
+    per_position: bool = False,
 ) -> LatentReport:
     """Count the latents of all shards, (N, Z) integers each, in one pass.
 
@@ -72,43 +80,63 @@ def make_report(
         grid: rows and columns of the patches, Z = rows * columns; None if they lie on no grid.
         inertia: sum of squared distances of all features to their centroids.
         feature_variance: mean squared distance of all features to their mean.
+        per_position: whether every position has a codebook of its own.
     """
-    usage = np.zeros(num_clusters, dtype=np.int64)
-    pairs = {
-        name: np.zeros((num_clusters, num_clusters), dtype=np.int64)
-        for name in ("horizontal", "vertical")
-    }
+    usage = np.zeros((0, num_clusters), dtype=np.int64)
+    seen: list[np.ndarray] = []
     samples = pair_samples = per_sample = 0
     for latents in shards:
-        usage += np.bincount(latents.ravel(), minlength=num_clusters)
-        samples += len(latents)
         per_sample = latents.shape[1]
-        wanted = latents[: MAX_PAIR_SAMPLES - pair_samples]
-        if grid is not None and len(wanted):
-            pair_samples += len(wanted)
-            maps = wanted.reshape(len(wanted), *grid)
-            pairs["horizontal"] += _pair_counts(maps[:, :, :-1], maps[:, :, 1:], num_clusters)
-            pairs["vertical"] += _pair_counts(maps[:, :-1], maps[:, 1:], num_clusters)
+        if not samples:
+            usage = np.zeros((per_sample if per_position else 1, num_clusters), dtype=np.int64)
+        columns = latents.T if per_position else latents.reshape(1, -1)
+        for counts, column in zip(usage, columns, strict=True):
+            counts += np.bincount(column, minlength=num_clusters)
+        samples += len(latents)
+        if grid is not None:
+            most = min(MAX_PAIR_SAMPLES, MAX_PAIR_LATENTS // per_sample)
+            seen.append(latents[: max(0, most - pair_samples)])
+            pair_samples += len(seen[-1])
     points = samples * per_sample
     used = int((usage > 0).sum())
     distance = inertia / points
     return LatentReport(
         num_clusters=num_clusters,
+        num_codebooks=len(usage),
         samples=samples,
         latents_per_sample=per_sample,
         used=used,
-        dead=num_clusters - used,
-        usage_entropy_bits=entropy_bits(usage),
+        dead=usage.size - used,
+        usage_entropy_bits=float(np.mean([entropy_bits(counts) for counts in usage])),
         max_entropy_bits=float(np.log2(num_clusters)),
-        largest_share=float(usage.max() / points),
+        largest_share=float(usage.max() / points * len(usage)),
         mean_squared_distance=distance,
         explained_variance=1 - distance / feature_variance if feature_variance > 0 else 0.0,
-        neighbour_information_bits={
-            name: mutual_information_bits(table) for name, table in pairs.items() if table.any()
-        },
+        neighbour_information_bits=_of_neighbours(seen, grid, per_position),
         pair_samples=pair_samples,
-        usage=usage.tolist(),
+        usage=usage.ravel().tolist(),
     )
+
+
+def _of_neighbours(
+    seen: list[np.ndarray], grid: tuple[int, int] | None, per_position: bool
+) -> dict[str, float]:
+    """Mutual information of latents beside and below each other, where there are any."""
+    if grid is None:
+        return {}
+    maps = np.concatenate(seen).reshape(-1, *grid)
+    sides = {
+        "horizontal": (maps[:, :, :-1], maps[:, :, 1:]),
+        "vertical": (maps[:, :-1], maps[:, 1:]),
+    }
+    found = {}
+    for name, (first, second) in sides.items():
+        if not first.size:
+            continue
+        shape = (len(maps), -1) if per_position else (-1, 1)
+        columns = zip(first.reshape(shape).T, second.reshape(shape).T, strict=True)
+        found[name] = float(np.mean([mutual_information_bits(*pair) for pair in columns]))
+    return found
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -117,17 +145,18 @@ def entropy_bits(counts: np.ndarray) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
-def mutual_information_bits(table: np.ndarray) -> float:
-    """Mutual information in bits of two variables from their (K, K) pair counts.
+def mutual_information_bits(first: np.ndarray, second: np.ndarray) -> float:
+    """Mutual information in bits of two variables, from (n,) values of each, 0 or more.
 
+    Only pairs that occur are counted: a table of all would take 32 GiB at 65,536 values.
     The plug-in estimate is too high when cells are many and counts few; the Miller-Madow
     correction (Miller 1955) takes off the expected excess.
     """
-    total = table.sum()
-    rows, columns = table.sum(1), table.sum(0)
-    plug_in = entropy_bits(rows) + entropy_bits(columns) - entropy_bits(table)
-    cells = (table > 0).sum() - (rows > 0).sum() - (columns > 0).sum() + 1
-    return float(max(0.0, plug_in - cells / (2 * total * np.log(2))))
+    rows, columns = np.bincount(first), np.bincount(second)
+    _, pairs = np.unique(first.astype(np.int64) * len(columns) + second, return_counts=True)
+    plug_in = entropy_bits(rows) + entropy_bits(columns) - entropy_bits(pairs)
+    cells = len(pairs) - (rows > 0).sum() - (columns > 0).sum() + 1
+    return float(max(0.0, plug_in - cells / (2 * len(first) * np.log(2))))
 
 
 def refuse_collapse(report: LatentReport, config: LatentsConfig, where: Path) -> None:
@@ -137,14 +166,14 @@ def refuse_collapse(report: LatentReport, config: LatentsConfig, where: Path) ->
         LatentError: with the figures and what to change.
     """
     least_bits = config.min_usage_entropy_fraction * report.max_entropy_bits
-    most_dead = config.max_dead_fraction * report.num_clusters
+    most_dead = config.max_dead_fraction * len(report.usage)
     if report.usage_entropy_bits >= least_bits and report.dead <= most_dead:
         return
     raise LatentError(
         "the codebook collapsed: most latents have one of few values",
         where=where,
         found=f"usage entropy {report.usage_entropy_bits:.3f} bits, {report.used} of "
-        f"{report.num_clusters} clusters used, {report.dead} dead, the largest holds "
+        f"{len(report.usage)} clusters used, {report.dead} dead, the largest holds "
         f"{report.largest_share:.1%} of all patches",
         expected=f"at least {least_bits:.3f} bits "
         f"(latents.min_usage_entropy_fraction = {config.min_usage_entropy_fraction:g} of "
@@ -177,9 +206,3 @@ def usage_picture(usage: np.ndarray, height: int = 128, width: int = 512) -> np.
     tops = np.ceil(bars / max(1, usage.max()) * (height - 1))
     above = np.arange(height)[::-1, None]
     return np.where(above < tops, 64, 255).astype(np.uint8)
-
-
-def _pair_counts(first: np.ndarray, second: np.ndarray, num_clusters: int) -> np.ndarray:
-    codes = first.astype(np.int64).ravel() * num_clusters + second.ravel()
-    counts = np.bincount(codes, minlength=num_clusters * num_clusters)
-    return counts.reshape(num_clusters, num_clusters)

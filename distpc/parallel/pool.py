@@ -447,13 +447,13 @@ class Pool:
         job.running.clear()
 
     def _tell_who_waits(self, waiting: int) -> None:
-        """Say once that a shared cluster has not given all workers their place."""
+        """Say once that workers have not begun: they load, or a shared cluster has no place."""
         if waiting and not self._told and time.monotonic() - self._asked > _PATIENCE_SECONDS:
             self._told = True
             free = self._ray.available_resources().get("CPU", 0)
             _tell(
-                f"{waiting} of {len(self._workers)} workers wait for a place in the "
-                f"cluster; free now: {free:g} CPUs"
+                f"{waiting} of {len(self._workers)} workers have not begun: they are starting, or "
+                f"wait for a place in the cluster (free now: {free:g} CPUs)"
             )
 
 

@@ -10,6 +10,7 @@ from distpc.artifacts import Artifact
 from distpc.circuits.sharding import check_shares
 from distpc.config import RunConfig
 from distpc.config.sources import ShardsSource
+from distpc.config.teachers import PRETRAINED
 from distpc.data import existing
 from distpc.data.patches import PatchGrid
 from distpc.data.shards import colored, source_spec, split_positions
@@ -18,6 +19,7 @@ from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, DataError
 from distpc.parallel.cluster import Cluster, check_machine
 from distpc.parallel.mesh import check_node_axis
+from distpc.teachers.registry import build_teacher
 from distpc.training.needs import planned_costs
 from distpc.training.structure import check_fit, sketch
 
@@ -32,6 +34,7 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
     Raises:
         ConfigError, DataError: the source, its splits, patches and batches do not fit together,
             or the ranks of the node axis have no units to share.
+        TeacherError: the teacher does not read such data.
         ResourceError: Ray has less than the workers ask for.
     """
     check_node_axis(config.parallel.num_ranks, config.parallel.node_parallel)
@@ -41,6 +44,9 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
     if config.structure.kind == "patches" and not spec.is_discrete:
         raise ConfigError("patch circuits need categorical values", where="data.source")
     check_fit(config, spec)
+    if config.teacher.kind not in ("none", *PRETRAINED):
+        # Pretrained ones would have to be loaded for it.
+        build_teacher(config.teacher, spec, config.data.patch_size_pixels, config.seed)
     if config.parallel.node_parallel > 1:
         schedule = planned_costs(config, sketch(config, spec), spec.num_categories).schedule
         check_shares(schedule, config.parallel.node_parallel)

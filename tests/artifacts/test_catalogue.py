@@ -165,4 +165,6 @@ def test_differences_are_told() -> None:
     other = {"fields": {"num_clusters": 8}, "inputs": {"features": "abc"}}
     assert difference(MADE_FROM, other) == "fields.num_clusters is 4 there, 8 here"
     assert difference({"fields": [1, 2]}, {"fields": [1, 3]}) == "fields[1] is 2 there, 3 here"
+    longer = "fields[2] is absent there, 5 here"
+    assert difference({"fields": [1, 2]}, {"fields": [1, 2, 5]}) == longer
     assert difference(None, other) == "it does not say what it was made from"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from distpc.data.spec import MISSING, DatasetSpec
+from distpc.data.tokenizers import Bytes, Characters
 from distpc.latents.elbow import elbow, sizes_around
 from distpc.latents.members import draw_members, spread_clusters
 from distpc.latents.montage import patch_montage, snippet
@@ -54,10 +55,17 @@ def test_a_montage_shows_the_patch_in_its_surroundings():
 
 
 def test_a_snippet_marks_its_token():
-    x = np.array([*b"the cat\nsat", MISSING, MISSING])
-    assert snippet(x, 4, True) == "the [c]at\u23cesat"
-    assert snippet(x, 4, True, units=2) == "e [c]at"
-    assert snippet(np.array([5, 300, 7]), 1, False) == " 5 [ 300 ] 7 "
+    x = np.frombuffer(b"the cat\nsat", np.uint8).astype(int)
+    assert snippet(x, 4, Bytes()) == "the [c]at\u23cesat"
+    assert snippet(x, 4, Bytes(), units=2) == "e [c]at"
+
+
+def test_a_snippet_is_text_whatever_the_tokens_are():
+    characters = Characters("act eh\u00e9")
+    x = np.array([*characters.encode("the cah\u00e9"), characters.size, MISSING])
+    assert snippet(x, 7, characters, characters.size) == "the cah[\u00e9]\u23f9"
+    assert snippet(x, 8, characters, characters.size, 2) == "h\u00e9[\u23f9]"
+    assert snippet(x, 9, characters, characters.size, 2) == "\u00e9\u23f9[]"
 
 
 def test_the_plane_holds_the_largest_variances():

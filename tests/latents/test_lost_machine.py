@@ -63,8 +63,9 @@ def test_sums_on_a_lost_machine_are_made_again(tmp_path, monkeypatch):
         path, fingerprint = tmp_path / "features", "f"
 
     ctx = StageContext(run, tmp_path, {"features": Features()}, "fit", tmp_path / "tb")
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray reads these once a process, so they stay: tests that come after this one need them.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     root = Path(__file__).parents[2]
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.latents.test_lost_machine"],

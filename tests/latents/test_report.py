@@ -51,11 +51,33 @@ def test_neighbours_are_told_apart():
 
 def test_mutual_information_is_corrected_for_few_counts():
     rng = np.random.default_rng(0)
-    table = np.zeros((64, 64), dtype=np.int64)
-    np.add.at(table, tuple(rng.integers(64, size=(2, 10_000))), 1)
-    plug_in = entropy_bits(table.sum(0)) + entropy_bits(table.sum(1)) - entropy_bits(table)
-    assert plug_in > 0.2
-    assert mutual_information_bits(table) < 0.1
+    first, second = rng.integers(64, size=(2, 10_000))
+    pairs = np.unique(first * 64 + second, return_counts=True)[1]
+    marginals = entropy_bits(np.bincount(first)) + entropy_bits(np.bincount(second))
+    assert marginals - entropy_bits(pairs) > 0.2
+    assert mutual_information_bits(first, second) < 0.1
+    assert mutual_information_bits(first, first) == pytest.approx(6, abs=0.01)
+
+
+def test_pairs_of_many_clusters_take_no_table_of_all():
+    latents = np.array([[65_535, 1], [0, 65_535]])
+    assert "horizontal" in report_of(latents, 65_536, (1, 2)).neighbour_information_bits
+
+
+def test_codebooks_of_positions_are_counted_apart():
+    rng = np.random.default_rng(0)
+    first = rng.integers(8, size=4000)
+    # The same of both positions, under other numbers; all alike at the last.
+    latents = np.stack([first, (first + 3) % 8, np.full(4000, 5)], axis=1)
+    report = make_report([latents], 8, (1, 3), 1.0, 2.0, per_position=True)
+    assert (report.num_codebooks, report.used, report.dead) == (3, 17, 7)
+    assert len(report.usage) == 24 and report.usage[16:] == [0] * 5 + [4000, 0, 0]
+    assert report.usage_entropy_bits == pytest.approx(2, abs=0.01)
+    assert report.largest_share == 1
+    assert report.neighbour_information_bits["horizontal"] == pytest.approx(1.5, abs=0.01)
+    with pytest.raises(LatentError, match="collapsed") as caught:
+        refuse_collapse(report, LatentsConfig(num_clusters=8), Path("report.json"))
+    assert "17 of 24 clusters used" in caught.value.found
 
 
 def test_collapse_is_refused_with_the_figures():

@@ -22,6 +22,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
         ("parallel.cpus_per_worker=900", ["900", "cpus_per_worker"]),
         ("data.color=ycocg_r", ["data.color", "RGB"]),
         ("data.source={kind: text, path: /nowhere}", ["/nowhere", "data.source.path"]),
+        ("teacher.kind=causal_lm", ["teacher causal_lm reads text", "kind image"]),
     ],
 )
 def test_refused(monkeypatch: pytest.MonkeyPatch, override: str, words: list[str]) -> None:
