@@ -25,23 +25,12 @@ if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s ~/.ray
     exit 2
 fi
 ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
-"$VENV/bin/python" - "$ADDRESS" <<'END'
-import sys
-import urllib.error
-import urllib.request
-
-try:
-    urllib.request.urlopen(sys.argv[1] + "/api/version", timeout=10)
-except urllib.error.HTTPError:
-    pass  # It answers; what it has against the token it says at submission.
-except (OSError, ValueError) as error:
-    print(
-        f"ray_job.sh: no Ray cluster answers at {sys.argv[1]} ({error}): start one (the lines at "
-        "the top of this script), or set RAY_API_SERVER_ADDRESS",
-        file=sys.stderr,
-    )
-    sys.exit(2)
-END
+PLACE="${ADDRESS#*://}" PLACE="${PLACE%%/*}"
+if ! (exec 3<>"/dev/tcp/${PLACE%%:*}/${PLACE##*:}") 2>/dev/null; then
+    echo "ray_job.sh: no Ray cluster answers at $ADDRESS: start one (see the top of this script)," \
+        "or set RAY_API_SERVER_ADDRESS to its http://HOST:PORT" >&2
+    exit 2
+fi
 case " ${ARGS[*]:-} " in
 *" --out"*) ;;
 *) ARGS+=(--out "$PWD/runs/$(sed -n 's/^name: *//p' "$CONFIG")") ;;

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from parallel_processes import (
     DRIVERS,
     alive,
@@ -70,6 +71,10 @@ def test_a_pool_keeps_its_workers_and_their_items(
     cluster: Cluster, kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with cluster.pool(ADDER, kwargs) as pool:
+        # Both workers are up before any item finds its home.
+        wait_until(
+            lambda: len(set(dict(pool.map(range(6), method="who")).values())) == 2, 60, "two"
+        )
         needs = list("abcdef")
         first = dict(pool.map(range(6), method="who", label="asking", needs=needs))
         # Calls that need nothing, or other things, take no item away from its worker.
@@ -150,9 +155,14 @@ def test_a_rank_that_goes_with_its_machine_is_lost(cluster: Cluster, tmp_path: P
     (tmp_path / "payload.json").write_text(json.dumps({"out": str(tmp_path)}))
     target, payload = "parallel_targets:wait_alone", str(tmp_path / "payload.json")
     hosts = cluster.rank_hosts(1, 1, seconds=60)
+    # What a launcher holds: the ranks' signs of life go there.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     try:
         placed = hosts.start(
-            [target, payload, str(tmp_path), "0", "1"], alone(), tmp_path / "rank-0.log"
+            [target, payload, str(tmp_path), "0", "1", "60"],
+            {**alone(), **environment},
+            tmp_path / "rank-0.log",
         )
         pids = tmp_path / "pids"
         wait_until(lambda: pids.is_file() and pids.read_text(), 90, "the rank")

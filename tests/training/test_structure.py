@@ -147,7 +147,7 @@ def test_kinds_that_do_not_fit_the_data_are_refused(fields, where):
 
 def test_patches_refuse_codebooks_of_their_own(runs):
     latents = {"num_clusters": NUM_CLUSTERS, "codebook": "per_position"}
-    with pytest.raises(ConfigError, match="share their leaves") as caught:
+    with pytest.raises(ConfigError, match="shares its leaves") as caught:
         runs.variant("own", latents=latents)
     assert caught.value.where == "latents.codebook"
 
