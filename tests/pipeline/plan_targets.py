@@ -81,11 +81,8 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
             splits=splits,
         )
     ready = idle.peak()
-    # The first passes under ZeRO 3 find out in which order blocks are gathered; what they leave, up
-    # to a tenth of the peak, waits for Python's collector.
-    for step in range(2):
-        _step(engine, case, mesh, step)
     _forget_peak()
+    # The first pass under ZeRO 3 finds out in which order blocks are gathered.
     seconds = [_step(engine, case, mesh, 0)[0]]
     barrier(mesh)
     before = _sent_bytes()
