@@ -19,8 +19,8 @@ import threading
 import time
 import traceback
 from collections.abc import Collection
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from types import CodeType, TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -68,18 +68,15 @@ class Pulse:
 
     def _look(self) -> dict[str, Any]:
         """For how long the main thread has stood still, and where."""
-        frames = sys._current_frames()
-        main = frames.get(threading.main_thread().ident or 0)
-        stack = list(traceback.walk_stack(main)) if main is not None else []
-        place = [(frame.f_code, frame.f_lasti) for frame, _ in stack]
+        stacks = _stacks()
+        main = stacks.get(threading.main_thread().ident or 0, [])
+        place = [(step.code, step.instruction) for step in main]
         now, used = time.monotonic(), time.process_time()
         busy = used - self._used > _IDLE_SHARE * (now - self._moved) + _IDLE_SHARE
-        if busy or place != self._place or _waits(frames):
+        if busy or place != self._place or _waits(stacks):
             self._place, self._moved, self._used = place, now, used
             return {"still": 0.0}
-        shown = [
-            f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}" for frame, line in stack
-        ]
+        shown = [f"{step.code.co_filename}:{step.line} in {step.code.co_name}" for step in main]
         return {"still": now - self._moved, "where": shown[:_SHOWN_FRAMES]}
 
     def __enter__(self) -> Pulse:
@@ -96,12 +93,36 @@ class Pulse:
         self._thread.join(timeout=1.0)
 
 
-def _waits(frames: dict[int, FrameType]) -> bool:
+class _Step(NamedTuple):
+    """A call that a thread is in."""
+
+    code: CodeType
+    instruction: int
+    line: int
+
+
+def _stacks() -> dict[int, list[_Step]]:
+    """Of every other thread the calls it is in, innermost first.
+
+    No frame may outlive this: it keeps alive what its function holds, such as the tensors of a
+    backward pass. With this thread's own frame among them, `frames` would be part of a cycle.
+    """
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident(), None)
+    return {
+        thread: [
+            _Step(frame.f_code, frame.f_lasti, line) for frame, line in traceback.walk_stack(top)
+        ]
+        for thread, top in frames.items()
+    }
+
+
+def _waits(stacks: dict[int, list[_Step]]) -> bool:
     """Whether any thread is in code that waits for other ranks, or for a process."""
     return any(
-        part in frame.f_code.co_filename
-        for top in frames.values()
-        for frame, _ in traceback.walk_stack(top)
+        part in step.code.co_filename
+        for steps in stacks.values()
+        for step in steps
         for part in _WAITING
     )
 

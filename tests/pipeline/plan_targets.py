@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,8 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
         sent_bytes: that all processes of this host or network namespace sent in a step;
         step_seconds: the fastest.
     """
-    watch = Watch()
+    _forget_peak()
+    idle = _status("VmRSS")
     graph = hclt_graph(Tree.balanced(case["num_variables"]), case["num_states"])
     categories = [case["num_categories"]] * case["num_variables"]
     circuit = Circuit(graph, categories, max_fold_bytes=case["max_fold_bytes"], device="meta")
@@ -69,7 +68,7 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     start = RandomStart(circuit, 0, 1.0)
     splits = lay_out_(circuit, start, mesh, zero_stage=case["zero_stage"], reduce_bucket=bucket)
     del start
-    laid_out = watch.peak()
+    laid_out = _status("VmHWM") - idle
     optimizer = CircuitOptimizer(circuit.parameter_groups())
     engine: Engine | Plain = Plain(circuit, optimizer)
     if not case.get("plain"):
@@ -81,8 +80,8 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
             reduce_bucket=bucket,
             splits=splits,
         )
-    ready = watch.peak()
-    watch.forget()
+    ready = _status("VmHWM") - idle
+    _forget_peak()
     # The first pass under ZeRO 3 finds out in which order blocks are gathered.
     seconds = [_step(engine, case, mesh, 0)[0]]
     barrier(mesh)
@@ -92,12 +91,10 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
         seconds.append(took)
     barrier(mesh)
     sent = _sent_bytes() - before
-    peak = watch.peak()
-    watch.end()
     return {
         "laid_out_bytes": laid_out,
         "ready_bytes": ready,
-        "peak_bytes": peak,
+        "peak_bytes": _status("VmHWM") - idle,
         "sums_bytes": sums,
         "sent_bytes": sent / (STEPS - 1),
         "step_seconds": min(seconds),
@@ -146,49 +143,18 @@ def _step(engine: Engine | Plain, case: dict[str, Any], mesh: Mesh, step: int) -
     return time.monotonic() - begun, sum(held)
 
 
-class Watch(threading.Thread):
-    """The most memory of its own that this process holds, above what it held at first.
+def _status(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
 
-    Memory of its own: pages of libraries, which the system drops from an idle process and brings
-    back, are in the kernel's own peak (VmHWM), and are no memory of a case. A kernel keeps no peak
-    without them, so it is looked at every half millisecond; products let the thread run.
-    """
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._file = os.open("/proc/self/status", os.O_RDONLY)
-        self._ended = threading.Event()
-        self._turn = threading.Lock()
-        gc.collect()
-        self._floor = self._most = self._held()
-        self.start()
-
-    def run(self) -> None:
-        while not self._ended.wait(0.0005):
-            with self._turn:
-                self._most = max(self._most, self._held())
-
-    def forget(self) -> None:
-        """The peak starts again from what the process holds now."""
-        gc.collect()
-        with self._turn:
-            self._most = self._held()
-
-    def peak(self) -> int:
-        """In bytes."""
-        return max(self._most, self._held()) - self._floor
-
-    def end(self) -> None:
-        """Look no longer."""
-        self._ended.set()
-        self.join()
-        os.close(self._file)
-
-    def _held(self) -> int:
-        fields = os.pread(self._file, 8192, 0).split()
-        return (
-            sum(int(fields[fields.index(name) + 1]) for name in (b"RssAnon:", b"RssShmem:")) * 1024
-        )
+def _forget_peak() -> None:
+    """The peak starts again from what the process holds now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _sent_bytes() -> int:
