@@ -7,7 +7,6 @@ last round that it finished. Legend: N samples, Z patches, P patches of a cluste
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from distpc.latents.store import read_shard, read_tensors, shard_path, write_ten
 from distpc.parallel.stopwatch import count
 from distpc.structures.patch_layout import PatchLayout
 from distpc.training.growing import Grower, Growth
-from distpc.training.pieces import Piece, load_graph, patch_categories
+from distpc.training.pieces import Piece, PieceMaker, patch_categories
 from distpc.training.refinement import head_likelihoods
 from distpc.training.samples import LatentSource
 
@@ -59,39 +58,25 @@ def leaf_folder(ctx: StageContext, cluster: int) -> Path:
     return ctx.out / "leaves" / f"{cluster:04d}"
 
 
-class ClusterWorker:
-    """Makes pieces and writes their files; lives in a process of its own.
-
-    Args:
-        context: the stage's context as JSON.
-    """
+class ClusterWorker(PieceMaker):
+    """Grows leaf circuits of clusters, and computes soft likelihoods under all of them."""
 
     def __init__(self, context: dict[str, Any]) -> None:
-        self._ctx = StageContext.from_json(context)
-        self._layout = PatchLayout.of(load_graph(self._ctx))
-        self._source = LatentSource.of(self._ctx, self._layout.num_patches)
-        self._entries = {entry.name: entry for entry in self._source.shards()}
+        super().__init__(context)
         self._leaves: list[Circuit] = []
 
     def __call__(self, item: dict[str, Any]) -> None:
-        """Make the piece that `describe` described."""
-        piece = Piece(**{**item, "shards": tuple(item["shards"])})
-        began = time.monotonic()
-        if piece.kind == "cluster":
-            tensors = self._grow(piece.group)
-        else:
-            tensors = self._soften(self._entries[piece.shards[0]])
-        seconds = time.monotonic() - began
-        notes = {
-            "fingerprint": self._ctx.fingerprint,
-            "holds": piece.name,
-            "seconds": f"{seconds:.3f}",
-        }
-        write_tensors(piece.path(self._ctx.out), tensors, notes)
-        if piece.kind == "cluster":
-            for folder in self._round_folders(piece.group):
+        """Make the piece that `describe` described; its rounds go once it is there."""
+        super().__call__(item)
+        if item["kind"] == "cluster":
+            for folder in self._round_folders(item["group"]):
                 shutil.rmtree(folder)
-        count(pieces=1)
+
+    def make(self, piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A piece of kind cluster or soft."""
+        if piece.kind == "cluster":
+            return self._grow(piece.group), {}
+        return self._soften(self._entries[piece.shards[0]]), {}
 
     def _grow(self, cluster: int) -> dict[str, Tensor]:
         """Grow a cluster's circuit and save it; returns its centroids."""

@@ -9,6 +9,7 @@ Legend: N samples, Z patches, K clusters, D variables of a patch, C categories.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,8 +145,8 @@ def patch_categories(layout: PatchLayout, num_categories: Sequence[int | None]) 
     return [int(count) for count in table[0]]
 
 
-class PieceWorker:
-    """Makes pieces and writes their files; lives in a process of its own.
+class PieceMaker(ABC):
+    """Makes pieces of a stage and writes their files; lives in a process of its own.
 
     Args:
         context: the stage's context as JSON.
@@ -153,7 +154,8 @@ class PieceWorker:
 
     def __init__(self, context: dict[str, Any]) -> None:
         self._ctx = StageContext.from_json(context)
-        self._layout = PatchLayout.of(load_graph(self._ctx))
+        self._graph = load_graph(self._ctx)
+        self._layout = PatchLayout.of(self._graph)
         self._source = LatentSource.of(self._ctx, self._layout.num_patches)
         self._entries = {entry.name: entry for entry in self._source.shards()}
 
@@ -161,17 +163,27 @@ class PieceWorker:
         """Make the piece that `describe` described."""
         piece = Piece(**{**item, "shards": tuple(item["shards"])})
         began = time.monotonic()
-        notes: dict[str, Any] = {}
-        if piece.kind == "top":
-            tensors = self._count_top()
-        elif piece.kind == "counts":
-            tensors = self._count_values(piece.shards)
-        else:
-            tensors, notes = train_group(self._ctx, self._layout, self._source, piece.group)
+        tensors, notes = self.make(piece)
         seconds = time.monotonic() - began
         notes.update(fingerprint=self._ctx.fingerprint, holds=piece.name, seconds=f"{seconds:.3f}")
         write_tensors(piece.path(self._ctx.out), tensors, notes)
         count(pieces=1)
+
+    @abstractmethod
+    def make(self, piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors of a piece's file, and notes beside them."""
+
+
+class PieceWorker(PieceMaker):
+    """Counts the tree over latents and values under them, and trains groups of leaves."""
+
+    def make(self, piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A piece of kind top, counts or leaf."""
+        if piece.kind == "top":
+            return self._count_top(), {}
+        if piece.kind == "counts":
+            return self._count_values(piece.shards), {}
+        return train_group(self._ctx, self._layout, self._source, piece.group)
 
     def _count_top(self) -> dict[str, Tensor]:
         """`usage` (Z, K), and `transitions` (Z, K, K): pairs of a parent's and a patch's value."""

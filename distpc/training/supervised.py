@@ -6,7 +6,6 @@ all latents are the others. A piece is one file, whole or absent.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,12 @@ from torch import Tensor
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.data.patches import PatchGrid
-from distpc.latents.store import write_tensors
 from distpc.parallel.stopwatch import count
 from distpc.structures.patch_layout import PatchLayout
 from distpc.structures.region_graph import RegionGraph
 from distpc.training.counting import assemble_counted_, count_tables, table_names
 from distpc.training.inner import InnerCodebook, InnerSource, Surroundings
-from distpc.training.pieces import Piece, load_graph, make_pieces, shard_pieces
+from distpc.training.pieces import Piece, PieceMaker, make_pieces, shard_pieces
 from distpc.training.samples import LatentSource
 
 WORKER = "distpc.training.supervised:SupervisedWorker"
@@ -93,36 +91,14 @@ def read_codebook(ctx: StageContext, layout: PatchLayout) -> InnerCodebook:
     )
 
 
-class SupervisedWorker:
-    """Makes pieces and writes their files; lives in a process of its own.
+class SupervisedWorker(PieceMaker):
+    """Fits the codebook of latents inside of patches, and counts under latents of all levels."""
 
-    Args:
-        context: the stage's context as JSON.
-    """
-
-    def __init__(self, context: dict[str, Any]) -> None:
-        self._ctx = StageContext.from_json(context)
-        self._graph = load_graph(self._ctx)
-        self._layout = PatchLayout.of(self._graph)
-        self._source = LatentSource.of(self._ctx, self._layout.num_patches)
-        self._entries = {entry.name: entry for entry in self._source.shards()}
-
-    def __call__(self, item: dict[str, Any]) -> None:
-        """Make the piece that `describe` described."""
-        piece = Piece(**{**item, "shards": tuple(item["shards"])})
-        began = time.monotonic()
+    def make(self, piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A piece of kind codebook or counts."""
         if piece.kind == "codebook":
-            tensors = {"centroids": self._fit_codebook()}
-        else:
-            tensors = self._count(piece.shards)
-        seconds = time.monotonic() - began
-        notes = {
-            "fingerprint": self._ctx.fingerprint,
-            "holds": piece.name,
-            "seconds": f"{seconds:.3f}",
-        }
-        write_tensors(piece.path(self._ctx.out), tensors, notes)
-        count(pieces=1)
+            return {"centroids": self._fit_codebook()}, {}
+        return self._count(piece.shards), {}
 
     def _fit_codebook(self) -> Tensor:
         """(T, K, F) centroids, of patches that are drawn from every shard."""
