@@ -152,6 +152,8 @@ class PretrainedConfig(Section):
 
 
 PRETRAINED = ("hf_vision", "hf_text", "efficientnet")
+TEXT_ONLY = ("causal_lm", "masked_lm", "hf_text", "onehot")
+"""Kinds that read nothing else."""
 
 
 class TeacherConfig(Section):

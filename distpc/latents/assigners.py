@@ -55,10 +55,12 @@ class Assignment:
         codebook: Codebook,
         name: str,
         features: Tensor,
+        present: Tensor | None,
         keys: Sequence[str],
         notes: dict[str, Any],
     ) -> None:
-        """Write (N, Z) int32 latents of (N, Z, D) float16 features under their samples' keys.
+        """Write (N, Z) int32 latents of (N, Z, D) float16 features, of which those `present`
+        (N, Z) have one, under their samples' keys.
 
         Raises:
             LatentError: the features have another width, or are not finite.
@@ -72,7 +74,7 @@ class Assignment:
                 expected=f"(samples, {self.shape[0]}, {self.shape[1]})",
                 fix="run the features and fit stages again for this teacher",
             )
-        latents, distances = codebook.assign(features)
+        latents, distances = codebook.assign(features, present)
         inertia = float(distances.double().sum())
         if not np.isfinite(inertia):
             raise LatentError("features are not finite", where=path, found=f"inertia {inertia}")
@@ -84,6 +86,8 @@ class Assignment:
             "grid": notes.get("grid"),
             "bad": notes.get("bad", {}),
         }
+        if present is not None:
+            noted["missing"] = int((~present).sum())
         write_shard(path, "latents", latents, keys, noted)
 
 
@@ -104,7 +108,9 @@ class Assigner:
         """Write the latents of shard `name`."""
         path = shard_path(self._features, name)
         shard = read_shard(path, "features", fingerprint=self._assignment.features)
-        self._assignment.write_latents(self._codebook, name, shard.rows, shard.keys, shard.metadata)
+        self._assignment.write_latents(
+            self._codebook, name, shard.rows, shard.present, shard.keys, shard.metadata
+        )
         count(samples=len(shard.keys), shards=1)
 
 
@@ -121,7 +127,12 @@ class FusedAssigner(Encoder):
         self._codebook = assignment.read()
 
     def write(
-        self, name: str, features: Tensor, keys: Sequence[str], notes: dict[str, Any]
+        self,
+        name: str,
+        features: Tensor,
+        present: Tensor | None,
+        keys: Sequence[str],
+        notes: dict[str, Any],
     ) -> None:
         """A latent shard."""
-        self._assignment.write_latents(self._codebook, name, features, keys, notes)
+        self._assignment.write_latents(self._codebook, name, features, present, keys, notes)

@@ -17,7 +17,7 @@ from torch import Tensor
 from distpc.errors import LatentError
 from distpc.latents.nearest import assign_points
 from distpc.latents.principal import Projection
-from distpc.latents.store import REDO, read_tensors, write_tensors
+from distpc.latents.store import NO_LATENT, REDO, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,15 @@ class Codebook:
         """K."""
         return self.centroids.shape[-2]
 
-    def assign(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, Z, D) features -> (N, Z) int32 latents and (N, Z) float32 squared distances."""
+    def assign(self, rows: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(N, Z, D) features -> (N, Z) int32 latents and (N, Z) float32 squared distances.
+
+        Args:
+            present: (N, Z) bool, the features that there are; the others' latents are NO_LATENT,
+                at no distance. Default: all.
+        """
+        if present is not None:
+            return self._assign_present(rows, present)
         points = rows.flatten(0, 1)
         if self.projection is not None:
             points = self.projection(points)
@@ -54,6 +61,21 @@ class Codebook:
             torch.stack([labels for labels, _ in pairs], 1).int(),
             torch.stack([distances for _, distances in pairs], 1),
         )
+
+    def _assign_present(self, rows: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        latents = torch.full(present.shape, NO_LATENT, dtype=torch.int32)
+        distances = torch.zeros(present.shape)
+        if self.centroids.ndim == 2:
+            # One column of those that there are: nobody else is looked at.
+            found = self.assign(rows[present][:, None])
+            latents[present], distances[present] = (part[:, 0] for part in found)
+            return latents, distances
+        for position, centroids in enumerate(self.centroids):
+            there = present[:, position]
+            column = Codebook(centroids, self.projection)
+            found = column.assign(rows[there, position : position + 1])
+            latents[there, position], distances[there, position] = (part[:, 0] for part in found)
+        return latents, distances
 
     def to(self, device: torch.device | str) -> Codebook:
         """The same on the device that is to do the work."""

@@ -107,13 +107,19 @@ class Encoder(ABC):
 
     @abstractmethod
     def write(
-        self, name: str, features: Tensor, keys: Sequence[str], notes: dict[str, Any]
+        self,
+        name: str,
+        features: Tensor,
+        present: Tensor | None,
+        keys: Sequence[str],
+        notes: dict[str, Any],
     ) -> None:
         """Keep what is wanted of a shard's features, whole or not at all.
 
         Args:
             name: of the shard.
             features: (N, Z, D) float16, finite.
+            present: (N, Z) bool, which of them there are; None where all are.
             keys: of the N samples.
             notes: JSON values that go with the shard.
         """
@@ -129,9 +135,12 @@ class Encoder(ABC):
         with holding(self._encoding):
             features, bad = self._encode(shard.x, shard.keys, task.bad)
         allowed = len(bad) <= self._settings.max_bad
-        keys = [key for key in shard.keys if key not in bad]
+        rows = [row for row, key in enumerate(shard.keys) if key not in bad]
+        keys = [shard.keys[row] for row in rows]
         if allowed and keys:
-            self.write(shard.name, features, keys, self._notes(features, bad))
+            present = self._teacher.present(torch.from_numpy(shard.x[rows]))
+            notes = self._notes(features, present, bad)
+            self.write(shard.name, features, present, keys, notes)
         count(samples=len(keys), shards=1)
         return ShardNote(shard.name, len(keys), bad, allowed and bool(keys))
 
@@ -143,9 +152,12 @@ class Encoder(ABC):
         with holding(self._encoding):
             return self._encode(shard.x[rows], shard.keys[rows], {})[1]
 
-    def _notes(self, features: Tensor, bad: dict[str, str]) -> dict[str, Any]:
+    def _notes(
+        self, features: Tensor, present: Tensor | None, bad: dict[str, str]
+    ) -> dict[str, Any]:
         grid = self._teacher.grid
-        spread = features.flatten(0, 1).amax(0).float() - features.flatten(0, 1).amin(0).float()
+        points = features.flatten(0, 1) if present is None else features[present]
+        spread = points.amax(0).float() - points.amin(0).float()
         return {
             "fingerprint": self._settings.fingerprint,
             "teacher": self._settings.teacher_fingerprint,

@@ -33,10 +33,15 @@ class Extractor(Encoder):
     """Ray worker: keeps features, (N, Z, D) float16 under the samples' keys."""
 
     def write(
-        self, name: str, features: Tensor, keys: Sequence[str], notes: dict[str, Any]
+        self,
+        name: str,
+        features: Tensor,
+        present: Tensor | None,
+        keys: Sequence[str],
+        notes: dict[str, Any],
     ) -> None:
         """A feature shard."""
-        write_shard(shard_path(self._out, name), "features", features, keys, notes)
+        write_shard(shard_path(self._out, name), "features", features, keys, notes, present)
 
 
 def run(ctx: StageContext) -> None:

@@ -174,7 +174,7 @@ def make_job(
     """The clustering of `views`, all of one position or of all; `facts` are of their shards."""
     config = ctx.config.latents
     position = views[0].position
-    sizes = [fact.points if position is None else fact.samples for fact in facts]
+    sizes = [fact.size(position) for fact in facts]
     return Lloyd(
         holders,
         views,

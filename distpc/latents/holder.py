@@ -2,7 +2,7 @@
 
 What would be large together (sums, weights, entries of all shards) comes as the second of a pair:
 it stays where it was made, and `add` puts two of them together. Legend: P points of a shard or a
-draw of it, D feature width, K clusters, M candidates.
+draw of it, D feature width, K clusters, M candidates. Tokens that samples lack are no points.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distpc.latents.kmeans import Totals, distinct_hashes, farthest, squares_of,
 from distpc.latents.nearest import assign_points
 from distpc.latents.principal import Moments, Projection, moments_of
 from distpc.latents.seeding import draw_points, generator, race
-from distpc.latents.store import StoredShard, read_shard, read_tensors, shard_path
+from distpc.latents.store import PRESENT, StoredShard, read_shard, read_tensors, shard_path
 from distpc.parallel.stopwatch import count
 
 Seed = tuple[int, ...]
@@ -53,19 +53,31 @@ class ShardFacts:
 
     Attributes:
         samples: N samples in it.
-        positions: Z latents of a sample.
-        points: P, of all positions.
+        at_positions: (Z,) points at each latent of a sample: N, less those that samples lack.
         sums: (D,) float64, sum of its points.
         squares: sum of its points' squared lengths.
         largest: largest absolute value in them.
     """
 
     samples: int
-    positions: int
-    points: int
+    at_positions: np.ndarray
     sums: np.ndarray
     squares: float
     largest: float
+
+    @property
+    def positions(self) -> int:
+        """Z latents of a sample."""
+        return len(self.at_positions)
+
+    @property
+    def points(self) -> int:
+        """P, of all positions."""
+        return int(self.at_positions.sum())
+
+    def size(self, position: int | None) -> int:
+        """Points of one position, or of all."""
+        return self.points if position is None else int(self.at_positions[position])
 
 
 @dataclass
@@ -114,7 +126,7 @@ class FeatureHolder:
             mean, basis = projection
             self._projection = Projection(self._to_device(mean), self._to_device(basis))
         self._room = most_bytes
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._squares: dict[View, float] = {}
         self._nearest: dict[View, _Nearest] = {}
 
@@ -127,8 +139,8 @@ class FeatureHolder:
         shard = read_shard(
             shard_path(self._folder, name), "features", fingerprint=self._fingerprint
         )
-        rows = self._rows(name)
-        points = rows.flatten(0, 1)
+        rows, _ = self._shard(name)
+        points = self._points(View(name))
         sums = torch.zeros(points.shape[1], dtype=torch.float64)
         squares = largest = 0.0
         for block in points.split(_READ_ROWS):
@@ -138,11 +150,14 @@ class FeatureHolder:
             largest = max(largest, float(exact.abs().max()) if len(exact) else 0.0)
         if not np.isfinite(squares):
             raise _not_finite(shard, rows)
-        return ShardFacts(len(rows), rows.shape[1], len(points), sums.numpy(), squares, largest)
+        at_positions = np.full(rows.shape[1], len(rows))
+        if shard.present is not None:
+            at_positions = shard.present.sum(0).numpy()
+        return ShardFacts(len(rows), at_positions, sums.numpy(), squares, largest)
 
     def moments(self, name: str) -> tuple[None, Moments]:
         """First and second moments of the shard's points, held."""
-        return None, moments_of(self._rows(name).flatten(0, 1))
+        return None, moments_of(self._points(View(name)))
 
     def distinct(self, item: tuple[View, int]) -> np.ndarray:
         """Hashes of up to `limit` different points of a view."""
@@ -262,7 +277,8 @@ class FeatureHolder:
 
     def _taken(self, source: Draw | View) -> Tensor:
         if isinstance(source, Draw):
-            return draw_points(self._points(source.view), source.size, generator(*source.seed))
+            points, there = self._column(source.view)
+            return draw_points(points, source.size, generator(*source.seed), there)
         return self._points(source)
 
     def _squares_of(self, source: Draw | View) -> float:
@@ -273,28 +289,40 @@ class FeatureHolder:
         return self._squares[source]
 
     def _points(self, view: View) -> Tensor:
-        rows = self._rows(view.shard)
-        return rows.flatten(0, 1) if view.position is None else rows[:, view.position]
+        points, there = self._column(view)
+        return points if there is None else points[there]
 
-    def _rows(self, name: str) -> Tensor:
-        """(N, Z, D) float16."""
+    def _column(self, view: View) -> tuple[Tensor, Tensor | None]:
+        """A view's points and those that samples lack, and which rows of these are points; None
+        where all are."""
+        rows, present = self._shard(view.shard)
+        if view.position is None:
+            there = None if present is None else present.flatten().nonzero()[:, 0]
+            return rows.flatten(0, 1), there
+        there = None if present is None else present[:, view.position].nonzero()[:, 0]
+        return rows[:, view.position], there
+
+    def _shard(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """(N, Z, D) float16, and (N, Z) bool, which of them there are; None where all are."""
         if name in self._kept:
             return self._kept[name]
-        rows = self._mapped(name)
+        rows, present = self._mapped(name)
         if self._projection is not None:
             projected = self._projection(rows.flatten(0, 1))
             rows = projected.view(*rows.shape[:2], -1)
         elif not self._in_memory:
-            return rows
+            return rows, present
         if rows.nbytes <= self._room:
             self._room -= rows.nbytes
-            self._kept[name] = rows if self._projection is not None else rows.clone()
-        return self._kept.get(name, rows)
+            kept = rows if self._projection is not None else rows.clone()
+            self._kept[name] = kept, None if present is None else present.clone()
+        return self._kept.get(name, (rows, present))
 
-    def _mapped(self, name: str) -> Tensor:
-        """(N, Z, F) float16, in its file."""
+    def _mapped(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """(N, Z, F) float16 and (N, Z) bool, in their file."""
         path = shard_path(self._folder, name)
-        rows = read_tensors(path, "features", self._fingerprint)[0]["features"]
+        tensors = read_tensors(path, "features", self._fingerprint)[0]
+        rows = tensors["features"]
         if rows.ndim != 3 or rows.dtype != torch.float16:
             raise LatentError(
                 "features have the wrong number of axes, or another type",
@@ -302,7 +330,7 @@ class FeatureHolder:
                 found=f"shape {tuple(rows.shape)}, {rows.dtype}",
                 expected="(samples, latents, width), torch.float16",
             )
-        return rows
+        return rows, tensors.get(PRESENT)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         # Arrays from the object store are read-only; torch wants to own what it may write to.

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
@@ -21,6 +22,7 @@ from distpc.latents.members import Member, draw_members, spread_clusters
 from distpc.latents.montage import patch_montage, snippet
 from distpc.latents.projection import Projection, project, scatter_picture
 from distpc.latents.store import (
+    NO_LATENT,
     feature_shards,
     load_latents,
     read_shard,
@@ -132,11 +134,13 @@ class Looks:
             shard = read_shard(shard_path(artifact.path, name), "features")
             latents = self._clusters(name)[1]
             wanted = -(-num_points // (len(names) * latents.shape[1]))
-            rows = shard.rows[:wanted].flatten(0, 1).float()
+            found = latents[:wanted].ravel()
+            there = found != NO_LATENT
+            rows = shard.rows[:wanted].flatten(0, 1)[torch.from_numpy(there)].float()
             if self._codebook.projection is not None:
                 rows = self._codebook.projection(rows).float()
             points.append(rows.numpy())
-            labels.append(latents[:wanted].ravel())
+            labels.append(found[there])
         return np.concatenate(points)[:num_points], np.concatenate(labels)[:num_points]
 
     def projection(self) -> Projection:
@@ -159,10 +163,11 @@ class Looks:
         return len(self.usage) > self.num_clusters
 
     def _clusters(self, name: str) -> tuple[list[str], np.ndarray]:
-        """Keys, and (N, Z) clusters of a shard."""
+        """Keys, and (N, Z) clusters of a shard, NO_LATENT where a token is missing."""
         keys, latents = load_latents(self.folder, name)
         if self._has_positions:
-            latents = latents + self.num_clusters * np.arange(latents.shape[1])
+            first = self.num_clusters * np.arange(latents.shape[1])
+            latents = np.where(latents == NO_LATENT, NO_LATENT, latents + first)
         return keys, latents
 
     def _latents(self) -> Iterator[tuple[str, list[str], np.ndarray]]:

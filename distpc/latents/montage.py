@@ -89,7 +89,7 @@ def snippet(
 
 
 def _text(tokens: np.ndarray, tokenizer: Tokenizer, end_token: int | None) -> str:
-    # A missing one has no text, and can be the member: it has features like any other.
+    # Missing ones, behind a short document's end, have no text.
     kept = tokens[(tokens != MISSING) & (tokens != end_token)].tolist()
     text = tokenizer.decode(kept) + _END * bool((tokens == end_token).any())
     return text.translate(_VISIBLE)

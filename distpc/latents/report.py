@@ -2,6 +2,7 @@
 
 Legend: N samples, Z latents of a sample, K clusters of a codebook. Where every position has a
 codebook of its own, value c at position z is another cluster than c elsewhere: number z * K + c.
+Missing tokens have no latent (NO_LATENT), and no part in any figure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from distpc.config.schema import LatentsConfig
 from distpc.errors import LatentError
+from distpc.latents.store import NO_LATENT
 
 MAX_PAIR_SAMPLES = 20_000
 """Samples whose neighbouring latents are counted; more would not change the figure."""
@@ -31,6 +33,7 @@ class LatentReport:
         num_codebooks: 1, or Z.
         samples: N over all shards.
         latents_per_sample: Z.
+        missing: of the N Z latents, those of missing tokens.
         used: clusters that occur.
         dead: clusters that do not.
         usage_entropy_bits: entropy of a latent's value over all samples and positions; the mean of
@@ -50,6 +53,7 @@ class LatentReport:
     num_codebooks: int
     samples: int
     latents_per_sample: int
+    missing: int
     used: int
     dead: int
     usage_entropy_bits: float
@@ -91,13 +95,13 @@ def make_report(
             usage = np.zeros((per_sample if per_position else 1, num_clusters), dtype=np.int64)
         columns = latents.T if per_position else latents.reshape(1, -1)
         for counts, column in zip(usage, columns, strict=True):
-            counts += np.bincount(column, minlength=num_clusters)
+            counts += np.bincount(column[column != NO_LATENT], minlength=num_clusters)
         samples += len(latents)
         if grid is not None:
             most = min(MAX_PAIR_SAMPLES, MAX_PAIR_LATENTS // per_sample)
             seen.append(latents[: max(0, most - pair_samples)])
             pair_samples += len(seen[-1])
-    points = samples * per_sample
+    points = int(usage.sum())
     used = int((usage > 0).sum())
     distance = inertia / points
     return LatentReport(
@@ -105,11 +109,12 @@ def make_report(
         num_codebooks=len(usage),
         samples=samples,
         latents_per_sample=per_sample,
+        missing=samples * per_sample - points,
         used=used,
         dead=usage.size - used,
         usage_entropy_bits=float(np.mean([entropy_bits(counts) for counts in usage])),
         max_entropy_bits=float(np.log2(num_clusters)),
-        largest_share=float(usage.max() / points * len(usage)),
+        largest_share=max(float(counts.max() / counts.sum()) for counts in usage),
         mean_squared_distance=distance,
         explained_variance=1 - distance / feature_variance if feature_variance > 0 else 0.0,
         neighbour_information_bits=_of_neighbours(seen, grid, per_position),
@@ -135,8 +140,17 @@ def _of_neighbours(
             continue
         shape = (len(maps), -1) if per_position else (-1, 1)
         columns = zip(first.reshape(shape).T, second.reshape(shape).T, strict=True)
-        found[name] = float(np.mean([mutual_information_bits(*pair) for pair in columns]))
+        pairs = [_both_there(*pair) for pair in columns]
+        of_pairs = [mutual_information_bits(*pair) for pair in pairs if len(pair[0])]
+        if of_pairs:
+            found[name] = float(np.mean(of_pairs))
     return found
+
+
+def _both_there(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of (n,) pairs of latents of which neither is missing."""
+    there = (first != NO_LATENT) & (second != NO_LATENT)
+    return first[there], second[there]
 
 
 def entropy_bits(counts: np.ndarray) -> float:

@@ -49,12 +49,19 @@ def quotas(sizes: Sequence[int], total: int) -> list[int]:
     return np.diff(cuts, prepend=0).tolist()
 
 
-def draw_points(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """`count` different points of a shard, (count, D), in the shard's order."""
-    if count >= len(points):
-        return points
-    rows = np.sort(rng.choice(len(points), size=count, replace=False))
-    return points[torch.from_numpy(rows)]
+def draw_points(
+    points: Tensor, count: int, rng: np.random.Generator, among: Tensor | None = None
+) -> Tensor:
+    """`count` different points of a shard, (count, D), in the shard's order.
+
+    Args:
+        among: rows in order that may be drawn; default: all.
+    """
+    total = len(points) if among is None else len(among)
+    if count >= total:
+        return points if among is None else points[among]
+    rows = torch.from_numpy(np.sort(rng.choice(total, size=count, replace=False)))
+    return points[rows if among is None else among[rows]]
 
 
 def random_points(points: np.ndarray, num_clusters: int, rng: np.random.Generator) -> Tensor:

@@ -2,6 +2,8 @@
 
 A shard file holds one tensor whose row i belongs to sample `keys[i]`, the keys themselves, and
 the fingerprint of the stage that wrote it, so that rows can never be matched by position alone.
+Tokens that a short chunk of text lacks have no latent: where a shard of features has such, it says
+which are present, and their latents are NO_LATENT.
 Legend: N samples of a shard, Z latents of a sample, D feature width, K clusters, L key length.
 """
 
@@ -24,6 +26,9 @@ from distpc.parallel.stopwatch import part
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
+PRESENT = "present"
+NO_LATENT = -1
+"""In place of a latent, where a sample lacks the token."""
 REDO = "remove the stage's folder and run the same command again"
 
 
@@ -36,12 +41,14 @@ class StoredShard:
         rows: (N, Z, D) features or (N, Z) latents; mapped from the file, not copied.
         keys: the samples' keys, N of them.
         metadata: what the writer noted.
+        present: (N, Z) bool, the rows' features that there are; None where all are.
     """
 
     path: Path
     rows: Tensor
     keys: list[str]
     metadata: dict[str, Any]
+    present: Tensor | None = None
 
 
 def shard_path(folder: Path, shard_name: str) -> Path:
@@ -50,7 +57,12 @@ def shard_path(folder: Path, shard_name: str) -> Path:
 
 
 def write_shard(
-    path: Path, name: str, rows: Tensor, keys: Sequence[str], metadata: Mapping[str, Any]
+    path: Path,
+    name: str,
+    rows: Tensor,
+    keys: Sequence[str],
+    metadata: Mapping[str, Any],
+    present: Tensor | None = None,
 ) -> int:
     """Write one shard, whole or not at all.
 
@@ -59,6 +71,7 @@ def write_shard(
         rows: (N, ...), contiguous.
         keys: N different keys.
         metadata: JSON values; `fingerprint` must be among them.
+        present: (N, Z) bool, the features that there are; default: all.
 
     Returns:
         bytes written.
@@ -66,6 +79,8 @@ def write_shard(
     if len(keys) != len(rows):
         raise ValueError(f"{len(keys)} keys for {len(rows)} rows")
     tensors = {name: rows.contiguous(), "keys": _pack_keys(keys)}
+    if present is not None:
+        tensors[PRESENT] = present.contiguous()
     return write_tensors(path, tensors, {**metadata, "holds": name})
 
 
@@ -99,7 +114,7 @@ def read_shard(
         )
     if keys is not None and found != list(keys):
         raise _other_keys(path, name, found, list(keys))
-    return StoredShard(path, tensors[name], found, metadata)
+    return StoredShard(path, tensors[name], found, metadata, tensors.get(PRESENT))
 
 
 def feature_shards(features: Artifact) -> list[str]:
@@ -117,7 +132,8 @@ def feature_shards(features: Artifact) -> list[str]:
 def load_latents(
     folder: Path, shard_name: str, fingerprint: str | None = None
 ) -> tuple[list[str], np.ndarray]:
-    """Keys and (N, Z) int32 latents of one shard, from the folder of the assign stage.
+    """Keys and (N, Z) int32 latents of one shard, from the folder of the assign stage; those of
+    missing tokens are NO_LATENT.
 
     Args:
         shard_name: as in the data index, for example `train-000000`.
@@ -129,12 +145,13 @@ def load_latents(
     shard = read_shard(shard_path(folder, shard_name), "latents", fingerprint=fingerprint)
     latents = shard.rows.numpy().copy()
     num_clusters = int(shard.metadata.get("num_clusters", 0))
-    if latents.size and not 0 <= latents.min() <= latents.max() < num_clusters:
+    lowest = NO_LATENT if shard.metadata.get("missing") else 0
+    if latents.size and not lowest <= latents.min() <= latents.max() < num_clusters:
         raise LatentError(
             "a latent value is outside the clusters",
             where=shard.path,
             found=f"values {latents.min()} .. {latents.max()}",
-            expected=f"0 .. {num_clusters - 1}",
+            expected=f"{lowest} .. {num_clusters - 1}",
             fix=REDO,
         )
     return shard.keys, latents

@@ -10,7 +10,8 @@ from typing import Any
 
 from distpc.artifacts import Stage
 from distpc.config import RunConfig
-from distpc.config.sources import ShardsSource
+from distpc.config.sources import ShardsSource, TextSource, TokenSamplesSource
+from distpc.config.teachers import TEXT_ONLY
 
 
 def _values(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -35,9 +36,18 @@ def _teacher(config: RunConfig) -> Any:
 
 def _features(config: RunConfig) -> Any:
     latents, mixed = config.latents, config.teacher.extraction_mixed_precision
+    # Features of text that do not say which tokens are missing are another result.
+    marks = ("missing tokens marked",) if _is_text(config) else ()
     if latents.keep_features:
-        return latents.max_samples, mixed
-    return latents.max_samples, mixed, latents.fit_samples or f"of {latents.num_clusters} clusters"
+        return latents.max_samples, mixed, *marks
+    fitted_to = latents.fit_samples or f"of {latents.num_clusters} clusters"
+    return latents.max_samples, mixed, fitted_to, *marks
+
+
+def _is_text(config: RunConfig) -> bool:
+    """Whether the data are text, as far as the configuration tells."""
+    is_source = isinstance(config.data.source, TextSource | TokenSamplesSource)
+    return is_source or config.teacher.kind in TEXT_ONLY
 
 
 def _fit(config: RunConfig) -> Any:

@@ -87,6 +87,11 @@ class Teacher(nn.Module, ABC):
             TeacherError: x does not fit the data set that the teacher was made for.
         """
 
+    def present(self, x: Tensor) -> Tensor | None:
+        """(B, Z) bool, the units of x (B, V) that there are: a unit that is missing has no
+        feature, whatever `encode` gives for it. None where all are there."""
+        return None
+
     @property
     def grid(self) -> Grid:
         """Where the latents lie."""

@@ -95,7 +95,19 @@ class ShuffledTeacher(WrappedTeacher):
         # For its checks: what cannot be encoded has no right to somebody else's features either.
         self.inner.encode(x[:0])
         self._check_values(x)
-        return self.inner.encode(self.bank[self._picks(x)])
+        return self._of(self.bank[self._picks(x)])
+
+    def _of(self, others: Tensor) -> Tensor:
+        """Features (B, Z, D) of other samples; one with fewer tokens is gone through again."""
+        found = self.inner.encode(others)
+        there = self.inner.present(others)
+        if there is None:
+            return found
+        # Missing tokens come last.
+        length = there.sum(dim=1, keepdim=True).clamp(min=1)
+        at = torch.arange(there.shape[1], device=length.device) % length
+        at = at.to(found.device)[:, :, None].expand_as(found)
+        return found.gather(1, at)
 
     def _check_values(self, x: Tensor) -> None:
         lowest = -1 if self.spec.has_missing else 0

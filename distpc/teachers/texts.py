@@ -80,6 +80,11 @@ class TextTeacher(Teacher):
         """What the feature of a token depends on."""
         return IN_WORDS[self._sees]
 
+    def present(self, x: Tensor) -> Tensor | None:
+        """(B, V) bool, the tokens that are not missing; None where none is."""
+        there = x != MISSING
+        return None if bool(there.all()) else there
+
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, V) integers -> ids (B, V) int64 with 0 for what is missing, present (B, V) bool.
 

@@ -62,6 +62,10 @@ class WrappedTeacher(Teacher):
         """The inner teacher's kind and settings."""
         return {"inner_kind": self.inner.kind, "inner_settings": self.inner.settings}
 
+    def present(self, x: Tensor) -> Tensor | None:
+        """Of the sample itself, whatever the inner teacher is shown in its place."""
+        return self.inner.present(x)
+
     @property
     def grid(self) -> Grid:
         """That of the inner teacher."""

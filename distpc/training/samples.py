@@ -14,7 +14,7 @@ from distpc.data.reader import iterate_split, read_shard
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.errors import LatentError
 from distpc.latents import load_latents
-from distpc.latents.store import left_out_keys, shard_path
+from distpc.latents.store import NO_LATENT, left_out_keys, shard_path
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,11 @@ class LatentSource:
         """(N, V) values and (N, Z) latents of one shard, without the samples that could not be
         encoded.
 
-        Of text, missing tokens have no latent, -1, and the token that ends a document has a state
+        Of text, missing tokens have no latent, NO_LATENT, and the token that ends a document has a state
         of its own behind the clusters.
+
+        Raises:
+            LatentError: as `latents`, or a token that is there has none.
         """
         shard, latents = read_shard(entry, self.index.spec), self.latents(entry)
         x = shard.x
@@ -92,10 +95,18 @@ class LatentSource:
             kept = set(self._keys(entry))
             x = x[[key in kept for key in shard.keys]]
         if self.index.spec.kind == "text":
-            latents = np.where(x == MISSING, -1, latents.astype(np.int64))
+            self._check_tokens(entry, x, latents)
+            latents = np.where(x == MISSING, NO_LATENT, latents.astype(np.int64))
             if self.index.spec.end_token is not None:
                 latents[x == self.index.spec.end_token] = self.num_clusters
         return x, latents
+
+    def _check_tokens(self, entry: ShardEntry, x: np.ndarray, latents: np.ndarray) -> None:
+        lacking = np.argwhere((latents == NO_LATENT) & (x != MISSING))
+        if len(lacking):
+            row, place = lacking[0].tolist()
+            found = f"no latent of token {place} of sample '{self._keys(entry)[row]}'"
+            raise self._strange(entry, (found, "a latent of every token that is there"))
 
     def _keys(self, entry: ShardEntry) -> list[str]:
         left_out = left_out_keys(self.folder, entry.name)

@@ -51,7 +51,7 @@ def local_job(folder, names, config, seed=0, fingerprint="f", num_groups=2, posi
     """A clustering whose questions one holder in this process answers."""
     holders = local_holders(folder, fingerprint, num_groups)
     facts = holders.each("describe", names)
-    sizes = [fact.points if position is None else fact.samples for fact in facts]
+    sizes = [fact.size(position) for fact in facts]
     bits = grid_bits(sum(sizes), max(fact.largest for fact in facts))
     views = [View(name, position) for name in names]
     return Lloyd(holders, views, sizes, bits, config, seed, **hooks), facts
