@@ -114,7 +114,7 @@ def make_report(
         dead=usage.size - used,
         usage_entropy_bits=float(np.mean([entropy_bits(counts) for counts in usage])),
         max_entropy_bits=float(np.log2(num_clusters)),
-        largest_share=max(float(counts.max() / counts.sum()) for counts in usage),
+        largest_share=max(float(counts.max() / max(1, counts.sum())) for counts in usage),
         mean_squared_distance=distance,
         explained_variance=1 - distance / feature_variance if feature_variance > 0 else 0.0,
         neighbour_information_bits=_of_neighbours(seen, grid, per_position),
