@@ -19,6 +19,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from distpc.artifacts.fields import called
 from distpc.artifacts.files import atomic_path, file_digest, fingerprint, write_json
 from distpc.artifacts.manifest import MANIFEST, Artifact
 from distpc.artifacts.place import Listed, Place
@@ -26,6 +27,8 @@ from distpc.errors import ArtifactError, DistpcError
 
 CONTENT = "content"
 _NOTHING = object()
+_MOST_DIFFERENCES = 5
+_MOST_SHOWN = 80
 THREADS = 4
 """Files that are brought or taken at once."""
 
@@ -172,23 +175,44 @@ def check(entry: Entry) -> Iterator[DistpcError]:
             yield error
 
 
-def difference(there: Any, here: Any) -> str:
-    """Where two results' `made_from` differ first, in words."""
+def difference(
+    there: Any,
+    here: Any,
+    names: Mapping[str, str] | None = None,
+    words: tuple[str, str] = ("there", "here"),
+) -> str:
+    """Where two results' `made_from` differ, in words.
+
+    Args:
+        names: of the values in `here`, by where they stand (`fields.names_in`).
+        words: for the one and the other.
+    """
     if there is None:
         return "it does not say what it was made from"
-    for path, one, other in _differing(there, here, ""):
-        return f"{path} is {_shown(one)} there, {_shown(other)} here"
-    return "no difference"
+    found = [
+        f"{called(path, names or {})} is {_shown(one)} {words[0]}, {_shown(other)} {words[1]}"
+        for path, one, other in _differing(there, here, "")
+    ]
+    more = len(found) - _MOST_DIFFERENCES
+    last = [f"{more} more differences"] if more > 0 else []
+    return "; ".join([*found[:_MOST_DIFFERENCES], *last]) or "no difference"
 
 
 def _shown(value: Any) -> str:
-    return "absent" if value is _NOTHING else json.dumps(value, default=str)
+    text = "absent" if value is _NOTHING else json.dumps(value, default=str)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _are_alike(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether they are of one kind: then most keys are those of both."""
+    return 2 * len(there.keys() & here.keys()) >= len(there.keys() | here.keys())
 
 
 def _differing(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(there, dict) and isinstance(here, dict):
+    if isinstance(there, dict) and isinstance(here, dict) and _are_alike(there, here):
         for key in sorted({*there, *here}, key=str):
-            yield from _differing(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
+            one, other = there.get(key, _NOTHING), here.get(key, _NOTHING)
+            yield from _differing(one, other, f"{path}.{key}".lstrip("."))
     elif isinstance(there, list | tuple) and isinstance(here, list | tuple):
         for number, (one, other) in enumerate(zip_longest(there, here, fillvalue=_NOTHING)):
             yield from _differing(one, other, f"{path}[{number}]")

@@ -92,7 +92,7 @@ class Stage:
         name: its name on the command line and of its folder in the run.
         run: `module:function` taking a StageContext; imported only when the stage runs.
         inputs: names of the stages whose artifacts it reads.
-        fields: what of the configuration its result depends on (JSON values).
+        fields: what of the configuration its result depends on (JSON values, some `Named`).
         identity: `module:function(config, folder)` giving JSON values that change with whatever
             outside of the configuration the result depends on; `folder` is the stage's own.
         applies: whether this configuration needs the stage at all.

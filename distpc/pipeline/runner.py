@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from distpc.artifacts import (
     write_bytes,
     write_json,
 )
+from distpc.artifacts.catalogue import difference
+from distpc.artifacts.fields import names_in, plain
 from distpc.artifacts.manifest import MANIFEST
 from distpc.artifacts.place import Place
 from distpc.config import RunConfig, dump_config
@@ -37,19 +39,35 @@ from distpc.pipeline.stages import STAGES
 ATTEMPT = ".attempt.json"
 TRASH = ".trash-"
 RESOLVED = "resolved_config.yaml"
+_SINCE = ("before", "now")
 State = Literal["done", "interrupted", "stale", "missing"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage within one run: its folder, what its result must be made from, its state."""
+    """A stage within one run.
+
+    Attributes:
+        stage: which one.
+        folder: its own.
+        fingerprint: that its result must have.
+        state: of what is in the folder.
+        made_from: what the fingerprint is of.
+        names: what the configuration calls the values in it.
+        reason: why what is in the folder is stale.
+    """
 
     stage: Stage
     folder: Path
     fingerprint: str
     state: State
-    reason: str = ""
     made_from: Any = None
+    names: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+    def differs(self, there: Any, words: tuple[str, str] = ("there", "here")) -> str:
+        """Where what another result was made from differs from what this one is, in words."""
+        return difference(there, self.made_from, self.names, words)
 
 
 class Pipeline:
@@ -84,14 +102,15 @@ class Pipeline:
                     "stage": stage.name,
                     "stage_version": stage.version,
                     "format_version": FORMAT_VERSION,
-                    "fields": stage.fields(self.config),
+                    "fields": plain(fields := stage.fields(self.config)),
                     "identity": self._identity(stage),
                     "inputs": {name: fingerprints[name] for name in self._inputs(stage)},
                 }
             )
             fingerprints[stage.name] = fingerprint(made_from)
-            step = self._step(stage, fingerprints[stage.name])
-            steps.append(replace(step, made_from=made_from))
+            names = {f"inputs.{name}": f"stage {name}" for name in made_from["inputs"]}
+            names |= names_in(fields, "fields")
+            steps.append(self._step(stage, fingerprints[stage.name], made_from, names))
         return steps
 
     def run(self) -> dict[str, Any] | None:
@@ -230,20 +249,22 @@ class Pipeline:
             return None
         return _function(stage.identity)(self.config, self.folder / stage.name)
 
-    def _step(self, stage: Stage, wanted: str) -> Step:
+    def _step(self, stage: Stage, wanted: str, made_from: Any, names: dict[str, str]) -> Step:
         folder = self.folder / stage.name
+        step = Step(stage, folder, wanted, "missing", made_from, names)
         if not folder.is_dir() or not any(folder.iterdir()):
-            return Step(stage, folder, wanted, "missing")
+            return step
         try:
             artifact = Artifact.find(folder)
         except FormatVersionError:
             raise
         except ArtifactError as error:
-            return Step(stage, folder, wanted, "stale", str(error))
+            return replace(step, state="stale", reason=str(error))
         if artifact is not None:
             if artifact.fingerprint == wanted:
-                return Step(stage, folder, wanted, "done")
-            return Step(stage, folder, wanted, "stale", "config or inputs changed")
+                return replace(step, state="done")
+            why = step.differs(artifact.made_from, _SINCE)
+            return replace(step, state="stale", reason=f"config or inputs changed: {why}")
         attempt = folder / ATTEMPT
         if not attempt.is_file():
             raise ArtifactError(
@@ -253,9 +274,12 @@ class Pipeline:
                 expected=f"nothing, or what the stage '{stage.name}' left there",
                 fix="choose another --out, or move the folder away",
             )
-        if read_json(attempt) == {"fingerprint": wanted}:
-            return Step(stage, folder, wanted, "interrupted")
-        return Step(stage, folder, wanted, "stale", "an unfinished attempt with another config")
+        begun = read_json(attempt)
+        if begun["fingerprint"] == wanted:
+            return replace(step, state="interrupted")
+        why = step.differs(begun.get("made_from"), _SINCE)
+        reason = f"an unfinished attempt with another config: {why}"
+        return replace(step, state="stale", reason=reason)
 
     @contextlib.contextmanager
     def _owned(self) -> Iterator[None]:
@@ -281,7 +305,7 @@ class Pipeline:
             self._discard(step.folder)
         if step.state != "interrupted":
             shutil.rmtree(self.folder / "tb" / name, ignore_errors=True)
-            write_json(step.folder / ATTEMPT, {"fingerprint": step.fingerprint})
+            _begin(step)
         if (taken := self._take(step)) is not None:
             return taken
         _say(f"{name}: {'continued' if step.state == 'interrupted' else 'started'}")
@@ -315,7 +339,7 @@ class Pipeline:
             except ArtifactError as error:
                 _say(f"{step.stage.name}: not taken from {place}, damaged there: {error}")
                 self._discard(step.folder)
-                write_json(step.folder / ATTEMPT, {"fingerprint": step.fingerprint})
+                _begin(step)
                 continue
             if taken is not None:
                 (step.folder / ATTEMPT).unlink()
@@ -372,6 +396,12 @@ class Pipeline:
                 "skipped": self._skipped.get(name, True),
             }
         return facts
+
+
+def _begin(step: Step) -> None:
+    """Note whose folder it is from now on."""
+    begun = {"fingerprint": step.fingerprint, "made_from": step.made_from}
+    write_json(step.folder / ATTEMPT, begun)
 
 
 def _function(name: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distpc.artifacts import Artifact
-from distpc.artifacts.catalogue import difference, entries, find, publish, take
+from distpc.artifacts.catalogue import entries, find, publish, take
 from distpc.artifacts.manifest import MANIFEST
 from distpc.artifacts.place import Place
 from distpc.config.places import ArtifactsConfig
@@ -59,7 +59,7 @@ def take_from(place: Place, stage: str, step: Step) -> Artifact | None:
     entry = find(place, stage, step.fingerprint)
     if entry is None:
         for other in reversed(list(entries(place.child(stage)))):
-            why = difference(other.artifact.made_from, step.made_from)
+            why = step.differs(other.artifact.made_from)
             _say(f"{stage}: not taken from {other.place}, another result: {why}")
             break
         return None

@@ -9,39 +9,75 @@ from __future__ import annotations
 from typing import Any
 
 from distpc.artifacts import Stage
+from distpc.artifacts.fields import Named
 from distpc.config import RunConfig
 from distpc.config.sources import ShardsSource, TextSource, TokenSamplesSource
-from distpc.config.teachers import TEXT_ONLY
+from distpc.config.teachers import PRETRAINED, TEXT_ONLY, TeacherConfig
 
 
-def _values(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    return section.model_dump(mode="json", exclude=set(without))
+def _section(name: str, section: Any, *, without: tuple[str, ...] = ()) -> Named:
+    return Named(name, section.model_dump(mode="json", exclude=set(without)))
+
+
+def _seed(config: RunConfig) -> Named:
+    return Named("seed", config.seed)
 
 
 def _shards(config: RunConfig) -> Any:
     if isinstance(config.data.source, ShardsSource):
         # Where they lie is no part of what they are.
-        return config.data.source.kind, config.data.color
+        return (
+            Named("data.source.kind", config.data.source.kind),
+            Named("data.color", config.data.color),
+        )
     without = ("patch_size_pixels", "cache_bytes", "split_seed")
-    return _values(config.data, without=without), config.split_seed
+    split_seed = Named("data.split_seed", config.split_seed)
+    return _section("data", config.data, without=without), split_seed
 
 
 def _teacher(config: RunConfig) -> Any:
     teacher = config.teacher
-    shuffled = (teacher.shuffle_num_samples,) if teacher.shuffle_samples else ()
-    size = config.data.patch_size_pixels
-    state = () if teacher.state == "token" else (teacher.state,)
-    return teacher.kind, teacher.of_kind(), size, config.seed, *state, *shuffled
+    fields = [
+        Named("teacher.kind", teacher.kind),
+        _settings(teacher),
+        Named("data.patch_size_pixels", config.data.patch_size_pixels),
+        _seed(config),
+    ]
+    if teacher.state != "token":
+        fields.append(Named("teacher.state", teacher.state))
+    if teacher.shuffle_samples:
+        fields.append(Named("teacher.shuffle_num_samples", teacher.shuffle_num_samples))
+    return fields
+
+
+def _settings(teacher: TeacherConfig) -> Named:
+    """The settings of its kind, if it has any."""
+    section = "teacher.pretrained" if teacher.kind in PRETRAINED else f"teacher.{teacher.kind}"
+    values = teacher.of_kind()
+    if values is None:
+        return Named("teacher", None)
+    if "sees" in values:
+        values = {**values, "sees": Named("teacher.sees", values["sees"])}
+    if teacher.kind == "random":
+        # It has no section of its own.
+        width = Named("teacher.random_width", values["width"])
+        section, values = "teacher", {**values, "width": width}
+    return Named(section, values)
 
 
 def _features(config: RunConfig) -> Any:
     latents, mixed = config.latents, config.teacher.extraction_mixed_precision
-    # Features of text that do not say which tokens are missing are another result.
-    marks = ("missing tokens marked",) if _is_text(config) else ()
-    if latents.keep_features:
-        return latents.max_samples, mixed, *marks
-    fitted_to = latents.fit_samples or f"of {latents.num_clusters} clusters"
-    return latents.max_samples, mixed, fitted_to, *marks
+    fields: list[Any] = [
+        Named("latents.max_samples", latents.max_samples),
+        Named("teacher.extraction_mixed_precision", mixed),
+    ]
+    if not latents.keep_features:
+        fitted_to = latents.fit_samples or f"of {latents.num_clusters} clusters"
+        fields.append(Named("latents.fit_samples", fitted_to))
+    if _is_text(config):
+        # Features of text that do not say which tokens are missing are another result.
+        fields.append("missing tokens marked")
+    return fields
 
 
 def _is_text(config: RunConfig) -> bool:
@@ -63,7 +99,7 @@ def _fit(config: RunConfig) -> Any:
     ]
     if latents.algorithm != "mini_batch":
         without.append("batch_points")
-    return _values(latents, without=tuple(without)), config.seed
+    return _section("latents", latents, without=tuple(without)), _seed(config)
 
 
 def _structure(config: RunConfig) -> Any:
@@ -71,12 +107,15 @@ def _structure(config: RunConfig) -> Any:
     leaf = ("leaf", "leaf_num_states", "leaf_num_groups", "leaf_latents", "leaf_tied")
     of_patches = ("tree_of", *leaf)
     if structure.kind != "patches":
-        return _values(structure, without=of_patches), config.seed
+        return _section("structure", structure, without=of_patches), _seed(config)
     of_leaf = leaf[:1] if structure.leaf == "product" else leaf
     used = ("kind", "tree_of", "max_samples", "num_bins", "pseudocount", *of_leaf)
     unused = tuple(field for field in type(structure).model_fields if field not in used)
-    patches = config.latents.num_clusters, config.data.patch_size_pixels
-    return _values(structure, without=unused), patches, config.seed
+    patches = (
+        Named("latents.num_clusters", config.latents.num_clusters),
+        Named("data.patch_size_pixels", config.data.patch_size_pixels),
+    )
+    return _section("structure", structure, without=unused), patches, _seed(config)
 
 
 def _distill(config: RunConfig) -> Any:
@@ -90,22 +129,23 @@ def _distill(config: RunConfig) -> Any:
     else:
         # States of leaf circuits are made in this stage, and nothing is counted under them.
         unused += of_leaf
-    return _values(config.distill, without=unused), config.seed
+    return _section("distill", config.distill, without=unused), _seed(config)
 
 
 def _finetune(config: RunConfig) -> Any:
     how = ("micro_batch_size", "checkpoint_every_seconds", "keep_checkpoints")
-    settings = _values(config.finetune, without=how), config.seed
+    settings = _section("finetune", config.finetune, without=how), _seed(config)
     if not config.integral.enabled:
         return settings
-    return *settings, _values(config.integral, without=("evaluate_states", "block_points"))
+    without = ("evaluate_states", "block_points")
+    return *settings, _section("integral", config.integral, without=without)
 
 
 def _evaluate(config: RunConfig) -> Any:
-    figures = config.evaluate.num_pictures, config.seed
+    figures = Named("evaluate.num_pictures", config.evaluate.num_pictures), _seed(config)
     if not config.integral.enabled:
         return figures
-    return *figures, config.integral.evaluate_states
+    return *figures, Named("integral.evaluate_states", config.integral.evaluate_states)
 
 
 def has_teacher(config: RunConfig) -> bool:
@@ -151,7 +191,7 @@ STAGES: tuple[Stage, ...] = (
         "assign",
         "distpc.latents.assign:run",
         (*DATA, "teacher", "features", "fit"),
-        lambda config: config.latents.keep_features,
+        lambda config: Named("latents.keep_features", config.latents.keep_features),
         has_teacher,
     ),
     Stage(

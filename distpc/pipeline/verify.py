@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distpc.artifacts.catalogue import check, difference, entries, read
+from distpc.artifacts.catalogue import check, entries, read
 from distpc.artifacts.manifest import MANIFEST
 from distpc.artifacts.place import Place
 from distpc.config import load_config
@@ -73,7 +73,7 @@ def check_run(pipeline: Pipeline) -> Iterator[DistpcError]:
         entry = read(Place.of(step.folder))
         bad = list(check(entry))
         if entry.artifact.fingerprint != step.fingerprint:
-            why = difference(entry.artifact.made_from, step.made_from)
+            why = step.differs(entry.artifact.made_from)
             bad.append(
                 ArtifactError(
                     "a stage's result belongs to another config or other inputs",

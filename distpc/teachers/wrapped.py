@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Self
 
+from torch import Tensor
+
 from distpc.config.teachers import TeacherConfig
 from distpc.data.spec import DatasetSpec
 from distpc.errors import TeacherError

@@ -83,8 +83,8 @@ class LatentSource:
         """(N, V) values and (N, Z) latents of one shard, without the samples that could not be
         encoded.
 
-        Of text, missing tokens have no latent, NO_LATENT, and the token that ends a document has a state
-        of its own behind the clusters.
+        Of text, missing tokens have no latent, NO_LATENT, and the token that ends a document has a
+        state of its own behind the clusters.
 
         Raises:
             LatentError: as `latents`, or a token that is there has none.

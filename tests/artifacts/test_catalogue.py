@@ -11,6 +11,7 @@ import pytest
 
 from distpc.artifacts import Artifact, fingerprint, write_json
 from distpc.artifacts.catalogue import check, difference, entries, find, publish, take
+from distpc.artifacts.fields import Named, names_in, plain
 from distpc.artifacts.place import Place
 from distpc.errors import ArtifactError
 
@@ -128,6 +129,7 @@ import os, signal, sys
 from pathlib import Path
 from distpc.artifacts import Artifact
 from distpc.artifacts import catalogue
+from distpc.artifacts.fields import Named, names_in, plain
 from distpc.artifacts.place import Place
 
 catalogue.THREADS = 1
@@ -168,3 +170,18 @@ def test_differences_are_told() -> None:
     longer = "fields[2] is absent there, 5 here"
     assert difference({"fields": [1, 2]}, {"fields": [1, 2, 5]}) == longer
     assert difference(None, other) == "it does not say what it was made from"
+
+
+def test_all_that_differs_is_named() -> None:
+    fields = [Named("latents", {"num_clusters": 4, "init": "random"}), Named("seed", 3)]
+    names = names_in(fields, "fields")
+    here = {"fields": plain(fields)}
+    there = {"fields": [{"num_clusters": 8, "init": "random"}, 5]}
+    found = difference(there, here, names, ("before", "now"))
+    assert found == "latents.num_clusters is 8 before, 4 now; seed is 5 before, 3 now"
+    whole = difference({"fields": [{"width": 2}, 3]}, here, names)
+    assert whole == 'latents is {"width": 2} there, {"num_clusters": 4, "init": "random"} here'
+    many = difference({"fields": [1] * 9}, {"fields": [2] * 9}, names)
+    assert many.startswith("latents is 1 there, 2 here; seed is 1 there")
+    assert many.endswith("; 4 more differences")
+    assert "..." in difference({"a": "x" * 200}, {"a": "y"}, {})

@@ -1,16 +1,28 @@
 """Stages are skipped when done, continued when interrupted and redone when stale."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from distpc.artifacts import Artifact, Stage, StageContext, fingerprint, read_json, write_json
-from distpc.config import RunConfig, parse_config
+from distpc.artifacts import (
+    Artifact,
+    Stage,
+    StageContext,
+    as_json,
+    fingerprint,
+    read_json,
+    write_json,
+)
+from distpc.artifacts.fields import names_in, plain
+from distpc.config import RunConfig, load_config, parse_config
 from distpc.errors import ArtifactError, FormatVersionError
 from distpc.pipeline.runner import Pipeline
+from distpc.pipeline.stages import STAGES as ALL_STAGES
 
 HERE = __name__
+CONFIGS = Path(__file__).parents[2] / "configs"
 CALLS: list[str] = []
 
 
@@ -166,3 +178,51 @@ def test_fingerprints_depend_on_upstream(tmp_path: Path) -> None:
     assert [step.fingerprint for step in first] != [step.fingerprint for step in second]
     assert first[1].fingerprint != second[1].fingerprint
     assert len(fingerprint(0)) == 16
+
+
+def digits(*overrides: str) -> RunConfig:
+    return load_config(CONFIGS / "digits.yaml", overrides)
+
+
+def test_what_makes_a_stage_stale_is_named(tmp_path: Path) -> None:
+    changed = ("seed=7", "latents.num_clusters=8", "latents.keep_features=false")
+    changed += ("teacher.kind=random", "teacher.random_width=5", "evaluate.num_pictures=3")
+    before = Pipeline(digits(), tmp_path).steps()
+    for step in before:
+        step.folder.mkdir()
+        if step.stage.name == "fit":
+            begun = {"fingerprint": step.fingerprint, "made_from": step.made_from}
+            write_json(step.folder / ".attempt.json", begun)
+            continue
+        Artifact.seal(step.folder, step.stage.name, step.fingerprint, 1.0, {}, step.made_from)
+    states = {step.stage.name: step.state for step in Pipeline(digits(), tmp_path).steps()}
+    assert states.pop("fit") == "interrupted" and set(states.values()) == {"done"}
+    reasons = {s.stage.name: s.reason for s in Pipeline(digits(*changed), tmp_path).steps()}
+    old, new = (Pipeline(digits(*over), tmp_path).config for over in ((), changed))
+    assert f"seed is {old.seed} before, 7 now" in reasons["teacher"]
+    assert "; teacher is {" in reasons["teacher"]
+    assert f'teacher.kind is "{old.teacher.kind}" before, "random" now' in reasons["teacher"]
+    clusters = f"latents.num_clusters is {old.latents.num_clusters} before, 8 now"
+    assert reasons["fit"].startswith("an unfinished attempt with another config: ")
+    assert clusters in reasons["fit"] and clusters in reasons["structure"]
+    assert "latents.fit_samples is absent before" in reasons["features"]
+    assert "latents.keep_features is true before, false now" in reasons["assign"]
+    assert "stage features is " in reasons["fit"]
+    pictures = f"evaluate.num_pictures is {old.evaluate.num_pictures} before, 3 now"
+    assert pictures in reasons["evaluate"] and new.evaluate.num_pictures == 3
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_stages_call_fields_what_the_configuration_calls_them(name: str) -> None:
+    config = load_config(CONFIGS / name, [])
+    for stage in ALL_STAGES:
+        fields = stage.fields(config)
+        for path, known in names_in(fields, "fields").items():
+            value: object = config
+            for part in known.split("."):
+                value = getattr(value, part)
+            found = plain(fields)
+            for part in re.findall(r"\w+", path.removeprefix("fields")):
+                found = found[int(part) if isinstance(found, list) else part]
+            is_derived = known in ("data.split_seed", "latents.fit_samples", "teacher")
+            assert is_derived or isinstance(found, dict) or found == as_json(value), known

@@ -168,7 +168,7 @@ def test_published_stages_are_taken_by_another_run(
     run(tmp_path / "three", f"artifacts.reuse=['{tmp_path / 'one'}']", "structure.num_bins=8")
     said = capsys.readouterr().err
     assert "index: taken from" in said and "structure: finished" in said
-    assert "fields[0].num_bins is 16 there, 8 here" in said
+    assert "another result: structure.num_bins is 16 there, 8 here" in said
 
     dry = ["run", str(CONFIG), "structure.max_samples=200", "--out", str(tmp_path / "four")]
     assert main([*dry, "--reuse", place, "--dry-run"]) == 0
