@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distpc.artifacts.catalogue import check, entries, read
+from distpc.artifacts.catalogue import Entry, check, entries, read
 from distpc.artifacts.manifest import MANIFEST
 from distpc.artifacts.place import Place
 from distpc.config import load_config
@@ -15,6 +16,9 @@ from distpc.data.index import INDEX, ShardEntry, ShardIndex
 from distpc.errors import ArtifactError, ConfigError, DataError, DistpcError
 from distpc.parallel.progress import Progress
 from distpc.pipeline.runner import RESOLVED, Pipeline
+
+
+_CHANGED = "a shard has changed since it was indexed"
 
 
 def check_command(
@@ -111,7 +115,7 @@ def _shard_error(entry: ShardEntry) -> DistpcError | None:
     if found == entry.sha256:
         return None
     return DataError(
-        "a shard has changed since it was indexed",
+        _CHANGED,
         where=entry.where,
         found=f"SHA-256 {found}",
         expected=f"SHA-256 {entry.sha256}",
@@ -119,20 +123,65 @@ def _shard_error(entry: ShardEntry) -> DistpcError | None:
 
 
 def check_place(place: Place) -> Iterator[DistpcError]:
-    """Yield an error for every file of the finished stages at a place that does not hold."""
-    num_found = 0
-    for entry in entries(place):
-        num_found += 1
+    """Yield an error for every file of the finished stages at a place that does not hold, and for
+    every shard there that is not the one in its index."""
+    found = list(entries(place))
+    for entry in found:
         bad = list(check(entry))
         name = f"{entry.artifact.stage} {entry.artifact.fingerprint}"
         _say(f"{name}: {len(entry.artifact.files)} files, {len(bad)} bad")
         yield from bad
-    if not num_found:
+    if not found:
         raise ConfigError(
             "nothing to check",
             where=place,
             expected="a config file, a run folder, or a place of published stages",
         )
+    for entry in found:
+        if entry.artifact.stage == "index":
+            yield from _check_indexed(entry, found)
+
+
+def _check_indexed(index: Entry, found: Sequence[Entry]) -> Iterator[DistpcError]:
+    """Yield an error for every shard of a published index that is missing or another one."""
+    name = f"shards against index {index.artifact.fingerprint}"
+    made_of = (index.artifact.made_from or {}).get("inputs", {}).get("shards")
+    of_stage = [entry for entry in found if entry.artifact.stage == "shards"]
+    shards = next((one for one in of_stage if one.artifact.fingerprint == made_of), None)
+    if shards is None:
+        _say(f"{name}: the shards are not at this place, not compared")
+        return
+    try:
+        described = json.loads(index.place.read(INDEX))["shards"]
+    except (DistpcError, ValueError, KeyError, TypeError):
+        _say(f"{name}: the index cannot be read, not compared")
+        return
+    elsewhere = shards.artifact.metadata.get("source", {}).get("shards")
+    bad = []
+    for shard in described:
+        if elsewhere is not None:
+            entry = ShardEntry(**shard, place=Place.of(elsewhere), table_path=Path())
+            error = _shard_error(entry)
+        else:
+            error = _recorded_error(shards, f"{shard['name']}{SUFFIX}", shard["sha256"])
+        bad += [] if error is None else [error]
+    _say(f"{name}: {len(described)} shards, {len(bad)} bad")
+    yield from bad
+
+
+def _recorded_error(shards: Entry, file: str, indexed: str) -> DistpcError | None:
+    """The error of a shard whose content has been compared with its own stage's manifest."""
+    recorded = shards.artifact.sha256.get(file)
+    if recorded == indexed:
+        return None
+    return DataError(
+        "a shard of the index is missing" if recorded is None else _CHANGED,
+        where=shards.place.at(file),
+        found="no such shard in the manifest beside it"
+        if recorded is None
+        else f"SHA-256 {recorded}, by the manifest beside it",
+        expected=f"SHA-256 {indexed}",
+    )
 
 
 def _say(text: str) -> None:

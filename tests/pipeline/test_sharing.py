@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +212,43 @@ def test_damage_there_is_computed_again_and_every_bad_file_named(
     for name in ("region_graph.json", "train-000000.npz", "valid-000000.tar"):
         assert name in text
     assert "train-000001" not in text
+
+
+def test_shards_at_a_place_are_those_of_the_index_there(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place.of(tmp_path / "place")
+    run(tmp_path / "one", f"artifacts.url={place}", until="index")
+    assert bad_files(str(place), capsys) == []
+    (name,) = (name for name in place.list() if name.endswith("train-000001.tar"))
+    (noted,) = (n for n in place.list() if n.startswith("shards/") and n.endswith("manifest.json"))
+    # Shards made anew under the old name, with a manifest that vouches for them.
+    content = place.read(name)[:-1] + b"x"
+    place.write(name, content)
+    manifest = json.loads(place.read(noted))
+    manifest["sha256"]["train-000001.tar"] = hashlib.sha256(content).hexdigest()
+    place.write(noted, json.dumps(manifest).encode())
+    (error,) = bad_files(str(place), capsys)
+    assert "a shard has changed since it was indexed" in error and place.at(name) in error
+    assert manifest["sha256"]["train-000001.tar"] in error
+    del manifest["files"]["train-000001.tar"], manifest["sha256"]["train-000001.tar"]
+    place.write(noted, json.dumps(manifest).encode())
+    (error,) = bad_files(str(place), capsys)
+    assert "a shard of the index is missing" in error and place.at(name) in error
+
+    # Shards that lie elsewhere are read there; without them there is nothing to compare with.
+    copy, other = Place.of(tmp_path / "copy"), Place.of(tmp_path / "other")
+    for path in (plain / "shards").glob("*.*"):
+        copy.put(path.name, path)
+    run(tmp_path / "two", of_shards(copy), f"artifacts.url={other}", until="index")
+    assert bad_files(str(other), capsys) == []
+    copy.write("valid-000000.tar", b"x")
+    (error,) = bad_files(str(other), capsys)
+    assert "changed since it was indexed" in error and copy.at("valid-000000.tar") in error
+    shutil.rmtree(tmp_path / "other" / "shards")
+    capsys.readouterr()
+    assert main(["index", "--check", str(other)]) == 0
+    assert "the shards are not at this place, not compared" in capsys.readouterr().err
 
 
 def test_secrets_are_nowhere(
