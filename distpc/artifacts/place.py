@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ ANSWER_SECONDS = 30
 """Time that a server may stay silent within an answer."""
 ATTEMPTS = 2
 NO_BUCKET = "bucket does not exist"
+_SHORTEST_SECRET, _LONG_SECRET = 4, 16
+"""Characters of a credential: no server takes fewer; no word has as many."""
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
@@ -220,11 +223,20 @@ class Place:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with whatever the environment holds as credentials taken out."""
-    for name in _SECRETS:
-        value = os.environ.get(name)
-        if value:
-            text = text.replace(value, f"<{name}>")
+    """`text` with whatever the environment holds as credentials taken out.
+
+    What is as long as real ones are is taken out wherever it stands. Shorter ones may be parts of
+    ordinary words and are taken out where they stand alone; a letter or three are no secret.
+    """
+    held = {name: os.environ.get(name, "") for name in _SECRETS}
+    # The longest first: one may be a part of another.
+    for name, value in sorted(held.items(), key=lambda pair: -len(pair[1])):
+        if len(value) < _SHORTEST_SECRET:
+            break
+        pattern = re.escape(value)
+        if len(value) < _LONG_SECRET:
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        text = re.sub(pattern, f"<{name}>", text)
     return text
 
 

@@ -100,6 +100,19 @@ def test_secrets_are_taken_out_of_what_servers_say(monkeypatch: pytest.MonkeyPat
     assert said == "signed with <AWS_SECRET_ACCESS_KEY>, refused"
 
 
+def test_short_credentials_are_no_parts_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a")
+    said = places.without_secrets("the latest tests: a key 'test' (test/2026) is not known")
+    masked = "<AWS_ACCESS_KEY_ID>"
+    assert said == f"the latest tests: a key '{masked}' ({masked}/2026) is not known"
+    # As long as real ones are: wherever it stands, and no part of it is left.
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA0123456789EX")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "AKIA0123456789EX.and.more+")
+    said = places.without_secrets("xAKIA0123456789EX%2F, AKIA0123456789EX.and.more+x")
+    assert said == f"x{masked}%2F, <AWS_SECRET_ACCESS_KEY>x"
+
+
 @pytest.mark.parametrize("url", ["s3://key:pass@bucket/x", "s3:///x", "ftp://host/x"])
 def test_urls_that_are_no_places(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
