@@ -208,8 +208,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         # Under a launcher every rank runs this command, and one speaks.
         if is_main_process():
-            print(describe(pipeline, options.stage))
-            pipeline.check(whole=not (options.stage or options.until))
+            builds = pipeline.built(options.stage, options.until)
+            print(describe(pipeline, builds))
+            pipeline.check(builds)
     elif options.stage:
         pipeline.run_stage(options.stage)
     elif options.until:

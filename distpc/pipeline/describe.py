@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distpc.config import dump_config
 from distpc.pipeline.sharing import where_finished
+from distpc.pipeline.stages import OF_CIRCUIT
 
 if TYPE_CHECKING:
     from distpc.config import RunConfig
@@ -19,13 +21,24 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def describe(pipeline: Pipeline, stage: str | None = None) -> str:
-    """The text of --dry-run: config, circuit, bytes per rank, stages and why they would run."""
+def describe(pipeline: Pipeline, builds: Collection[str] | None = None) -> str:
+    """The text of --dry-run: config, circuit, bytes per rank, stages and why they would run.
+
+    Args:
+        builds: names of the stages that are told of; the circuit where one of them makes it.
+            Default: all.
+    """
+    builds = pipeline.built() if builds is None else builds
+    from distpc.data.shards import source_spec
+
     config = pipeline.config
-    lines = [dump_config(config).rstrip(), "", *_circuit(pipeline), "", "stages:"]
+    spec = source_spec(config.data)
+    data = f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables"
+    circuit = [] if set(OF_CIRCUIT).isdisjoint(builds) else _circuit(config, spec)
+    lines = [dump_config(config).rstrip(), "", data, *circuit, "", "stages:"]
     for step in pipeline.steps():
         name = step.stage.name
-        if stage is not None and name != stage:
+        if name not in builds:
             continue
         verb = {"done": "skip", "not needed": "-", "interrupted": "continue"}.get(step.state, "run")
         reason = step.reason.splitlines()[0] if step.reason else step.state
@@ -36,15 +49,12 @@ def describe(pipeline: Pipeline, stage: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _circuit(pipeline: Pipeline) -> list[str]:
-    from distpc.data.shards import source_spec
+def _circuit(config: RunConfig, spec: DatasetSpec) -> list[str]:
     from distpc.parallel.memory import share
     from distpc.parallel.mesh import check_node_axis, crowded
     from distpc.training.needs import layout_of, peak_bytes, planned_costs, state_copies
     from distpc.training.structure import sketch
 
-    config = pipeline.config
-    spec = source_spec(config.data)
     graph = sketch(config, spec)
     costs = planned_costs(config, graph, spec.num_categories)
     parallel, finetune = config.parallel, config.finetune
@@ -72,7 +82,6 @@ def _circuit(pipeline: Pipeline) -> list[str]:
         else crowded(parallel.num_ranks, parallel.threads_per_rank)
     )
     return [
-        f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables",
         f"circuit: {config.structure.kind}, {len(graph.regions)} regions, "
         f"{costs.num_parameters:,} parameters" + _networks(config, graph, spec),
         f"ranks: {parallel.num_ranks} (node axis x data axis: {layout.name}); bytes per rank: "

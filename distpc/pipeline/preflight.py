@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from distpc.artifacts import Artifact
@@ -19,17 +20,22 @@ from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, DataError
 from distpc.parallel.cluster import Cluster, check_machine
 from distpc.parallel.mesh import check_node_axis
+from distpc.pipeline.stages import OF_CIRCUIT, OF_LATENTS
 from distpc.teachers.registry import build_teacher
 from distpc.training.needs import planned_costs
-from distpc.training.structure import check_fit, sketch
+from distpc.training.structure import check_codebook, check_fit, sketch
 
 
-def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
+def check_run(
+    config: RunConfig, shards: Artifact | None = None, builds: Collection[str] | None = None
+) -> None:
     """Compare what a run asks for with its data and with the machine.
 
     Args:
         config: the run's configuration.
         shards: the finished shards; without them the source itself is opened.
+        builds: names of the stages that are to be brought up to date: what only others would
+            stumble over is not looked at. Default: all.
 
     Raises:
         ConfigError, DataError: the source, its splits, patches and batches do not fit together,
@@ -39,20 +45,49 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
     """
     check_node_axis(config.parallel.num_ranks, config.parallel.node_parallel)
     spec, num_train = _open(config) if shards is None else _read(shards)
+    has_circuit = builds is None or not set(OF_CIRCUIT).isdisjoint(builds)
+    has_latents = builds is None or not set(OF_LATENTS).isdisjoint(builds)
+    has_teacher = config.teacher.kind != "none"
+    batches = {}
+    if has_latents and has_teacher:
+        _check_latents(config, spec)
+        if config.teacher.training is not None:
+            field = f"teacher.{config.teacher.kind}.batch_size"
+            batches[field] = config.teacher.training.batch_size
+    if has_circuit:
+        _check_circuit(config, spec)
+        batches["finetune.batch_size"] = config.finetune.batch_size
+    _check_batches(config, batches, num_train)
+    if has_teacher and (has_latents or has_circuit):
+        if "RAY_ADDRESS" in os.environ:
+            Cluster.connect(config.parallel).close()
+        else:
+            check_machine(config.parallel)
+
+
+def _check_latents(config: RunConfig, spec: DatasetSpec) -> None:
+    size = config.data.patch_size_pixels
+    if spec.kind == "image":
+        PatchGrid.of(spec, size)
+    if config.teacher.kind not in PRETRAINED:
+        # Pretrained ones would have to be loaded for it.
+        build_teacher(config.teacher, spec, size, config.seed)
+
+
+def _check_circuit(config: RunConfig, spec: DatasetSpec) -> None:
     if config.structure.kind == "patches":
         PatchGrid.of(spec, config.data.patch_size_pixels)
-    if config.structure.kind == "patches" and not spec.is_discrete:
-        raise ConfigError("patch circuits need categorical values", where="data.source")
+        if not spec.is_discrete:
+            raise ConfigError("patch circuits need categorical values", where="data.source")
+    check_codebook(config)
     check_fit(config, spec)
-    if config.teacher.kind not in ("none", *PRETRAINED):
-        # Pretrained ones would have to be loaded for it.
-        build_teacher(config.teacher, spec, config.data.patch_size_pixels, config.seed)
     if config.parallel.node_parallel > 1:
         schedule = planned_costs(config, sketch(config, spec), spec.num_categories).schedule
         check_shares(schedule, config.parallel.node_parallel)
-    batches = {"finetune.batch_size": config.finetune.batch_size}
-    if config.teacher.training is not None:
-        batches[f"teacher.{config.teacher.kind}.batch_size"] = config.teacher.training.batch_size
+
+
+def _check_batches(config: RunConfig, batches: dict[str, int], num_train: int | None) -> None:
+    """Refuse batches, by the fields that size them, that the data or the ranks do not allow."""
     for field, size in batches.items():
         if num_train is not None and size > num_train:
             raise DataError(
@@ -73,11 +108,6 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
                 found=f"{size} samples, {replicas} ranks",
                 fix=f"raise {field} or lower parallel.num_ranks",
             )
-    if config.teacher.kind != "none":
-        if "RAY_ADDRESS" in os.environ:
-            Cluster.connect(config.parallel).close()
-        else:
-            check_machine(config.parallel)
 
 
 def _read(shards: Artifact) -> tuple[DatasetSpec, int | None]:

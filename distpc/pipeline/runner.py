@@ -7,7 +7,7 @@ import importlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -122,16 +122,24 @@ class Pipeline:
         with self._leading("run") as leads:
             if not leads:
                 return None
-            self.check(whole=True)
+            self.check()
             with self._owned():
                 self.run_stages()
                 return self._write_report()
 
-    def check(self, *, whole: bool = False) -> None:
+    def built(self, stage: str | None = None, until: str | None = None) -> list[str]:
+        """Names of the stages that are brought up to date: `stage` alone, those up to `until`,
+        or all."""
+        names = list(self.stages)
+        if stage is not None:
+            return [stage]
+        return names[: names.index(until) + 1] if until in names else names
+
+    def check(self, builds: Collection[str] | None = None) -> None:
         """Refuse what cannot work, before anything is written or removed.
 
         Args:
-            whole: of all stages, those after the latents included.
+            builds: names of the stages that are to be brought up to date; default: all.
 
         Raises:
             ConfigError, DataError, ResourceError: see `check_run`.
@@ -140,15 +148,13 @@ class Pipeline:
         """
         from distpc.pipeline.preflight import check_run
         from distpc.pipeline.sharing import check_places
-        from distpc.training.structure import check_codebook
 
         check_places(self.config.artifacts, self.folder)
-        if whole and "structure" in self.stages:
-            check_codebook(self.config)
         steps = self.steps()
         if "shards" in self.stages and any(step.state != "done" for step in steps):
             is_written = steps[0].state == "done"
-            check_run(self.config, Artifact.open(steps[0].folder) if is_written else None)
+            shards = Artifact.open(steps[0].folder) if is_written else None
+            check_run(self.config, shards, builds)
 
     def run_stages(self) -> None:
         """Bring every stage up to date; the caller holds the lock."""
@@ -170,7 +176,7 @@ class Pipeline:
             if not leads:
                 return
             self._refuse_unneeded(name)
-            self.check()
+            self.check(self.built(until=name))
             with self._owned(), Cluster.session():
                 for step in self.steps():
                     self._bring_up(step)
@@ -189,7 +195,7 @@ class Pipeline:
         with self._leading(name) as leads:
             if not leads:
                 return None
-            self.check()
+            self.check(self.built(name))
             with self._owned():
                 return self._run_stage(name)
 

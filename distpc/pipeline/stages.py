@@ -159,6 +159,8 @@ def is_distilled(config: RunConfig) -> bool:
 
 
 DATA = ("shards", "index")
+OF_LATENTS = ("teacher", "features", "fit", "assign")
+OF_CIRCUIT = ("structure", "distill", "finetune", "evaluate")
 
 STAGES: tuple[Stage, ...] = (
     Stage(

@@ -17,7 +17,6 @@ from distpc.errors import ArtifactError, ConfigError, DataError, DistpcError
 from distpc.parallel.progress import Progress
 from distpc.pipeline.runner import RESOLVED, Pipeline
 
-
 _CHANGED = "a shard has changed since it was indexed"
 
 

@@ -52,6 +52,30 @@ def test_codebooks_of_positions_are_for_latents_alone(
     assert main([*arguments, "--dry-run", "--until", "assign"]) == 0
 
 
+def test_only_what_is_built_has_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02d}.txt").write_text(f"text number {number} of twenty\n" * 4)
+    source = f"data.source={{kind: text, path: '{tmp_path}', chunk_length_tokens: 16}}"
+    text = ["run", CONFIG, "--out", str(tmp_path / "run"), source, "teacher.kind=onehot"]
+    states = ["structure.kind=hmm", "structure.num_states=7", "latents.num_clusters=8"]
+    assert main([*text, *states, "--dry-run"]) == 2
+    assert "structure.num_states" in capsys.readouterr().err
+    for structure in (states, []):
+        # Not even the kind of structure matters where none is made.
+        assert main([*text, *structure, "--dry-run", "--until", "assign"]) == 0
+        shown = capsys.readouterr().out.partition("\ndata: ")[2]
+        assert "\ncircuit: " not in shown and "finetune " not in shown
+        assert "  fit        run " in shown
+    assert main([*text, *states, "--until", "structure"]) == 2
+    assert main(["structure", *text[1:], *states]) == 2
+    assert "structure.num_states" in capsys.readouterr().err
+    assert main([*text, *states, "--until", "index"]) == 0
+    # What is built is looked at all the same.
+    bad = ["teacher.kind=masked_lm", "teacher.masked_lm.batch_size=999"]
+    assert main([*text, *states, *bad, "--until", "assign"]) == 2
+    assert "teacher.masked_lm.batch_size" in capsys.readouterr().err
+
+
 def test_a_users_error_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", CONFIG, "finetune.epochs=5"]) == 2
     shown = capsys.readouterr().err

@@ -43,6 +43,25 @@ def test_a_node_axis_without_units_is_refused() -> None:
     check_run(load_config(config, [*settings[:2], "parallel.node_parallel=4"]))
 
 
+@pytest.mark.parametrize(
+    ("override", "stumbles", "passes"),
+    [
+        ("finetune.batch_size=1500", "finetune", "assign"),
+        ("teacher.mae.batch_size=1438", "teacher", "structure"),
+        ("data.patch_size_pixels=3", "features", "index"),
+        ("parallel.num_workers=6400", "distill", "shards"),
+    ],
+)
+def test_what_is_not_built_is_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch, override: str, stumbles: str, passes: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = load_config(CONFIG, [override])
+    check_run(config, builds=[passes])
+    with pytest.raises(DistpcError):
+        check_run(config, builds=[stumbles])
+
+
 def test_shipped_digits_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("digits", "digits_hclt"):
