@@ -99,6 +99,8 @@ class Stage:
         unread: those of `inputs` that this configuration's result does not depend on.
         refresh: `module:function(config, folder)` that brings up to date what lies beside a
             finished result without being part of it.
+        judge: `module:function(config, artifact)` that refuses a finished result which limits of
+            the configuration do not allow, limits that are no part of `fields`.
         version: raised when the stage's code changes what it writes.
     """
 
@@ -110,4 +112,5 @@ class Stage:
     unread: Callable[[RunConfig], tuple[str, ...]] = lambda config: ()
     identity: str | None = None
     refresh: str | None = None
+    judge: str | None = None
     version: int = 1

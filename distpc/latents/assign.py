@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distpc.artifacts.files import write_json
+from distpc.artifacts.files import read_json, write_json
+from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
+from distpc.config import RunConfig
 from distpc.data.index import ShardEntry, ShardIndex
 from distpc.errors import LatentError
 from distpc.latents.assigners import Assignment
@@ -27,7 +29,7 @@ from distpc.latents.extract import (
 from distpc.latents.fit import CENTROIDS, read_fit
 from distpc.latents.looks import log_looks
 from distpc.latents.report import LatentReport, log_report, make_report, refuse_collapse
-from distpc.latents.shard_work import encode_shards
+from distpc.latents.shard_work import BAD_SAMPLES, encode_shards, refuse_bad
 from distpc.latents.store import (
     FORMAT_VERSION,
     feature_shards,
@@ -40,6 +42,7 @@ from distpc.parallel.cluster import Cluster
 from distpc.parallel.tally import Tally
 
 WORKER = "distpc.latents.assigners:Assigner"
+REPORT = "report.json"
 FUSED_WORKER = "distpc.latents.assigners:FusedAssigner"
 
 
@@ -59,7 +62,7 @@ def run(ctx: StageContext) -> None:
         names, facts = _of_data(ctx, assignment)
     report = _report(ctx, names)
     write_json(
-        ctx.out / "report.json",
+        ctx.out / REPORT,
         {
             "format_version": FORMAT_VERSION,
             "features": ctx.input("features").fingerprint,
@@ -68,12 +71,25 @@ def run(ctx: StageContext) -> None:
     )
     log_report(report, folder)
     log_looks(ctx, names, report.usage, folder)
-    refuse_collapse(report, ctx.config.latents, ctx.out / "report.json")
+    refuse_collapse(report, ctx.config.latents, ctx.out / REPORT)
     ctx.metadata.update(
         {name: value for name, value in report.to_json().items() if name != "usage"},
         shards=len(names),
         **facts,
     )
+
+
+def judge(config: RunConfig, assigned: Artifact) -> None:
+    """Refuse finished latents that lack more samples than are allowed now, or whose codebook is
+    used less than is asked for now.
+
+    Raises:
+        LatentError: with the figures and what to change.
+    """
+    bad = assigned.metadata.get("bad_samples", {})
+    refuse_bad(bad, config.latents, assigned.path / BAD_SAMPLES)
+    path = assigned.path / REPORT
+    refuse_collapse(LatentReport.from_json(read_json(path)), config.latents, path)
 
 
 def _assignment(ctx: StageContext) -> Assignment:

@@ -14,12 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
+from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
+from distpc.config import RunConfig
 from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.patches import PatchGrid
 from distpc.errors import LatentError
 from distpc.latents.encode import Encoder, EncoderSettings
-from distpc.latents.shard_work import BAD_SAMPLES, BadSamples, encode_shards
+from distpc.latents.shard_work import BAD_SAMPLES, BadSamples, encode_shards, refuse_bad
 from distpc.latents.store import SUFFIX, read_shard, read_tensors, shard_path, write_shard
 
 WORKER = "distpc.latents.extract:Extractor"
@@ -62,6 +64,16 @@ def run(ctx: StageContext) -> None:
     bad = bad_of_finished(ctx, kept, "features")
     workers = encode_shards(ctx, WORKER, settings(ctx), missing, bad, "features")
     _describe(ctx, used, wanted, len(kept), bad, workers)
+
+
+def judge(config: RunConfig, features: Artifact) -> None:
+    """Refuse finished features that lack more samples than are allowed now.
+
+    Raises:
+        LatentError: naming some of them.
+    """
+    bad = features.metadata.get("bad_samples", {})
+    refuse_bad(bad, config.latents, features.path / BAD_SAMPLES)
 
 
 def settings(ctx: StageContext) -> EncoderSettings:

@@ -7,8 +7,8 @@ Missing tokens have no latent (NO_LATENT), and no part in any figure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,12 @@ class LatentReport:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LatentReport:
+        """What `to_json` gave, other keys left out; older ones do not say what is missing."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{"missing": 0, **{key: value[key] for key in known & value.keys()}})
 
 
 def make_report(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from distpc.artifacts.files import write_json
 from distpc.artifacts.stage import StageContext
+from distpc.config.schema import LatentsConfig
 from distpc.data.index import ShardEntry
 from distpc.errors import LatentError, ResourceError
 from distpc.latents.encode import EncoderSettings, ShardNote, ShardTask
@@ -47,19 +49,32 @@ class BadSamples:
         self.reasons.update(reasons)
         listed = self.ctx.out / BAD_SAMPLES
         write_json(listed, dict(sorted(self.reasons.items())))
-        allowed = self.ctx.config.latents.max_bad_samples
-        if len(self.reasons) <= allowed:
-            return
-        named = [f"'{key}': {reason}" for key, reason in sorted(self.reasons.items())]
-        more = len(named) - _MOST_KEYS_NAMED
-        raise LatentError(
-            "samples cannot be encoded",
-            where=listed,
-            found="; ".join(named[:_MOST_KEYS_NAMED]) + (f"; {more} more" if more > 0 else ""),
-            expected=f"at most {allowed} such samples (latents.max_bad_samples)",
-            fix="remove or mend them in the source, or raise latents.max_bad_samples to leave them "
-            "out; where features are not finite, train the teacher with a smaller learning rate",
-        )
+        refuse_bad(self.reasons, self.ctx.config.latents, listed)
+
+
+def refuse_bad(reasons: Mapping[str, str], config: LatentsConfig, listed: Path) -> None:
+    """Stop the run where more samples than allowed are left out.
+
+    Args:
+        reasons: by key.
+        listed: file that they are listed in.
+
+    Raises:
+        LatentError: naming some of them.
+    """
+    allowed = config.max_bad_samples
+    if len(reasons) <= allowed:
+        return
+    named = [f"'{key}': {reason}" for key, reason in sorted(reasons.items())]
+    more = len(named) - _MOST_KEYS_NAMED
+    raise LatentError(
+        "samples cannot be encoded",
+        where=listed,
+        found="; ".join(named[:_MOST_KEYS_NAMED]) + (f"; {more} more" if more > 0 else ""),
+        expected=f"at most {allowed} such samples (latents.max_bad_samples)",
+        fix="remove or mend them in the source, or raise latents.max_bad_samples to leave them "
+        "out; where features are not finite, train the teacher with a smaller learning rate",
+    )
 
 
 def encode_shards(

@@ -145,16 +145,29 @@ class Pipeline:
             ConfigError, DataError, ResourceError: see `check_run`.
             PlaceError: see `check_places`.
             ArtifactError: the run folder holds what no stage left there.
+            LatentError: a finished stage is not within the limits that are set now.
         """
         from distpc.pipeline.preflight import check_run
         from distpc.pipeline.sharing import check_places
 
         check_places(self.config.artifacts, self.folder)
         steps = self.steps()
+        needed = self._needed(self.built() if builds is None else builds)
+        for step in steps:
+            if step.state == "done" and step.stage.name in needed:
+                self._judge(step.stage, Artifact.open(step.folder))
         if "shards" in self.stages and any(step.state != "done" for step in steps):
             is_written = steps[0].state == "done"
             shards = Artifact.open(steps[0].folder) if is_written else None
             check_run(self.config, shards, builds)
+
+    def _needed(self, names: Collection[str]) -> set[str]:
+        """Stages and all that they are made from."""
+        needed = set(names) & self.stages.keys()
+        for name in reversed(self.stages):
+            if name in needed:
+                needed |= set(self._inputs(self.stages[name]))
+        return needed
 
     def run_stages(self) -> None:
         """Bring every stage up to date; the caller holds the lock."""
@@ -351,6 +364,7 @@ class Pipeline:
                 (step.folder / ATTEMPT).unlink()
                 self._refresh(step.stage)
                 self._skipped[step.stage.name] = True
+                self._judge(step.stage, taken)
                 return self._publish(taken)
         return None
 
@@ -361,6 +375,10 @@ class Pipeline:
 
             publish_to(Place.of(places.url), artifact)
         return artifact
+
+    def _judge(self, stage: Stage, artifact: Artifact) -> None:
+        if stage.judge is not None:
+            _function(stage.judge)(self.config, artifact)
 
     def _refresh(self, stage: Stage) -> None:
         if stage.refresh is not None:

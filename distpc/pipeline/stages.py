@@ -186,6 +186,7 @@ STAGES: tuple[Stage, ...] = (
         (*DATA, "teacher"),
         _features,
         has_teacher,
+        judge="distpc.latents.extract:judge",
     ),
     Stage("fit", "distpc.latents.fit:run", ("features",), _fit, has_teacher),
     # The limits that refuse a collapsed codebook decide whether there is a result, not what it is.
@@ -195,6 +196,7 @@ STAGES: tuple[Stage, ...] = (
         (*DATA, "teacher", "features", "fit"),
         lambda config: Named("latents.keep_features", config.latents.keep_features),
         has_teacher,
+        judge="distpc.latents.assign:judge",
     ),
     Stage(
         "structure",

@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distpc.artifacts import Artifact, read_json, write_json
+from distpc.config import parse_config
 from distpc.config.schema import LatentsConfig
 from distpc.errors import LatentError
+from distpc.latents import assign, extract
 from distpc.latents.report import (
+    LatentReport,
     entropy_bits,
     log_report,
     make_report,
@@ -100,6 +104,40 @@ def test_collapse_is_refused_with_the_figures():
     refuse_collapse(
         report_of(dead, 16), LatentsConfig(num_clusters=16, max_dead_fraction=0.5), Path("x")
     )
+
+
+def test_finished_latents_are_judged_by_the_limits_of_now(tmp_path):
+    report = report_of(np.arange(48).reshape(12, 4) % 12, 16)
+    write_json(tmp_path / assign.REPORT, {"format_version": 1, **report.to_json()})
+    assert LatentReport.from_json(read_json(tmp_path / assign.REPORT)) == report
+    bad = {"bad_samples": {"key7": "it kills"}}
+    artifact = Artifact.seal(tmp_path, "assign", "f", 1.0, bad)
+
+    def config(**latents):
+        return parse_config(
+            {
+                "name": "x",
+                "data": {"source": {"kind": "digits"}},
+                "latents": {"num_clusters": 16, **latents},
+            },
+            "test",
+        )
+
+    assign.judge(config(max_dead_fraction=0.25, max_bad_samples=1), artifact)
+    extract.judge(config(max_bad_samples=1), artifact)
+    for limits, words in (
+        ({"max_dead_fraction": 0.2, "max_bad_samples": 1}, "4 dead"),
+        ({"min_usage_entropy_fraction": 0.95, "max_bad_samples": 1}, "3.585 bits"),
+        ({"max_dead_fraction": 0.25}, "'key7': it kills"),
+    ):
+        with pytest.raises(LatentError) as caught:
+            assign.judge(config(**limits), artifact)
+        assert words in caught.value.found and str(tmp_path) in caught.value.where
+    with pytest.raises(LatentError, match="cannot be encoded"):
+        extract.judge(config(), artifact)
+    older = report.to_json()
+    del older["missing"]
+    assert LatentReport.from_json(older) == report
 
 
 def test_pictures_and_scalars(tmp_path):

@@ -180,6 +180,30 @@ def test_fingerprints_depend_on_upstream(tmp_path: Path) -> None:
     assert len(fingerprint(0)) == 16
 
 
+def refuse_large(config: RunConfig, numbers: Artifact) -> None:
+    if numbers.metadata["n"] > config.evaluate.num_pictures:
+        raise ArtifactError("too large", found=numbers.metadata["n"])
+
+
+def test_finished_stages_are_judged_by_the_limits_of_now(tmp_path: Path) -> None:
+    judged = (replace(STAGES[0], judge=f"{HERE}:refuse_large"), *STAGES[1:])
+    out = tmp_path / "run"
+    assert run(out, seed=3, pictures=3) == ["numbers", "double"]
+    Pipeline(config(pictures=3), out, judged).check()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    strict = Pipeline(config(pictures=2), out, judged)
+    # Nothing of it has to be made again: what is there is refused, also as what others read.
+    assert strict.steps()[0].state == "done"
+    for builds in (None, ["numbers"], ["double"], strict.built(until="numbers")):
+        with pytest.raises(ArtifactError, match="too large"):
+            strict.check(builds)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    strict.check([])
+    fields = {**config(pictures=2).model_dump(), "artifacts": {"reuse": [str(out)]}}
+    with pytest.raises(ArtifactError, match="too large"):
+        Pipeline(parse_config(fields, "test"), tmp_path / "other", judged).run_stages()
+
+
 def digits(*overrides: str) -> RunConfig:
     return load_config(CONFIGS / "digits.yaml", overrides)
 
