@@ -7,6 +7,7 @@ shard is encoded, its features are replaced by the indices of their centroids, a
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from distpc.latents.store import (
     shard_path,
 )
 from distpc.parallel.cluster import Cluster
+from distpc.parallel.progress import in_bytes
 from distpc.parallel.tally import Tally
 
 WORKER = "distpc.latents.assigners:Assigner"
@@ -72,6 +74,9 @@ def run(ctx: StageContext) -> None:
     log_report(report, folder)
     log_looks(ctx, names, report.usage, folder)
     refuse_collapse(report, ctx.config.latents, ctx.out / REPORT)
+    if "feature_bytes_saved" in facts:
+        saved = in_bytes(facts["feature_bytes_saved"])
+        print(f"assign: features not kept, {saved} of disk saved", file=sys.stderr, flush=True)
     ctx.metadata.update(
         {name: value for name, value in report.to_json().items() if name != "usage"},
         shards=len(names),

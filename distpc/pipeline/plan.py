@@ -9,6 +9,7 @@ from typing import Any
 from distpc.circuits.footprint import Footprint, shared
 from distpc.errors import ResourceError
 from distpc.parallel.memory import Layout, share
+from distpc.parallel.progress import in_bytes
 from distpc.parallel.traffic import Links, traffic
 from distpc.training.needs import layout_of, peak_bytes
 
@@ -117,15 +118,6 @@ class Option:
             "step_seconds": self.seconds,
             "fits": self.fits,
         }
-
-
-def in_bytes(amount: float) -> str:
-    """Bytes in a unit that suits them."""
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.3g} {unit}"
-        amount /= 1024
-    return f"{amount:,.1f} GiB"
 
 
 def in_words(memory: dict[str, int]) -> str:

@@ -11,12 +11,12 @@ from distpc.data.shards import colored, source_spec
 from distpc.data.spec import DatasetSpec
 from distpc.parallel.memory import Layout
 from distpc.parallel.mesh import crowded
+from distpc.parallel.progress import in_bytes
 from distpc.pipeline.plan import (
     Cluster,
     Job,
     Option,
     choose,
-    in_bytes,
     in_words,
     options,
     reason,

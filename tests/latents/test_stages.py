@@ -272,7 +272,7 @@ def test_a_sample_that_kills_every_worker_is_named_and_left_out(upstream, tmp_pa
     assert f"'{killer}'" in caught.value.found
 
 
-def test_latents_without_kept_features_are_the_same(finished, upstream, tmp_path):
+def test_latents_without_kept_features_are_the_same(finished, upstream, tmp_path, capsys):
     _, entries = train_shards(upstream)
     latents = {"num_clusters": 16, "num_rounds": 8, "keep_features": False, "fit_samples": 256}
     run = Run(tmp_path, upstream, latents=latents, parallel=parallel(1))
@@ -280,6 +280,10 @@ def test_latents_without_kept_features_are_the_same(finished, upstream, tmp_path
     assert (features.metadata["shards"], features.metadata["samples"]) == (1, 256)
     run.stage("fit", fit.run)
     facts = run.stage("assign", assign.run).metadata
+    saved = (
+        f"assign: features not kept, {facts['feature_bytes_saved'] / 1024:.3g} KiB of disk saved"
+    )
+    assert saved in capsys.readouterr().err
     assert facts["samples"] == sum(entry.num_samples for entry in entries)
     codebook = read_codebook(
         tmp_path / "fit" / fit.CENTROIDS, features=features.fingerprint, shape=(16, 4)
