@@ -139,8 +139,8 @@ class FeatureHolder:
         shard = read_shard(
             shard_path(self._folder, name), "features", fingerprint=self._fingerprint
         )
-        rows, _ = self._shard(name)
-        points = self._points(View(name))
+        rows, present = self._shard(name)
+        points = rows.flatten(0, 1) if present is None else rows[present]
         sums = torch.zeros(points.shape[1], dtype=torch.float64)
         squares = largest = 0.0
         for block in points.split(_READ_ROWS):
@@ -151,8 +151,8 @@ class FeatureHolder:
         if not np.isfinite(squares):
             raise _not_finite(shard, rows)
         at_positions = np.full(rows.shape[1], len(rows))
-        if shard.present is not None:
-            at_positions = shard.present.sum(0).numpy()
+        if present is not None:
+            at_positions = present.sum(0).numpy()
         return ShardFacts(len(rows), at_positions, sums.numpy(), squares, largest)
 
     def moments(self, name: str) -> tuple[None, Moments]:
