@@ -132,15 +132,24 @@ def add_plan(commands: Commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="memory, traffic and time of every layout on a cluster, and which to take",
+        description="Compare the layouts of a run's ranks on a cluster, take one, and print the "
+        "fields to give to `distpc run` or a launcher. Of a layout that the config file sets "
+        "nothing is kept; parallel.node_parallel, parallel.zero_stage and "
+        "finetune.micro_batch_size given here are: only layouts with them are considered.",
         epilog="examples:\n"
         "  distpc plan configs/digits.yaml --nodes 1 --gpus-per-node 8 --gpu-memory-gib 80\n"
         "  distpc plan configs/plan/hmm_32768.yaml --nodes 64 --gpus-per-node 8 "
-        "--gpu-memory-gib 80\n",
+        "--gpu-memory-gib 80\n"
+        "  distpc plan configs/digits_hclt.yaml parallel.zero_stage=3 --nodes 2 "
+        "--gpus-per-node 4 --gpu-memory-gib 24\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="YAML file of the run, see docs/config.md")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="fields to change"
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="fields to change; those of the layout restrict it",
     )
     parser.add_argument("--nodes", type=count, required=True, help="machines")
     parser.add_argument(
@@ -194,6 +203,7 @@ def _load(options: argparse.Namespace) -> tuple[RunConfig, Path]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from distpc.artifacts import read_json
     from distpc.parallel.mesh import is_main_process
     from distpc.pipeline.describe import describe, summarize
     from distpc.pipeline.runner import Pipeline
@@ -211,7 +221,9 @@ def _run(options: argparse.Namespace) -> None:
             print(describe(pipeline, options.stage))
             pipeline.check(whole=not (options.stage or options.until))
     elif options.stage:
-        pipeline.run_stage(options.stage)
+        result = pipeline.run_stage(options.stage)
+        if options.stage == "evaluate" and result is not None:
+            print(summarize(read_json(pipeline.folder / "report.json"), pipeline.folder))
     elif options.until:
         pipeline.run_until(options.until)
     else:
@@ -241,7 +253,6 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from distpc.config import load_config
     from distpc.pipeline.plan import Cluster
     from distpc.pipeline.plan_command import plan_command
 
@@ -254,9 +265,4 @@ def _plan(options: argparse.Namespace) -> None:
         latency_us=options.latency_us,
         device_tflops=options.device_tflops,
     )
-    text = plan_command(
-        load_config(options.config, options.overrides),
-        cluster,
-        as_json=options.json,
-    )
-    print(text)
+    print(plan_command(options.config, options.overrides, cluster, as_json=options.json))

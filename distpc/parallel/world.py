@@ -32,7 +32,7 @@ from distpc.parallel.failures import (
 from distpc.parallel.greeting import POLL_SECONDS, Refused, greet, open_store
 from distpc.parallel.mesh import Launch, Mesh
 from distpc.parallel.processes import die_with_parent
-from distpc.parallel.rank import import_target
+from distpc.parallel.rank import call
 from distpc.parallel.watch import FAILURES, Watch
 
 # How long a rank that failed waits for others to report what may have failed before.
@@ -173,8 +173,9 @@ class World:
         torch.set_num_threads(order["threads"])
         mesh = Mesh.from_environment()
         # Kept until the end: DeepSpeed remembers groups, and they must stay those of this group.
-        collectives.start(mesh, dist.PrefixStore("group", self._store))
-        import_target(order["target"])(order["payload"], mesh)
+        store = dist.PrefixStore("group", self._store)
+        collectives.start(mesh, store, seconds=self._parallel.collective_seconds)
+        call(order["target"], order["payload"], mesh)
 
     def _order(self, order: dict[str, Any]) -> int:
         self._orders += 1

@@ -37,7 +37,7 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
         TeacherError: the teacher does not read such data.
         ResourceError: Ray has less than the workers ask for.
     """
-    check_node_axis(config.parallel.num_ranks, config.parallel.node_parallel)
+    check_node_axis(config.parallel.total_ranks, config.parallel.node_parallel)
     spec, num_train = _open(config) if shards is None else _read(shards)
     if config.structure.kind == "patches":
         PatchGrid.of(spec, config.data.patch_size_pixels)
@@ -63,7 +63,7 @@ def check_run(config: RunConfig, shards: Artifact | None = None) -> None:
                 fix=f"lower {field}, or give more data",
             )
         # Teachers know no node axis.
-        replicas = config.parallel.num_ranks
+        replicas = config.parallel.total_ranks
         if field == "finetune.batch_size":
             replicas //= config.parallel.node_parallel
         if size < replicas:
