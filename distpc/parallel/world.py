@@ -30,8 +30,8 @@ from distpc.parallel.failures import (
     to_json,
 )
 from distpc.parallel.greeting import POLL_SECONDS, Refused, greet, open_store
-from distpc.parallel.mesh import Launch, Mesh
-from distpc.parallel.processes import die_with_parent
+from distpc.parallel.mesh import Launch, Mesh, speaks_for_machine
+from distpc.parallel.processes import die_with_parent, leave_for_launcher
 from distpc.parallel.rank import call
 from distpc.parallel.watch import FAILURES, Watch
 
@@ -88,6 +88,8 @@ class World:
         try:
             name = greet(store, launch, facts, parallel.join_seconds)
         except Refused as refused:
+            if speaks_for_machine():
+                leave_for_launcher(refused.error)
             time.sleep(_GOODBYE_SECONDS)
             raise SystemExit(2) from refused
         world = cls.current = cls(launch, store, name, parallel)
@@ -97,6 +99,7 @@ class World:
             if world.leads:
                 world._order({"do": "end"})
         except Exception as error:
+            leave_for_launcher(error)
             if world.leads:
                 world._tell(error)
             raise
@@ -157,6 +160,8 @@ class World:
             if order["do"] == "end":
                 return
             # Rank 0 tells the error and ends; launchers then end this process.
+            if speaks_for_machine() and (reason := self._reason(self._store)) is not None:
+                leave_for_launcher(reason)
             time.sleep(_GOODBYE_SECONDS)
             raise SystemExit(2)
 
@@ -208,6 +213,7 @@ class World:
     def _fail(self, error: Exception) -> None:
         """Report `error`, leave the group so that no rank waits for this one, and end."""
         self._report(error)
+        leave_for_launcher(error)
         collectives.finish()
         self._orders += 1
         if self._store.check([f"order/{self._orders}"]):

@@ -128,7 +128,8 @@ def test_a_rank_that_leaves_out_an_operation_ends_the_run(target: str, tmp_path:
             log_folder=tmp_path / "logs",
             collective_seconds=2.5,
         )
-    assert time.monotonic() - began < 50
+    # Most of it is the start.
+    assert time.monotonic() - began < 110
     text = str(caught.value)
     assert "of 2 waited in vain for the others" in text
     assert "not all of them within 2.5 s (parallel.collective_seconds)" in text
