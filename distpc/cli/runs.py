@@ -132,10 +132,10 @@ def add_plan(commands: Commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="memory, traffic and time of every layout on a cluster, and which to take",
-        description="Compare the layouts of a run's ranks on a cluster, take one, and print the "
-        "fields to give to `distpc run` or a launcher. Of a layout that the config file sets "
-        "nothing is kept; parallel.node_parallel, parallel.zero_stage and "
-        "finetune.micro_batch_size given here are: only layouts with them are considered.",
+        description="Compare the layouts of a run's ranks on a cluster, take one, and print the\n"
+        "fields to give to `distpc run` or a launcher. The layout in the config file does not\n"
+        "count; parallel.node_parallel, parallel.zero_stage and finetune.micro_batch_size\n"
+        "behind CONFIG do: only layouts that have them are considered.",
         epilog="examples:\n"
         "  distpc plan configs/digits.yaml --nodes 1 --gpus-per-node 8 --gpu-memory-gib 80\n"
         "  distpc plan configs/plan/hmm_32768.yaml --nodes 64 --gpus-per-node 8 "
