@@ -14,6 +14,9 @@ from distpc.config.places import ArtifactsConfig
 from distpc.config.sources import Section, Source
 from distpc.config.teachers import TeacherConfig
 
+WHOLE_ROWS = ("mini_batch_em", "full_batch_em", "anemone")
+"""Training rules that ZeRO cannot shard whatever the data."""
+
 
 class SplitConfig(Section):
     """How samples are shared out, by a seeded permutation; fractions add up to one."""
@@ -222,8 +225,9 @@ class FinetuneConfig(Section):
     rule: Literal[
         "online_em", "growing_em", "mini_batch_em", "full_batch_em", "anemone", "adam"
     ] = "online_em"
-    """Training rule of the statistics; all but online_em and growing_em need whole rows:
-    parallel.zero_stage 0. growing_em: exact M-steps on 1, g, g^2, ... batches, g being `growth`."""
+    """Training rule of the statistics; mini_batch_em, full_batch_em and anemone, and adam with
+    real values, need whole rows: parallel.zero_stage 0. growing_em: exact M-steps on 1, g, g^2,
+    ... batches, g being `growth`."""
     growth: float = Field(default=2.0, ge=1)
     """How many times more batches each M-step takes than the one before (rule growing_em)."""
     num_epochs: int = Field(default=20, ge=0)
@@ -449,7 +453,7 @@ class RunConfig(Section):
             raise ValueError(f"structure.kind {kind} uses no teacher: set teacher.kind to none")
         if self.integral.enabled:
             self._check_integral()
-        elif self.finetune.rule not in ("online_em", "growing_em") and self.parallel.zero_stage > 0:
+        elif self.finetune.rule in WHOLE_ROWS and self.parallel.zero_stage > 0:
             raise ValueError(
                 f"finetune.rule {self.finetune.rule} needs whole rows at its step, and ZeRO shards "
                 "cut them: set parallel.zero_stage to 0, or finetune.rule to online_em"

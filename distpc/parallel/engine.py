@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -215,6 +215,20 @@ class Engine:
                 if value is not None:
                     tensor.copy_(value)
                 self._broadcast(tensor)
+        self._refresh()
+
+    def rewrite(self, change: Callable[[torch.Tensor], None]) -> None:
+        """Change parameters in place, each while this rank has all that it ever holds of it.
+
+        Collective: every rank calls it, and makes the same of the same parameter.
+        """
+        for _, tensor in self._named_tensors():
+            with torch.no_grad(), self._whole(tensor, writes=True):
+                change(tensor)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Tell the optimizer's master copy, where there is one, of changed parameters."""
         refresh = getattr(self._engine.optimizer, "refresh_fp32_params", None)
         if refresh is not None:
             refresh()

@@ -27,7 +27,7 @@ from distpc.pipeline.plan import (
     reason,
 )
 from distpc.training.needs import host_bytes, planned_costs, state_copies
-from distpc.training.rules import RULES
+from distpc.training.rules import RULES, needs_whole_rows
 from distpc.training.structure import sketch
 
 _SHOWN = 12
@@ -140,7 +140,7 @@ def job_of(config: RunConfig) -> Job:
         costs=planned_costs(config, graph, spec.num_categories),
         batch=config.finetune.batch_size,
         state_copies=state_copies(config),
-        needs_whole_rows=RULES[config.finetune.rule].needs_whole_rows,
+        needs_whole_rows=needs_whole_rows(config.finetune.rule, spec.num_categories),
         needs_whole_circuit=config.finetune.rule == "anemone",
         offload=config.parallel.offload,
     )

@@ -294,10 +294,13 @@ def _engine(
         "offload": parallel.offload,
     }
     splits = lay_out_(circuit, begin.source, mesh, **how)
+    rule = rule_of(ctx, circuit, index) if isinstance(circuit, Circuit) else None
+    if rule is not None and parallel.zero_stage > 0:
+        rule.work_on_shards()
     optimizer = CircuitOptimizer(
         circuit.parameter_groups(),
         step_size=config.step_size,
-        rule=rule_of(ctx, circuit, index) if isinstance(circuit, Circuit) else None,
+        rule=rule,
         gradient_learning_rate=config.gradient_learning_rate,
         gradient_clip=config.gradient_clip,
     )

@@ -213,6 +213,7 @@ class Trainer:
         )
         if parts.fused is None:
             parts.engine.step()
+            self._settle(step)
         elif watched:
             parts.optimizer.look()
         if watched and self._found_by_any_rank():
@@ -220,6 +221,14 @@ class Trainer:
         if self.check_replicas_every and step % self.check_replicas_every == 0:
             check_replicas(parts.engine, step)
         return figures, bool(totals[-1] > 0)
+
+    def _settle(self, step: int) -> None:
+        """Give the rule whole rows, where it sees shards and wants them now and then."""
+        engine, rule = self.parts.engine, self.parts.optimizer.rule
+        if rule is None or engine.zero_stage == 0 or not rule.settle_every:
+            return
+        if step % rule.settle_every == 0:
+            engine.rewrite(rule.settle)
 
     def _flows(self, batch: Any) -> Tensor:
         """Leave the flows of this rank's share as gradients; returns its `Figures`, as sums."""

@@ -137,7 +137,7 @@ def test_what_is_offered_and_taken() -> None:
     assert layouts(whole_rows) == {(1, 4, 0), (2, 2, 0), (4, 1, 0)}
 
 
-@pytest.mark.parametrize(("rule", "whole"), [("growing_em", False), ("adam", True)])
+@pytest.mark.parametrize(("rule", "whole"), [("growing_em", False), ("anemone", True)])
 def test_rules_that_work_on_shards_are_planned_with_them(rule: str, whole: bool) -> None:
     config = load_config(CONFIGS / "digits_hclt.yaml", [f"finetune.rule={rule}"])
     assert job_of(config).needs_whole_rows == whole

@@ -104,6 +104,8 @@ def beginning(case: Case, saved: Checkpoint | None) -> tuple[Circuit, Source | N
 
 def optimizer_of(case: Case, circuit: Circuit) -> CircuitOptimizer:
     rule = make_rule(case.rule, circuit, SMOOTHING)
+    if case.zero_stage > 0:
+        rule.work_on_shards()
     groups = circuit.parameter_groups()
     return CircuitOptimizer(groups, step_size=STEP_SIZES[case.rule], rule=rule)
 
@@ -140,9 +142,12 @@ class Shared:
         if case.recompute:
             self.circuit.recompute_messages_()
         splits = lay_out_(self.circuit, source, mesh, zero_stage=case.zero_stage, reduce_bucket=500)
+        optimizer = optimizer_of(case, self.circuit)
+        assert optimizer.rule is not None
+        self.rule = optimizer.rule
         self.engine = Engine(
             self.circuit,
-            optimizer_of(case, self.circuit),
+            optimizer,
             mesh=mesh,
             zero_stage=case.zero_stage,
             reduce_bucket=500,
@@ -169,6 +174,8 @@ class Shared:
                 total += log_prob.detach().double().sum() * (self.mesh.node_rank == 0)
             self.engine.step()
             nats.append(sum_across(total, self.mesh) / BATCH)
+        # Rows at the scale of one process's, to be compared.
+        self.engine.rewrite(self.rule.settle)
         check_replicas(self.engine, last)
         return torch.stack(nats)
 

@@ -16,6 +16,7 @@ from distpc.config import parse_config
 from distpc.parallel.mesh import Mesh
 from distpc.training import finetune
 from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.rules import AdamOnLogits
 
 POISONED_STEP = 10
 
@@ -63,6 +64,7 @@ def variant(
 
 def train_each(payload: dict[str, Any], mesh: Mesh) -> None:
     """Rank target: one fine-tuning after the other in the same processes, a poisoned one last."""
+    AdamOnLogits.settle_every = payload.get("adam_settles_every", AdamOnLogits.settle_every)
     for context in payload["contexts"]:
         finetune.train_rank(context, mesh)
     if "poisoned" in payload:

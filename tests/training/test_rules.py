@@ -18,10 +18,18 @@ from graphs import chain, hclt, random_evidence, small_circuit, tree_parents
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import exact_weights, log_prob_exact
+from distpc.config.schema import WHOLE_ROWS
 from distpc.errors import ConfigError, TrainingError
 from distpc.training.fit import fit
 from distpc.training.optimizer import CircuitOptimizer
-from distpc.training.rules import RULES, Smoothing, convert_, make_rule, refuse_shards
+from distpc.training.rules import (
+    RULES,
+    Smoothing,
+    convert_,
+    make_rule,
+    needs_whole_rows,
+    refuse_shards,
+)
 
 BATCH, STEPS, N = 6, 3, 50
 SMOOTHING = Smoothing(0.3, 0.6, N)
@@ -395,11 +403,15 @@ def test_updating_in_backward_fits_the_same_circuit() -> None:
 
 
 def test_rules_that_need_whole_rows_are_refused_where_rows_are_cut() -> None:
-    circuit = small_circuit("hclt")
-    for name in ("online_em", "growing_em"):
+    circuit, moments = small_circuit("hclt"), CIRCUITS["gaussian"]()
+    for name in ("online_em", "growing_em", "adam"):
         refuse_shards(make_rule(name, circuit, SMOOTHING), 3)
-    for name in set(RULES) - {"online_em", "growing_em"}:
-        rule = make_rule(name, circuit, SMOOTHING)
+        assert not needs_whole_rows(name, circuit.num_categories)
+    whole = [(name, circuit) for name in WHOLE_ROWS] + [("adam", moments)]
+    assert {name for name, _ in whole} | {"online_em", "growing_em"} == set(RULES)
+    for name, one in whole:
+        rule = make_rule(name, one, SMOOTHING)
+        assert needs_whole_rows(name, one.num_categories)
         refuse_shards(rule, 0)
         with pytest.raises(TrainingError, match=f"'{name}' needs whole rows"):
             refuse_shards(rule, 1)

@@ -27,6 +27,8 @@ RULES: dict[str, dict[str, Any]] = {
 WITH_STATE = ("anemone", "adam")
 EARLY = 2
 """Step of the checkpoint that is resumed."""
+SHARDED = "adam-zero2"
+"""Adam on two ranks under ZeRO 2, which brings rows to scale every other step of five."""
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,14 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageContext]:
     for rule in WITH_STATE:
         name = f"{rule}-resumed"
         found[name] = variant(base, name, {"rule": rule, **RULES[rule]}, num_ranks=1)
+    fields = {"rule": "adam", **RULES["adam"]}
+    found[SHARDED] = variant(base, SHARDED, fields, num_ranks=2, zero_stage=2)
     options: dict[str, Any] = {"threads_per_rank": 1, "log_folder": base.out.parent / "logs"}
     for ranks, target in ((1, "runs:train_and_resume"), (2, "runs:train_each")):
         payload = {
-            "contexts": [found[f"{rule}-{ranks}"].to_json() for rule in RULES],
+            "contexts": [found[f"{rule}-{ranks}"].to_json() for rule in RULES]
+            + [found[SHARDED].to_json()] * (ranks == 2),
+            "adam_settles_every": 2,
             "resumed": [
                 (found[f"{rule}-1"].to_json(), found[f"{rule}-resumed"].to_json())
                 for rule in WITH_STATE
@@ -85,6 +91,18 @@ def test_two_ranks_train_as_one_does(stages: dict[str, StageContext], rule: str)
     assert_same(one.statistics(), two.statistics(), rtol=1e-3, atol=tolerance)
     assert one.facts.valid is not None and two.facts.valid is not None
     assert one.facts.valid["bits"] == pytest.approx(two.facts.valid["bits"], abs=1e-4)
+
+
+def test_adam_on_shards_leaves_the_model_of_whole_rows(stages: dict[str, StageContext]) -> None:
+    models = []
+    for name in ("adam-1", SHARDED):
+        ctx = stages[name]
+        finetune._save_best(ctx, json.loads((ctx.out / finetune.RESULTS).read_text()))
+        models.append(load_model(ctx.out / finetune.MODEL).state_dict())
+    assert_same(*models, rtol=1e-3, atol=3e-3)
+    whole, shards = (newest(stages[name]).facts.valid for name in ("adam-1", SHARDED))
+    assert whole is not None and shards is not None
+    assert whole["bits"] == pytest.approx(shards["bits"], abs=1e-4)
 
 
 @pytest.mark.parametrize("rule", RULES)

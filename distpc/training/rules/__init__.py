@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from distpc.circuits.circuit import Circuit
 from distpc.errors import ConfigError, TrainingError
 from distpc.training.rules.adam import AdamOnLogits
@@ -24,6 +26,7 @@ __all__ = [
     "Smoothing",
     "convert_",
     "make_rule",
+    "needs_whole_rows",
     "refuse_shards",
 ]
 
@@ -65,6 +68,18 @@ def make_rule(
     if name == GrowingEM.name:
         return GrowingEM(circuit, smoothing, growth)
     return RULES[name](circuit, smoothing)
+
+
+def needs_whole_rows(name: str, num_categories: Sequence[int | None]) -> bool:
+    """Whether ZeRO cannot shard what a rule trains.
+
+    Args:
+        name: a key of `RULES`.
+        num_categories: C of every variable, None for real ones.
+    """
+    if name == AdamOnLogits.name:
+        return None in num_categories
+    return RULES[name].needs_whole_rows
 
 
 def refuse_shards(rule: Rule, zero_stage: int, node_parallel: int = 1) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ class AdamOnLogits(Rule):
     the mean and the logarithm of the standard deviation of standardised values. The step size is
     Adam's learning rate, 0.01 as a rule. S holds theta itself, rows of one use.
 
+    **Shards.** Where ZeRO cuts rows, flows become gradients of logits on their way out of the
+    backward pass, where rows are whole: that is linear, so ranks may average them afterwards. S
+    then holds exp(logits), of which any flat shard is multiplied alone; the read-out normalises
+    it, and `settle` does now and then, since nothing else holds the scale of a row. Units with
+    moments need whole rows.
+
     **Smoothing**: none; pseudocounts are not used, and a weight of zero stays zero.
 
     Raises:
@@ -47,6 +54,7 @@ class AdamOnLogits(Rule):
 
     name = "adam"
     keeps_state = True
+    settle_every: ClassVar[int] = 50
 
     def __init__(self, circuit: Circuit, smoothing: Smoothing) -> None:
         super().__init__(circuit, smoothing)
@@ -58,8 +66,25 @@ class AdamOnLogits(Rule):
                     expected="categorical or Gaussian inputs",
                     fix="choose a rule of expectation maximisation",
                 )
+        self.needs_whole_rows = any(isinstance(b, GaussianBank) for b in self.banks.values())
+        self._on_shards = False
+
+    def work_on_shards(self) -> None:
+        for statistics, bank in self.banks.items():
+            statistics.register_hook(partial(_in_logits, bank))
+        self._on_shards = True
+
+    def settle(self, statistics: Tensor) -> None:
+        bank = self.banks.get(statistics)
+        if bank is not None:
+            statistics.copy_(normalised(bank, statistics))
 
     def update(self, statistics: Parameter, state: dict[str, Any], step_size: float) -> None:
+        if self._on_shards:
+            # Turned into logits by then; the sign is that of a gradient.
+            gradient = mean_flow(statistics).neg_().clamp_(-CLIP, CLIP)
+            statistics.mul_(adam_direction(gradient, state).mul_(-step_size).exp_())
+            return
         bank, flow = self.banks[statistics], mean_flow(statistics)
         if isinstance(bank, GaussianBank):
             statistics.copy_(_gaussian_step(bank, flow, state, step_size))
@@ -68,6 +93,12 @@ class AdamOnLogits(Rule):
         gradient = (weights * bank.totals(flow) - flow).clamp_(-CLIP, CLIP)
         weights *= adam_direction(gradient, state).mul_(-step_size).exp_()
         statistics.copy_(normalised(bank, weights))
+
+
+@torch.no_grad()
+def _in_logits(bank: Bank, gradient: Tensor) -> Tensor:
+    """-F, or part of it, as the gradient in logits: theta * (row sum of F) - F."""
+    return gradient - normalised(bank, bank.statistics) * bank.totals(gradient)
 
 
 def _gaussian_step(bank: Bank, flow: Tensor, state: dict[str, Any], step_size: float) -> Tensor:

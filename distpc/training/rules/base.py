@@ -57,6 +57,7 @@ class Rule(ABC):
     Attributes:
         name: in configurations.
         needs_whole_rows: whether it reads row sums, so that sharded parameters are out of reach.
+        settle_every: steps on shards after which whole rows are given to `settle`; 0: never.
         needs_whole_circuit: whether it asks the circuit for the uses of its rows at a step.
         needs_all_data: whether one step takes the flows of the whole data set.
         keeps_state: whether it keeps tensors of its own beside S.
@@ -65,7 +66,8 @@ class Rule(ABC):
     """
 
     name: ClassVar[str]
-    needs_whole_rows: ClassVar[bool] = True
+    needs_whole_rows: bool = True
+    settle_every: ClassVar[int] = 0
     needs_whole_circuit: ClassVar[bool] = False
     needs_all_data: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False
@@ -91,6 +93,16 @@ class Rule(ABC):
     def finish(self) -> None:
         """Leave statistics on the flow scale, for whichever rule comes next; the model stays."""
         self.circuit.rescale_to_uses_()
+
+    def work_on_shards(self) -> None:
+        """Expect flat shards of parameters in `update` from now on; call once, for the circuit's
+        present parameters."""
+        return None
+
+    def settle(self, statistics: Tensor) -> None:
+        """Bring a parameter with whole rows to the scale that the rule likes, in place; the model
+        stays what it is."""
+        return None
 
     def begin_step(self) -> None:
         """What is done once a step, before the parameters are updated one by one."""
