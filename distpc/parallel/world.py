@@ -160,8 +160,7 @@ class World:
             if order["do"] == "end":
                 return
             # Rank 0 tells the error and ends; launchers then end this process.
-            if speaks_for_machine() and (reason := self._reason(self._store)) is not None:
-                leave_for_launcher(reason)
+            self._leave_reason(None)
             time.sleep(_GOODBYE_SECONDS)
             raise SystemExit(2)
 
@@ -213,7 +212,6 @@ class World:
     def _fail(self, error: Exception) -> None:
         """Report `error`, leave the group so that no rank waits for this one, and end."""
         self._report(error)
-        leave_for_launcher(error)
         collectives.finish()
         self._orders += 1
         if self._store.check([f"order/{self._orders}"]):
@@ -223,6 +221,7 @@ class World:
             if self._store.check([f"order/{self._orders}"]):
                 self._watch.stop()
                 self._store.set(f"goodbye/{self.launch.rank}", "1")
+                self._leave_reason(error)
                 time.sleep(_GOODBYE_SECONDS)
                 raise SystemExit(2) from error
             time.sleep(POLL_SECONDS)
@@ -240,6 +239,11 @@ class World:
             if not self._store.check([key]):
                 self._store.set(key, json.dumps(to_json(error)))
                 self._store.add(FAILURES, 1)
+
+    def _leave_reason(self, own: Exception | None) -> None:
+        """Where another machine's launcher shows it: rank 0 leaves it on its own."""
+        if speaks_for_machine():
+            leave_for_launcher(self._first(own))
 
     def _num_failures(self) -> int:
         return int(self._store.add(FAILURES, 0))

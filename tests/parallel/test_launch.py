@@ -116,12 +116,11 @@ def test_a_rank_that_is_stuck_is_given_up_and_one_that_computes_or_waits_is_not(
     assert "in read_bytes" in str(error.found) or "in open" in str(error.found)
 
 
-@pytest.mark.parametrize("target", ["skip_a_collective", "skip_a_step"])
-def test_a_rank_that_leaves_out_an_operation_ends_the_run(target: str, tmp_path: Path) -> None:
+def test_a_rank_that_leaves_out_an_operation_ends_the_run(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(TrainingError) as caught:
         run_ranks(
-            f"parallel_targets:{target}",
+            "parallel_targets:skip_a_step",
             {"out": str(tmp_path)},
             num_ranks=2,
             threads_per_rank=1,
@@ -133,7 +132,7 @@ def test_a_rank_that_leaves_out_an_operation_ends_the_run(target: str, tmp_path:
     text = str(caught.value)
     assert "of 2 waited in vain for the others" in text
     assert "not all of them within 2.5 s (parallel.collective_seconds)" in text
-    assert f"in {target}" in text
+    assert "in skip_a_step" in text
 
 
 def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
