@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from distpc.cli import models, runs, teachers
 from distpc.errors import DistpcError
+from distpc.parallel.processes import leave_for_launcher
 
 EXAMPLES = """examples:
   distpc run configs/digits.yaml
@@ -43,12 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = [*options.overrides, *overrides]
     try:
         options.command(options)
-    except DistpcError as error:
+    except (DistpcError, OSError) as error:
+        # OSError is a folder in place of a file, no permission ...: its own words name the path.
         print(f"distpc: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        # A folder in place of a file, no permission ...: the system's own words name the path.
-        print(f"distpc: {type(error).__name__}: {error}", file=sys.stderr)
+        leave_for_launcher(error)
         return 2
     except KeyboardInterrupt:
         print("distpc: interrupted; the same command continues", file=sys.stderr)

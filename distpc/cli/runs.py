@@ -132,15 +132,24 @@ def add_plan(commands: Commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="memory, traffic and time of every layout on a cluster, and which to take",
+        description="Compare the layouts of a run's ranks on a cluster, take one, and print the\n"
+        "fields to give to `distpc run` or a launcher. The layout in the config file does not\n"
+        "count; parallel.node_parallel, parallel.zero_stage and finetune.micro_batch_size\n"
+        "behind CONFIG do: only layouts that have them are considered.",
         epilog="examples:\n"
         "  distpc plan configs/digits.yaml --nodes 1 --gpus-per-node 8 --gpu-memory-gib 80\n"
         "  distpc plan configs/plan/hmm_32768.yaml --nodes 64 --gpus-per-node 8 "
-        "--gpu-memory-gib 80\n",
+        "--gpu-memory-gib 80\n"
+        "  distpc plan configs/digits_hclt.yaml parallel.zero_stage=3 --nodes 2 "
+        "--gpus-per-node 4 --gpu-memory-gib 24\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="YAML file of the run, see docs/config.md")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="fields to change"
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="fields to change; those of the layout restrict it",
     )
     parser.add_argument("--nodes", type=count, required=True, help="machines")
     parser.add_argument(
@@ -194,6 +203,7 @@ def _load(options: argparse.Namespace) -> tuple[RunConfig, Path]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from distpc.artifacts import read_json
     from distpc.parallel.mesh import is_main_process
     from distpc.pipeline.describe import describe, summarize
     from distpc.pipeline.runner import Pipeline
@@ -212,7 +222,9 @@ def _run(options: argparse.Namespace) -> None:
             print(describe(pipeline, builds))
             pipeline.check(builds)
     elif options.stage:
-        pipeline.run_stage(options.stage)
+        result = pipeline.run_stage(options.stage)
+        if options.stage == "evaluate" and result is not None:
+            print(summarize(read_json(pipeline.folder / "report.json"), pipeline.folder))
     elif options.until:
         pipeline.run_until(options.until)
     else:
@@ -242,7 +254,6 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from distpc.config import load_config
     from distpc.pipeline.plan import Cluster
     from distpc.pipeline.plan_command import plan_command
 
@@ -255,9 +266,4 @@ def _plan(options: argparse.Namespace) -> None:
         latency_us=options.latency_us,
         device_tflops=options.device_tflops,
     )
-    text = plan_command(
-        load_config(options.config, options.overrides),
-        cluster,
-        as_json=options.json,
-    )
-    print(text)
+    print(plan_command(options.config, options.overrides, cluster, as_json=options.json))

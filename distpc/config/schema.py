@@ -231,9 +231,12 @@ class FinetuneConfig(Section):
     growth: float = Field(default=2.0, ge=1)
     """How many times more batches each M-step takes than the one before (rule growing_em)."""
     num_epochs: int = Field(default=20, ge=0)
-    """Passes over the training split."""
+    """Passes over the training split. All batches are full: the last one goes on into another
+    pass, so that up to batch_size - 1 samples more are trained on (one pass over 1,437 samples in
+    batches of 256 takes 1,536), which reports count."""
     num_samples: int | None = Field(default=None, ge=1)
-    """Samples to train on, in place of num_epochs passes: the budget of a comparison."""
+    """Samples to train on, in place of num_epochs passes, rounded up in the same way: the budget of
+    a comparison."""
     batch_size: int = Field(default=256, ge=1)
     """Samples in a global batch, over all ranks and micro-batches; full_batch_em takes all of the
     training split instead, and holds it in memory."""
@@ -310,7 +313,10 @@ class ParallelConfig(Section):
     """Processes of a run. None of these fields changes its result beyond float rounding."""
 
     num_ranks: int = Field(default=2, ge=1)
-    """Training processes on this machine (DeepSpeed ranks) when no launcher started them."""
+    """Training processes (DeepSpeed ranks) of a machine when no launcher started them."""
+    num_hosts: int = Field(default=1, ge=1)
+    """Machines with num_ranks each. More than one needs a launcher (launch/README.md), which then
+    counts itself, or a Ray cluster; without either, a dry run says what they would do."""
     threads_per_rank: int = Field(default=1, ge=1)
     """CPU threads of one training process."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -354,8 +360,16 @@ class ParallelConfig(Section):
     """A rank that gives no sign of life for this long is lost, and one that distpc started itself
     also if it stands still for as long without computing and without waiting for others: all ranks
     end."""
+    collective_seconds: float = Field(default=600.0, ge=1)
+    """Time that one collective operation of the ranks may wait for the others, for example for one
+    that makes pictures meanwhile: then all ranks end."""
     wait_seconds: float = Field(default=86400.0, gt=0)
     """Time that the other ranks wait for rank 0 to finish one stage that it runs alone."""
+
+    @property
+    def total_ranks(self) -> int:
+        """R, over all machines."""
+        return self.num_hosts * self.num_ranks
 
     @model_validator(mode="after")
     def _consistent(self) -> ParallelConfig:

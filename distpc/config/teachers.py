@@ -13,7 +13,7 @@ class TrainingConfig(Section):
     """What every teacher that is trained here has."""
 
     num_epochs: int = Field(default=10, ge=1)
-    """Passes over the training split."""
+    """Passes over the training split; the last batch is full, and goes on into the next pass."""
     batch_size: int = Field(default=128, ge=1)
     """Samples in a global batch, over all ranks."""
     learning_rate: float = Field(default=1e-3, gt=0)

@@ -149,11 +149,11 @@ class Cluster:
         """How many runs as `parallel` describes them the cluster has room for at a time."""
         total = _ray().cluster_resources()
         workers = parallel.num_workers * parallel.cpus_per_worker
-        cpus = max(workers, parallel.num_ranks * parallel.threads_per_rank)
+        cpus = max(workers, parallel.total_ranks * parallel.threads_per_rank)
         room = total.get("CPU", 0) / cpus
         if total.get("GPU", 0) > 0:
             # Every training rank takes a GPU where there are any.
-            room = min(room, total["GPU"] / parallel.num_ranks)
+            room = min(room, total["GPU"] / parallel.total_ranks)
         return max(1, int(room + 1e-6))
 
     def close(self) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from distpc.errors import TrainingError
 from distpc.parallel.axis import Axis
 from distpc.parallel.mesh import Mesh, name_interface
 
@@ -22,8 +28,17 @@ class Axes(NamedTuple):
 
 _axes: dict[tuple[int, int], Axes] = {}
 
+COLLECTIVE_SECONDS = 600.0
+"""That an operation waits for other ranks, unless `start` was told otherwise."""
+_seconds = COLLECTIVE_SECONDS
+_TIMED_OUT = "Timed out waiting"
+"""What gloo says of an operation that others did not take part in."""
+_SHOWN_FRAMES = 4
 
-def start(mesh: Mesh, store: dist.Store | None = None) -> None:
+
+def start(
+    mesh: Mesh, store: dist.Store | None = None, *, seconds: float = COLLECTIVE_SECONDS
+) -> None:
     """Join the process group of the mesh: gloo for CPU tensors, nccl for GPU tensors.
 
     Idempotent. A mesh of one process gets a group of its own that opens no port.
@@ -31,7 +46,9 @@ def start(mesh: Mesh, store: dist.Store | None = None) -> None:
     Args:
         mesh: this process among the ranks.
         store: where the ranks find each other; default: the one that the environment names.
+        seconds: that any operation may wait for the other ranks from then on.
     """
+    global _seconds
     if dist.is_initialized():
         return
     if mesh.device.type == "cuda":
@@ -42,6 +59,32 @@ def start(mesh: Mesh, store: dist.Store | None = None) -> None:
     else:
         name_interface()
         dist.init_process_group(backend, store=store, rank=mesh.rank, world_size=mesh.world_size)
+    _seconds = seconds
+    bound_waits()
+
+
+def bound_waits() -> None:
+    """Give all groups the time that `start` was told; after somebody else has made groups.
+
+    Groups have torch's own limits while ranks meet, which takes as long as their starts differ.
+    """
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=_seconds), group)
+
+
+@contextlib.contextmanager
+def waits_told(mesh: Mesh) -> Iterator[None]:
+    """Inside, an operation that others do not take part in ends in an error of ours.
+
+    Raises:
+        TrainingError: this rank waited longer than `start` allows.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _TIMED_OUT not in str(error):
+            raise
+        raise _in_vain(error, mesh) from error
 
 
 def finish() -> None:
@@ -65,6 +108,7 @@ def axes(mesh: Mesh) -> Axes:
         _axes[key] = Axes(
             node=Axis.among(rows.tolist(), mesh.rank), data=Axis.among(rows.T.tolist(), mesh.rank)
         )
+        bound_waits()
     return _axes[key]
 
 
@@ -112,3 +156,20 @@ def _reduced(tensor: torch.Tensor, mesh: Mesh, operation: Any) -> torch.Tensor:
     if mesh.world_size > 1:
         dist.all_reduce(result, op=operation)
     return result
+
+
+def _in_vain(error: RuntimeError, mesh: Mesh) -> TrainingError:
+    calls = [
+        f"{frame.filename}:{frame.lineno} in {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in frame.filename for part in ("/torch/", "/deepspeed/"))
+    ]
+    return TrainingError(
+        f"rank {mesh.rank} of {mesh.world_size} waited in vain for the others",
+        where="\n".join(["a collective operation", *reversed(calls[-_SHOWN_FRAMES:])]),
+        found=f"not all of them within {_seconds:g} s (parallel.collective_seconds)",
+        expected="every rank to take part in the same operations",
+        fix="look where the other ranks were (rank-N.log beside the stage's result); if one only "
+        "computed that long, raise parallel.collective_seconds; the same command goes on from "
+        "the last checkpoint",
+    )

@@ -99,6 +99,8 @@ class Engine:
             )
         finally:
             log.setLevel(level)
+        # DeepSpeed has made groups of its own.
+        collectives.bound_waits()
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """The model's forward pass."""
@@ -301,6 +303,7 @@ class Shards:
                 mpu=self._mpu,
             )
             self._first = whole[0]
+            collectives.bound_waits()
 
 
 class ModelParallelUnit:

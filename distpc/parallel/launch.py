@@ -21,6 +21,7 @@ import torch.distributed as dist
 from distpc.artifacts.files import no_space, write_json
 from distpc.config.schema import ParallelConfig
 from distpc.errors import DistpcError, TrainingError
+from distpc.parallel.collectives import COLLECTIVE_SECONDS
 from distpc.parallel.failures import (
     DISK_FULL,
     Failure,
@@ -34,7 +35,7 @@ from distpc.parallel.meter import FIGURES
 from distpc.parallel.placement import LOST
 from distpc.parallel.processes import python_path
 from distpc.parallel.pulse import Lookout
-from distpc.parallel.rank import error_file, import_target, joined_mesh, log_file
+from distpc.parallel.rank import call, error_file, joined_mesh, log_file
 from distpc.parallel.world import World
 
 _POLL_SECONDS = 0.05
@@ -53,6 +54,7 @@ def run_ranks(
     log_folder: Path,
     join_seconds: float = 300.0,
     lost_seconds: float = 120.0,
+    collective_seconds: float = COLLECTIVE_SECONDS,
 ) -> None:
     """Run `target` in R = `num_ranks` processes, joined in a process group.
 
@@ -73,6 +75,7 @@ def run_ranks(
         log_folder: for logs and errors; made if missing.
         join_seconds: to wait for places on a Ray cluster, and for a rank's first sign of life.
         lost_seconds: after which a rank that hangs is given up, see `pulse`.
+        collective_seconds: that a rank may wait for others in one collective operation.
 
     Raises:
         DistpcError: of the kind and with the fields that a rank raised.
@@ -85,14 +88,15 @@ def run_ranks(
         World.current.call(target, payload, threads_per_rank, log_folder)
         return
     if is_rank():
-        with joined_mesh() as mesh:
-            import_target(target)(payload, mesh)
+        with joined_mesh(collective_seconds) as mesh:
+            call(target, payload, mesh)
         return
     log_folder.mkdir(parents=True, exist_ok=True)
     for stale in [*log_folder.glob("error-*.json"), *log_folder.glob("rank-*.log")]:
         stale.unlink()
     write_json(log_folder / _PAYLOAD, payload)
-    job = _Job(target, num_ranks, threads_per_rank, log_folder, join_seconds, lost_seconds)
+    limits = join_seconds, lost_seconds, collective_seconds
+    job = _Job(target, num_ranks, threads_per_rank, log_folder, *limits)
     on_cluster = launcher_name() == "ray"
     failed = _run_on_cluster(job) if on_cluster else _run_here(job)
     if failed:
@@ -128,12 +132,13 @@ class _Job:
     log_folder: Path
     join_seconds: float
     lost_seconds: float
+    collective_seconds: float
 
     def arguments(self, rank: int) -> list[str]:
         """Those of distpc.parallel.rank, but for the last: the parent's process id."""
         folder = self.log_folder.absolute()
-        numbers = str(rank), str(self.num_threads), str(self.lost_seconds)
-        return [self.target, str(folder / _PAYLOAD), str(folder), *numbers]
+        numbers = rank, self.num_threads, self.lost_seconds, self.collective_seconds
+        return [self.target, str(folder / _PAYLOAD), str(folder), *map(str, numbers)]
 
     def lookout(self, store: dist.Store) -> Lookout:
         """Sees which of the ranks hang."""

@@ -161,6 +161,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def speaks_for_machine() -> bool:
+    """Whether this is the first of the ranks on its machine; asks no device."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def check_node_axis(num_ranks: int, node_parallel: int) -> None:
     """Refuse ranks that do not fill a data x node mesh.
 

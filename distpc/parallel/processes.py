@@ -7,12 +7,14 @@ import contextlib
 import ctypes
 import fcntl
 import itertools
+import json
 import os
 import signal
 import socket
 import struct
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,6 +61,20 @@ def end_process(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def leave_for_launcher(error: BaseException) -> None:
+    """Leave `error` where torchrun, which adds a report of its own, looks for what ended a rank.
+
+    Without it that report, the last thing on the terminal, says only that no reason is known.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None or Path(path).exists():
+        return
+    text = f"{type(error).__name__}: {error}"
+    value = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps(value))
 
 
 def loopback_interface() -> str | None:

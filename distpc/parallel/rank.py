@@ -1,6 +1,6 @@
-"""One process of `launch.run_ranks`:
+"""One process of `launch.run_ranks`: python -m distpc.parallel.rank ARGUMENTS, which are
 
-python -m distpc.parallel.rank TARGET PAYLOAD_FILE LOG_FOLDER RANK THREADS LOST_SECONDS PARENT
+TARGET PAYLOAD_FILE LOG_FOLDER RANK THREADS LOST_SECONDS COLLECTIVE_SECONDS PARENT
 """
 
 from __future__ import annotations
@@ -45,8 +45,21 @@ def import_target(target: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
+def call(target: str, payload: dict[str, Any], mesh: Mesh) -> None:
+    """Call `target(payload, mesh)`, in the process group.
+
+    Raises:
+        TrainingError: a collective operation waited too long for other ranks.
+        Exception: of the target.
+    """
+    from distpc.parallel import collectives
+
+    with collectives.waits_told(mesh):
+        import_target(target)(payload, mesh)
+
+
 @contextlib.contextmanager
-def joined_mesh(num_threads: int | None = None) -> Iterator[Mesh]:
+def joined_mesh(collective_seconds: float, num_threads: int | None = None) -> Iterator[Mesh]:
     """This process's mesh, in its process group for the length of the block."""
     # Imported here so that the parent's death is watched before seconds go into importing torch.
     import torch
@@ -57,7 +70,7 @@ def joined_mesh(num_threads: int | None = None) -> Iterator[Mesh]:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     mesh = Mesh.from_environment()
-    collectives.start(mesh)
+    collectives.start(mesh, seconds=collective_seconds)
     try:
         yield mesh
     finally:
@@ -78,15 +91,16 @@ def _signs_of_life(rank: int, lost_seconds: float) -> Iterator[None]:
 
 def main(arguments: list[str]) -> int:
     """Run the target that the arguments name; leave any error as JSON for the launcher."""
-    target, payload_file, log_folder, rank, num_threads, lost_seconds, parent = arguments
+    target, payload_file, log_folder, rank, num_threads, lost_seconds, seconds, parent = arguments
     die_with_parent(int(parent))
     payload = json.loads(Path(payload_file).read_text())
     try:
         with _signs_of_life(int(rank), float(lost_seconds)):
-            function = import_target(target)
-            with joined_mesh(int(num_threads)) as mesh:
+            # The target's own imports may take as long as they need.
+            import_target(target)
+            with joined_mesh(float(seconds), int(num_threads)) as mesh:
                 try:
-                    function(payload, mesh)
+                    call(target, payload, mesh)
                 except (Exception, SystemExit) as error:
                     # Before leaving the group, which makes the other ranks fail in their turn.
                     return _leave(error, Path(log_folder), int(rank))

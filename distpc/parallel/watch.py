@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from distpc.errors import DistpcError, TrainingError
-from distpc.parallel.processes import launcher_chain, still_holds
+from distpc.parallel.processes import launcher_chain, leave_for_launcher, still_holds
 
 _GRACE_SECONDS = 5.0
 _CHECK_SECONDS = 0.25
@@ -126,4 +126,5 @@ class Watch:
             return
         if error is not None:
             print(f"distpc: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            leave_for_launcher(error)
         os._exit(2)

@@ -30,9 +30,9 @@ from distpc.parallel.failures import (
     to_json,
 )
 from distpc.parallel.greeting import POLL_SECONDS, Refused, greet, open_store
-from distpc.parallel.mesh import Launch, Mesh
-from distpc.parallel.processes import die_with_parent
-from distpc.parallel.rank import import_target
+from distpc.parallel.mesh import Launch, Mesh, speaks_for_machine
+from distpc.parallel.processes import die_with_parent, leave_for_launcher
+from distpc.parallel.rank import call
 from distpc.parallel.watch import FAILURES, Watch
 
 # How long a rank that failed waits for others to report what may have failed before.
@@ -88,6 +88,8 @@ class World:
         try:
             name = greet(store, launch, facts, parallel.join_seconds)
         except Refused as refused:
+            if speaks_for_machine():
+                leave_for_launcher(refused.error)
             time.sleep(_GOODBYE_SECONDS)
             raise SystemExit(2) from refused
         world = cls.current = cls(launch, store, name, parallel)
@@ -97,6 +99,7 @@ class World:
             if world.leads:
                 world._order({"do": "end"})
         except Exception as error:
+            leave_for_launcher(error)
             if world.leads:
                 world._tell(error)
             raise
@@ -157,6 +160,7 @@ class World:
             if order["do"] == "end":
                 return
             # Rank 0 tells the error and ends; launchers then end this process.
+            self._leave_reason(None)
             time.sleep(_GOODBYE_SECONDS)
             raise SystemExit(2)
 
@@ -173,8 +177,9 @@ class World:
         torch.set_num_threads(order["threads"])
         mesh = Mesh.from_environment()
         # Kept until the end: DeepSpeed remembers groups, and they must stay those of this group.
-        collectives.start(mesh, dist.PrefixStore("group", self._store))
-        import_target(order["target"])(order["payload"], mesh)
+        store = dist.PrefixStore("group", self._store)
+        collectives.start(mesh, store, seconds=self._parallel.collective_seconds)
+        call(order["target"], order["payload"], mesh)
 
     def _order(self, order: dict[str, Any]) -> int:
         self._orders += 1
@@ -216,6 +221,7 @@ class World:
             if self._store.check([f"order/{self._orders}"]):
                 self._watch.stop()
                 self._store.set(f"goodbye/{self.launch.rank}", "1")
+                self._leave_reason(error)
                 time.sleep(_GOODBYE_SECONDS)
                 raise SystemExit(2) from error
             time.sleep(POLL_SECONDS)
@@ -233,6 +239,11 @@ class World:
             if not self._store.check([key]):
                 self._store.set(key, json.dumps(to_json(error)))
                 self._store.add(FAILURES, 1)
+
+    def _leave_reason(self, own: Exception | None) -> None:
+        """Where another machine's launcher shows it: rank 0 leaves it on its own."""
+        if speaks_for_machine():
+            leave_for_launcher(self._first(own))
 
     def _num_failures(self) -> int:
         return int(self._store.add(FAILURES, 0))

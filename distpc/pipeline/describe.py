@@ -14,6 +14,7 @@ from distpc.pipeline.stages import OF_CIRCUIT
 
 if TYPE_CHECKING:
     from distpc.config import RunConfig
+    from distpc.config.schema import ParallelConfig
     from distpc.data.spec import DatasetSpec
     from distpc.pipeline.runner import Pipeline
     from distpc.structures.region_graph import RegionGraph
@@ -58,8 +59,8 @@ def _circuit(config: RunConfig, spec: DatasetSpec) -> list[str]:
     graph = sketch(config, spec)
     costs = planned_costs(config, graph, spec.num_categories)
     parallel, finetune = config.parallel, config.finetune
-    check_node_axis(parallel.num_ranks, parallel.node_parallel)
-    replicas = parallel.num_ranks // parallel.node_parallel
+    check_node_axis(parallel.total_ranks, parallel.node_parallel)
+    replicas = parallel.total_ranks // parallel.node_parallel
     layout = layout_of(
         costs,
         parallel.node_parallel,
@@ -76,19 +77,27 @@ def _circuit(config: RunConfig, spec: DatasetSpec) -> list[str]:
         num_micro_batches=pieces,
         state_copies=state_copies(config),
     )
-    warning = (
-        None
-        if "RAY_ADDRESS" in os.environ
-        else crowded(parallel.num_ranks, parallel.threads_per_rank)
-    )
+    here = parallel.num_hosts == 1 and "RAY_ADDRESS" not in os.environ
+    warning = crowded(parallel.num_ranks, parallel.threads_per_rank) if here else None
     return [
         f"circuit: {config.structure.kind}, {len(graph.regions)} regions, "
         f"{costs.num_parameters:,} parameters" + _networks(config, graph, spec),
-        f"ranks: {parallel.num_ranks} (node axis x data axis: {layout.name}); bytes per rank: "
+        f"ranks: {parallel.total_ranks} (node axis x data axis: {layout.name}); bytes per rank: "
         + ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
         + f", total {sum(sizes.values()):,}",
+        *_machines(parallel),
         *([] if warning is None else [f"warning: {warning}"]),
     ]
+
+
+def _machines(parallel: ParallelConfig) -> list[str]:
+    """A line on several machines, which this process alone cannot start."""
+    from distpc.parallel.mesh import launcher_name
+
+    if parallel.num_hosts == 1:
+        return []
+    line = f"machines: {parallel.num_hosts} of {parallel.num_ranks} ranks"
+    return [line if launcher_name() == "ray" else f"{line}, as planned; no launcher started this"]
 
 
 def _networks(config: RunConfig, graph: RegionGraph, spec: DatasetSpec) -> str:

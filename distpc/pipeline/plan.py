@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from distpc.circuits.footprint import Footprint, shared
-from distpc.errors import ResourceError
+from distpc.errors import ConfigError, ResourceError
 from distpc.parallel.memory import Layout, share
 from distpc.parallel.progress import in_bytes
 from distpc.parallel.traffic import Links, traffic
@@ -74,6 +74,41 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Pinned:
+    """Fields of the layout that the user has chosen: only layouts with them are considered.
+
+    Attributes:
+        node_axis, zero_stage, micro_batch: their values; None where the planner chooses.
+    """
+
+    node_axis: int | None = None
+    zero_stage: int | None = None
+    micro_batch: int | None = None
+
+    FIELDS: ClassVar = {
+        "node_axis": "parallel.node_parallel",
+        "zero_stage": "parallel.zero_stage",
+        "micro_batch": "finetune.micro_batch_size",
+    }
+
+    def admits(self, layout: Layout) -> bool:
+        """Whether a layout has these values."""
+        return self.node_axis in (None, layout.node_axis) and self.zero_stage in (
+            None,
+            layout.zero_stage,
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """The fields of the configuration that are pinned."""
+        values = {field: getattr(self, name) for name, field in self.FIELDS.items()}
+        return {field: value for field, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        """As on the command line; empty where nothing is pinned."""
+        return " ".join(f"{field}={value}" for field, value in self.to_json().items())
+
+
+@dataclass(frozen=True)
 class Option:
     """One layout, with the largest micro-batch that fits.
 
@@ -127,11 +162,17 @@ def in_words(memory: dict[str, int]) -> str:
     )
 
 
-def options(job: Job, cluster: Cluster) -> list[Option]:
+def options(job: Job, cluster: Cluster, pinned: Pinned = Pinned()) -> list[Option]:
     """All layouts of the cluster's ranks, fitting ones first, by rising time of a step.
+
+    Args:
+        job: to train.
+        cluster: to train on.
+        pinned: what they must have.
 
     Raises:
         ResourceError: no layout of so many ranks leaves every replica a sample.
+        ConfigError: none has what is pinned.
     """
     layouts = list(_layouts(job, cluster.num_ranks))
     if not layouts:
@@ -144,16 +185,26 @@ def options(job: Job, cluster: Cluster) -> list[Option]:
             f"{cluster.num_ranks} devices and {job.costs.state_units} states",
             fix="raise finetune.batch_size, or plan for fewer nodes",
         )
-    found = [_option(job, cluster, layout) for layout in layouts]
+    admitted = [layout for layout in layouts if pinned.admits(layout)]
+    if not admitted:
+        raise ConfigError(
+            f"no layout of {cluster.num_ranks} ranks has {pinned}",
+            where="the fields given on the command line",
+            expected="one of (node axis x data axis) "
+            + "; ".join(layout.name for layout in layouts),
+            fix="change or leave out these fields: without them the planner chooses",
+        )
+    found = [_option(job, cluster, layout, pinned.micro_batch) for layout in admitted]
     return sorted(found, key=lambda o: (not o.fits, o.seconds if o.fits else o.peak))
 
 
-def choose(found: list[Option], cluster: Cluster) -> Option:
+def choose(found: list[Option], cluster: Cluster, pinned: Pinned = Pinned()) -> Option:
     """The simplest of the layouts that are nearly as fast as the fastest that fits.
 
     Args:
         found: of `options`.
         cluster: that they are for.
+        pinned: what they were restricted to.
 
     Raises:
         ResourceError: none fits; with the least that one needs.
@@ -164,15 +215,16 @@ def choose(found: list[Option], cluster: Cluster) -> Option:
         near = [option for option in usable if option.seconds <= SLACK * fastest]
         return min(near, key=lambda o: (o.layout.node_axis, o.layout.zero_stage))
     least = min(found, key=lambda option: option.peak)
+    considered = f" with {pinned}" if str(pinned) else ""
     raise ResourceError(
-        "no layout fits this circuit onto the cluster",
+        f"no layout{considered} fits this circuit onto the cluster",
         where=f"{cluster.hosts} x {cluster.gpus_per_host} devices",
         found=f"{in_bytes(cluster.memory_bytes)} usable on a device "
         "(--gpu-memory-gib less --reserve-gib)",
         expected=f"at least {in_bytes(least.peak)} ({least.layout.name}, "
         f"micro-batch {least.micro_batch}): " + in_words(least.memory),
-        fix="more or larger devices, fewer states, or block-diagonal sums "
-        "(structure.layer=monarch)",
+        fix="leave these fields out, " * bool(considered) + "more or larger devices, fewer "
+        "states, or block-diagonal sums (structure.layer=monarch)",
     )
 
 
@@ -206,15 +258,18 @@ def _layouts(job: Job, num_ranks: int) -> Iterator[Layout]:
             continue
         # Messages are not computed again under ZeRO 3, see `recompute`.
         last = 2 if job.costs.stretches else 3
-        stages = (0,) if job.needs_whole_rows or data_axis == 1 else range(last + 1)
+        # Offloading is of what ZeRO shards.
+        first = 1 if job.offload else 0
+        alone = job.needs_whole_rows or data_axis == 1
+        stages = (first,) if alone else range(first, last + 1)
         for stage in stages:
             yield layout_of(job.costs, node_axis, data_axis, stage, offload=job.offload)
 
 
-def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
-    """With the largest micro-batch that fits, or of one sample where none does."""
+def _option(job: Job, cluster: Cluster, layout: Layout, most: int | None = None) -> Option:
+    """With the largest micro-batch that fits, or of one sample where none does; or of `most`."""
     local = share(job.batch, layout.data_axis)
-    pieces = 1
+    pieces = 1 if most is None else share(local, most)
     while True:
         micro_batch = share(local, pieces)
         memory = peak_bytes(
@@ -225,7 +280,7 @@ def _option(job: Job, cluster: Cluster, layout: Layout) -> Option:
             state_copies=job.state_copies,
         )
         fits = sum(memory.values()) <= cluster.memory_bytes
-        if fits or micro_batch == 1:
+        if fits or micro_batch == 1 or most is not None:
             break
         pieces *= 2
     costs = shared(job.costs, layout.node_axis)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from distpc.config import RunConfig
+from distpc.config import RunConfig, load_config
 from distpc.config.sources import SizesSource
 from distpc.data.shards import colored, source_spec
 from distpc.data.spec import DatasetSpec
+from distpc.errors import ConfigError
 from distpc.parallel.memory import Layout
 from distpc.parallel.mesh import crowded
 from distpc.parallel.progress import in_bytes
@@ -16,6 +20,7 @@ from distpc.pipeline.plan import (
     Cluster,
     Job,
     Option,
+    Pinned,
     choose,
     in_words,
     options,
@@ -30,7 +35,8 @@ _SHOWN = 12
 
 
 def plan_command(
-    config: RunConfig,
+    path: Path,
+    overrides: Sequence[str],
     cluster: Cluster,
     *,
     as_json: bool = False,
@@ -38,7 +44,9 @@ def plan_command(
     """What `distpc plan` prints.
 
     Args:
-        config: of the run; its data need not exist where the source is `sizes`.
+        path: of the run's config; its data need not exist where the source is `sizes`.
+        overrides: `section.field=value` of the command line. Those of the layout restrict it,
+            while what the config file says of the layout is what a plan is to replace.
         cluster: to plan for.
         as_json: print JSON instead of a table.
 
@@ -46,12 +54,78 @@ def plan_command(
         ResourceError: no layout fits.
         ConfigError, DataError: of the config.
     """
+    config = load_config(path, overrides)
+    pinned = _pinned(config, overrides, cluster)
     job = job_of(config)
-    found = options(job, cluster)
-    chosen = choose(found, cluster)
+    found = options(job, cluster, pinned)
+    chosen = choose(found, cluster, pinned)
+    words = _words(overrides, cluster, chosen, pinned)
     if as_json:
-        return json.dumps(_values(config, job, cluster, found, chosen), indent=2)
-    return "\n".join(_lines(config, job, cluster, found, chosen))
+        values = _values(config, job, cluster, found, chosen)
+        return json.dumps({**values, "pinned": pinned.to_json(), "set": words}, indent=2)
+    lines = _lines(config, job, cluster, found, chosen)
+    if str(pinned):
+        lines.insert(2, f"considered only layouts with {pinned}")
+    lines.append(f"set        {shlex.join(words)}")
+    # Sizes alone cannot be trained on.
+    if not isinstance(config.data.source, SizesSource):
+        lines += _start(path, words, cluster)
+    # Several machines cannot be this one.
+    warning = crowded(cluster.gpus_per_host, config.parallel.threads_per_rank)
+    if cluster.hosts == 1 and warning is not None:
+        lines.append(f"warning    if this machine runs it: {warning}")
+    return "\n".join(lines)
+
+
+def _pinned(config: RunConfig, overrides: Sequence[str], cluster: Cluster) -> Pinned:
+    """What the command line says of the layout.
+
+    Raises:
+        ConfigError: it names other ranks than the cluster has.
+    """
+    given = {override.partition("=")[0].strip() for override in overrides}
+    parallel = config.parallel
+    for field, found, expected, option in (
+        ("num_hosts", parallel.num_hosts, cluster.hosts, "--nodes"),
+        ("num_ranks", parallel.num_ranks, cluster.gpus_per_host, "--gpus-per-node"),
+    ):
+        if f"parallel.{field}" in given and found != expected:
+            raise ConfigError(
+                "the command line names two numbers of ranks",
+                where=f"parallel.{field}",
+                found=found,
+                expected=f"{expected}, of {option}",
+                fix="leave the field out: a plan is for the ranks of --nodes and --gpus-per-node",
+            )
+    values = parallel.node_parallel, parallel.zero_stage, config.finetune.micro_batch_size
+    pairs = zip(Pinned.FIELDS.items(), values, strict=True)
+    return Pinned(**{name: value for (name, field), value in pairs if field in given})
+
+
+def _words(overrides: Sequence[str], cluster: Cluster, chosen: Option, pinned: Pinned) -> list[str]:
+    """The command line's fields, and those of the layout: what a run is to be given."""
+    layout = chosen.layout
+    fields = {
+        "parallel.num_hosts": cluster.hosts,
+        "parallel.num_ranks": cluster.gpus_per_host,
+        "parallel.node_parallel": layout.node_axis,
+        "parallel.zero_stage": layout.zero_stage,
+        "finetune.micro_batch_size": pinned.micro_batch or chosen.micro_batch,
+    }
+    others = [word for word in overrides if word.partition("=")[0].strip() not in fields]
+    return [*others, *(f"{name}={value}" for name, value in fields.items())]
+
+
+def _start(path: Path, words: Sequence[str], cluster: Cluster) -> list[str]:
+    """A command that trains as planned."""
+    arguments = shlex.join([str(path), *words])
+    if cluster.hosts == 1:
+        return [f"run        distpc run {arguments}"]
+    return [
+        f"run        NNODES={cluster.hosts} NPROC={cluster.gpus_per_host} RDZV=HOST:29400 "
+        f"launch/torchrun.sh {arguments} --out FOLDER",
+        "           on each machine; HOST is the first of them, and all see FOLDER",
+    ]
 
 
 def job_of(config: RunConfig) -> Job:
@@ -116,15 +190,6 @@ def _lines(
         f"host       {in_bytes(other)} a rank to make its share of the circuit, "
         f"{in_bytes(first)} rank 0, which shows figures; {in_bytes(machine)} its machine"
     )
-    lines.append(
-        f"set        parallel.num_ranks={cluster.gpus_per_host} (a host) "
-        f"parallel.node_parallel={layout.node_axis} parallel.zero_stage={layout.zero_stage} "
-        f"finetune.micro_batch_size={chosen.micro_batch}"
-    )
-    # Several machines cannot be this one.
-    warning = crowded(cluster.gpus_per_host, config.parallel.threads_per_rank)
-    if cluster.hosts == 1 and warning is not None:
-        lines.append(f"warning    if this machine runs it: {warning}")
     return lines
 
 

@@ -43,7 +43,7 @@ def check_run(
         TeacherError: the teacher does not read such data.
         ResourceError: Ray has less than the workers ask for.
     """
-    check_node_axis(config.parallel.num_ranks, config.parallel.node_parallel)
+    check_node_axis(config.parallel.total_ranks, config.parallel.node_parallel)
     spec, num_train = _open(config) if shards is None else _read(shards)
     has_circuit = builds is None or not set(OF_CIRCUIT).isdisjoint(builds)
     has_latents = builds is None or not set(OF_LATENTS).isdisjoint(builds)
@@ -98,7 +98,7 @@ def _check_batches(config: RunConfig, batches: dict[str, int], num_train: int | 
                 fix=f"lower {field}, or give more data",
             )
         # Teachers know no node axis.
-        replicas = config.parallel.num_ranks
+        replicas = config.parallel.total_ranks
         if field == "finetune.batch_size":
             replicas //= config.parallel.node_parallel
         if size < replicas:

@@ -30,7 +30,7 @@ from distpc.artifacts.fields import names_in, plain
 from distpc.artifacts.manifest import MANIFEST
 from distpc.artifacts.place import Place
 from distpc.config import RunConfig, dump_config
-from distpc.errors import ArtifactError, FormatVersionError
+from distpc.errors import ArtifactError, ConfigError, FormatVersionError
 from distpc.parallel.greeting import code_fingerprint
 from distpc.parallel.mesh import is_rank, launched_ranks, launcher_name
 from distpc.parallel.world import World
@@ -40,6 +40,8 @@ ATTEMPT = ".attempt.json"
 TRASH = ".trash-"
 RESOLVED = "resolved_config.yaml"
 _SINCE = ("before", "now")
+RANKED = ("teacher", "finetune")
+"""Stages that training ranks run."""
 State = Literal["done", "interrupted", "stale", "missing"]
 
 
@@ -80,11 +82,12 @@ class Pipeline:
     """
 
     def __init__(self, config: RunConfig, folder: Path, stages: tuple[Stage, ...] = STAGES) -> None:
-        self.configured_ranks = config.parallel.num_ranks
+        self.configured_ranks = config.parallel.total_ranks
         num_ranks = launched_ranks()
         if num_ranks is not None:
             # The ranks are there already, however many the configuration asks for.
-            parallel = config.parallel.model_copy(update={"num_ranks": num_ranks})
+            there = {"num_ranks": num_ranks, "num_hosts": 1}
+            parallel = config.parallel.model_copy(update=there)
             config = config.model_copy(update={"parallel": parallel})
         self.config = config
         self.folder = folder.absolute()
@@ -122,6 +125,7 @@ class Pipeline:
         with self._leading("run") as leads:
             if not leads:
                 return None
+            self._refuse_missing_hosts(*self.stages)
             self.check()
             with self._owned():
                 self.run_stages()
@@ -189,7 +193,9 @@ class Pipeline:
             if not leads:
                 return
             self._refuse_unneeded(name)
-            self.check(self.built(until=name))
+            builds = self.built(until=name)
+            self._refuse_missing_hosts(*builds)
+            self.check(builds)
             with self._owned(), Cluster.session():
                 for step in self.steps():
                     self._bring_up(step)
@@ -208,6 +214,7 @@ class Pipeline:
         with self._leading(name) as leads:
             if not leads:
                 return None
+            self._refuse_missing_hosts(name)
             self.check(self.built(name))
             with self._owned():
                 return self._run_stage(name)
@@ -234,6 +241,26 @@ class Pipeline:
                 where=self.folder,
                 found=f"teacher.kind={self.config.teacher.kind}, "
                 f"finetune.initialization={self.config.finetune.initialization}",
+            )
+
+    def _refuse_missing_hosts(self, *names: str) -> None:
+        """Refuse to start the ranks of several machines on this one, for any of these stages."""
+        hosts, ranks = self.config.parallel.num_hosts, self.config.parallel.num_ranks
+        if hosts == 1 or launcher_name() != "distpc":
+            return
+        needing = {step.stage.name for step in self.steps() if step.state != "done"}
+        if self.config.teacher.training is None:
+            needing.discard("teacher")
+        if needing & set(RANKED) & set(names):
+            raise ConfigError(
+                "no launcher started this process, and a run of several machines needs one",
+                where="parallel.num_hosts",
+                found=f"{hosts} machines of {ranks} ranks",
+                expected="torchrun, deepspeed or a Ray cluster (RAY_ADDRESS)",
+                fix=f"on each machine: NNODES={hosts} NPROC={ranks} RDZV=HOST:29400 "
+                "launch/torchrun.sh, with the same arguments and an --out that all see "
+                "(launch/README.md); --dry-run says what they would do; "
+                "parallel.num_hosts=1 trains on this machine alone",
             )
 
     @contextlib.contextmanager
@@ -401,7 +428,7 @@ class Pipeline:
         report = build_report(self.folder, self.config, self._stage_facts())
         report["ranks"] = {
             "started_by": launcher_name(),
-            "num_ranks": self.config.parallel.num_ranks,
+            "num_ranks": self.config.parallel.total_ranks,
             "configured": self.configured_ranks,
         }
         for name in self.stages:

@@ -39,11 +39,12 @@ def run(ctx: StageContext) -> None:
             run_ranks(
                 "distpc.teachers.train:train_rank",
                 ctx.to_json(),
-                num_ranks=ctx.config.parallel.num_ranks,
+                num_ranks=ctx.config.parallel.total_ranks,
                 threads_per_rank=ctx.config.parallel.threads_per_rank,
                 log_folder=ctx.out / "logs",
                 join_seconds=ctx.config.parallel.join_seconds,
                 lost_seconds=ctx.config.parallel.lost_seconds,
+                collective_seconds=ctx.config.parallel.collective_seconds,
             )
         elif is_main_process():
             _save_control(ctx)

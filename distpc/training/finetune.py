@@ -69,11 +69,12 @@ def run(ctx: StageContext) -> None:
             run_ranks(
                 "distpc.training.finetune:train_rank",
                 ctx.to_json(),
-                num_ranks=parallel.num_ranks,
+                num_ranks=parallel.total_ranks,
                 threads_per_rank=parallel.threads_per_rank,
                 log_folder=ctx.out / LOGS,
                 join_seconds=parallel.join_seconds,
                 lost_seconds=parallel.lost_seconds,
+                collective_seconds=parallel.collective_seconds,
             )
         except DistpcError as error:
             if is_main_process():

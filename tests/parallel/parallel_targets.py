@@ -213,6 +213,26 @@ def compute_then_read(payload: dict[str, Any], mesh: Mesh) -> None:
     collectives.barrier(mesh)
 
 
+def skip_a_collective(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Rank 1 leaves out a sum, and goes on to what the others never come to."""
+    collectives.barrier(mesh)
+    if mesh.rank == 0:
+        collectives.sum_across(torch.ones(3), mesh)
+    collectives.gather_objects(mesh.rank, mesh)
+
+
+def skip_a_step(payload: dict[str, Any], mesh: Mesh) -> None:
+    """Rank 1 leaves out what DeepSpeed reduces in a group of its own, and does something else."""
+    from distpc.parallel.engine import Engine
+
+    model = Net()
+    engine = Engine(model, make_optimizer("online", model), mesh=mesh, zero_stage=1)
+    if mesh.rank == 1:
+        time.sleep(600)
+    engine.backward(engine(global_batch(0)).sum(), global_count=GLOBAL_BATCH)
+    engine.step()
+
+
 def wait_alone(payload: dict[str, Any], mesh: Mesh) -> None:
     """Leave the numbers of this process and its parent, and wait."""
     Path(payload["out"], "pids").write_text(f"{os.getpid()} {os.getppid()}")

@@ -116,6 +116,25 @@ def test_a_rank_that_is_stuck_is_given_up_and_one_that_computes_or_waits_is_not(
     assert "in read_bytes" in str(error.found) or "in open" in str(error.found)
 
 
+def test_a_rank_that_leaves_out_an_operation_ends_the_run(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(TrainingError) as caught:
+        run_ranks(
+            "parallel_targets:skip_a_step",
+            {"out": str(tmp_path)},
+            num_ranks=2,
+            threads_per_rank=1,
+            log_folder=tmp_path / "logs",
+            collective_seconds=2.5,
+        )
+    # Most of it is the start.
+    assert time.monotonic() - began < 110
+    text = str(caught.value)
+    assert "of 2 waited in vain for the others" in text
+    assert "not all of them within 2.5 s (parallel.collective_seconds)" in text
+    assert "in skip_a_step" in text
+
+
 def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     driver, ranks = start_waiting_ranks(tmp_path)
     processes = [psutil.Process(rank) for rank in ranks]

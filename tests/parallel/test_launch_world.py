@@ -1,6 +1,7 @@
 """Ranks that a launcher started: they meet, do what rank 0 calls, and end together."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -95,6 +96,15 @@ def test_an_error_anywhere_ends_all_and_is_told_once(ranks: Ranks, what: str) ->
     assert (first, second, silent) == (2, 2, "")
     assert told.startswith("DataError: a shard is cut\n  where:    train-7")
     assert "write it anew" in told and told.count("DataError") == 1
+
+
+def test_ranks_in_different_operations_end(ranks: Ranks) -> None:
+    for rank in (0, 1):
+        ranks.start(rank, "call skips")
+    (first, told), (second, silent) = ranks.ends()
+    assert (first, second, silent) == (2, 2, "")
+    assert re.match("TrainingError: rank [01] of 2 waited in vain for the others", told)
+    assert "within 2.5 s (parallel.collective_seconds)" in told and "in skip_a_coll" in told
 
 
 def test_ranks_that_were_started_differently_are_refused(ranks: Ranks) -> None:

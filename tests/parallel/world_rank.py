@@ -30,13 +30,19 @@ def lead(what: str, folder: Path) -> None:
         raise DataError("a shard is cut", where="train-7", fix="write it anew")
     elif what == "call fails":
         run("raise_own_error", folder)
+    elif what == "call skips":
+        run("skip_a_collective", folder)
     else:
         (folder / "leads").write_text(str(os.getpid()))
         time.sleep(120)
 
 
 def main(what: str, folder: Path, fact: str = "alike") -> int:
-    parallel = ParallelConfig(join_seconds=5 if what == "joins" else 60, lost_seconds=4)
+    parallel = ParallelConfig(
+        join_seconds=5 if what == "joins" else 60,
+        lost_seconds=4,
+        collective_seconds=2.5 if what == "call skips" else 60,
+    )
     try:
         with World.joined(parallel, {"config": {"finetune": {"num_epochs": fact}}}) as world:
             if world.leads:

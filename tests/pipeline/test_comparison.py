@@ -11,6 +11,7 @@ import pytest
 
 from distpc.config import RunConfig, load_config
 from distpc.errors import ConfigError, TrainingError
+from distpc.pipeline.comparison.command import describe_runs
 from distpc.pipeline.comparison.table import rows_of, table_text
 from distpc.pipeline.comparison.variants import Run, plan_runs, standard_variants
 
@@ -163,3 +164,7 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr[-4000:]
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert again.stdout == result.stdout
+    # A folder with other settings holds reports, but nothing is done there.
+    for other, state in (([], "done"), (["finetune.batch_size=99"], "to run")):
+        told = describe_runs(config(*overrides, *other), tmp_path).splitlines()[1:]
+        assert [line.startswith(f"  {state}") for line in told] == [True] * 4

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from distpc.cli import main
 from distpc.config import load_config
 from distpc.pipeline.runner import Pipeline
 
@@ -71,6 +72,16 @@ def test_the_same_command_again_skips_everything(finished: tuple[Path, dict]) ->
     report = finish(out, *SHORT)
     assert all(stage["skipped"] for stage in report["stages"].values())
     assert report["test_bpd"] == before["test_bpd"]
+
+
+def test_evaluating_prints_the_figures(
+    finished: tuple[Path, dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, report = finished
+    assert main(["evaluate", str(CONFIG), "--out", str(out), *SHORT]) == 0
+    shown = capsys.readouterr().out
+    assert f"test_bpd     {report['test_bpd']:.4f}" in shown
+    assert f"report       {out / 'report.json'}" in shown
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,23 @@ def test_torchrun_gives_what_one_process_gives(alone_run: Path, tmp_path: Path) 
     assert ranks["config"]["parallel"]["num_ranks"] == 2
 
 
+def test_torchrun_closes_with_the_error_that_ended_a_rank(tmp_path: Path) -> None:
+    command = [*torchrun(), "distpc", "run", HCLT[0], "finetune.batch_size=1"]
+    result = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told, report = result.stderr.split("Root Cause (first observed failure):")
+    assert "distpc: ConfigError: a batch has fewer samples than there are ranks" in told
+    assert "traceback : ConfigError: a batch has fewer samples" in report
+    assert "1 samples, 2 ranks" in report and "To enable traceback" not in report
+    # The other rank only ended with it.
+    assert result.stderr.count("a batch has fewer samples") == 2
+
+
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run([sys.executable, "-m"], tmp_path_factory.mktemp("runs") / "local", DIGITS)

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.compiled import compile_graph
@@ -178,7 +180,9 @@ def test_a_matrix_beyond_a_device_takes_ranks_that_share_its_rows(
 ) -> None:
     status, shown, _ = plan(capsys, "plan/hmm_131072.yaml")
     assert status == 0 and "23,767,285,760 parameters" in shown
-    assert "set        parallel.num_ranks=8 (a host) parallel.node_parallel=" in shown
+    assert "set        parallel.num_hosts=64 parallel.num_ranks=8 parallel.node_parallel=" in shown
+    # Sizes cannot be trained on.
+    assert "run  " not in shown
     assert "does not fit" in shown
     # A rank makes its share of the circuit, a sixteenth of 88.5 GiB, and holds no whole one.
     assert "host       5.7 GiB a rank to make its share of the circuit, 5.7 GiB rank 0" in shown
@@ -233,6 +237,71 @@ def test_dry_run_shows_the_same_arithmetic(
     (option,) = [o for o in options(job, cluster) if o.layout.name == "1 x 2, ZeRO 0"]
     assert f"total {option.peak:,}" in shown
     assert np.isclose(option.memory["statistics"], 4 * job.costs.num_parameters)
+
+
+def words_to_set(shown: str) -> list[str]:
+    (line,) = [line for line in shown.splitlines() if line.startswith("set ")]
+    return shlex.split(line)[1:]
+
+
+def test_what_is_to_be_set_is_pasted_and_dry_run_without_a_launcher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    spaced = "compare.seeds=[0, 1]"
+    status, shown, _ = plan(capsys, "digits_hclt.yaml", spaced, "--nodes", "2")
+    words = words_to_set(shown)
+    assert status == 0 and spaced in words and "parallel.num_hosts=2" in words
+    assert f"launch/torchrun.sh {CONFIGS / 'digits_hclt.yaml'} '{spaced}'" in shown
+    run = ["run", str(CONFIGS / "digits_hclt.yaml"), *words, "--out", str(tmp_path / "run")]
+    assert main([*run, "--dry-run"]) == 0
+    dry = capsys.readouterr().out
+    assert "ranks: 16 (node axis x data axis: 1 x 16, ZeRO 0)" in dry
+    assert "machines: 2 of 8 ranks, as planned; no launcher started this" in dry
+    # Nothing that this process alone could start.
+    assert main(run) == 2
+    refused = capsys.readouterr().err
+    assert "parallel.num_hosts" in refused and "NNODES=2 NPROC=8" in refused
+    assert not (tmp_path / "run").exists()
+
+
+def test_fields_of_the_command_line_restrict_the_layouts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--nodes", "2", "--gpus-per-node", "4"]
+    status, shown, _ = plan(capsys, "digits_hclt.yaml", "parallel.zero_stage=2", *few)
+    assert status == 0
+    assert "considered only layouts with parallel.zero_stage=2" in shown
+    assert "ZeRO 2  " in shown and not any(f"ZeRO {stage} " in shown for stage in (0, 1, 3))
+    pinned = ["parallel.node_parallel=2", "finetune.micro_batch_size=5"]
+    _, shown, _ = plan(capsys, "digits_hclt.yaml", *pinned, *few, "--json")
+    values = json.loads(shown)
+    assert {layout["node_axis"] for layout in values["layouts"]} == {2}
+    assert {layout["micro_batch"] for layout in values["layouts"]} == {5}
+    assert set(pinned) < set(values["set"]) and len(values["pinned"]) == 2
+    # What the file says is only what a plan replaces.
+    config = tmp_path / "sharded.yaml"
+    text = (CONFIGS / "digits_hclt.yaml").read_text()
+    config.write_text(f"{text}\nparallel: {{zero_stage: 2}}\n")
+    assert yaml.safe_load(text).get("parallel") is None
+    _, shown, _ = plan(capsys, str(config), *few)
+    assert "considered only" not in shown and "ZeRO 0 " in shown
+    for field, words in (
+        ("parallel.node_parallel=3", "no layout of 8 ranks has parallel.node_parallel=3"),
+        ("parallel.num_ranks=3", "two numbers of ranks"),
+    ):
+        status, _, error = plan(capsys, "digits_hclt.yaml", field, *few)
+        assert status == 2 and words in error
+    status, _, error = plan(
+        capsys, "plan/hmm_131072.yaml", "parallel.node_parallel=1", "parallel.zero_stage=0"
+    )
+    assert status == 2
+    assert "no layout with parallel.node_parallel=1 parallel.zero_stage=0 fits" in error
+
+
+def test_what_is_offloaded_is_what_is_sharded() -> None:
+    found = options(Job(sizes(), batch=64, offload=True), Cluster(1, 2, 10 * GIB))
+    assert layouts(found) == {(1, 2, 1), (1, 2, 2), (1, 2, 3), (2, 1, 1)}
 
 
 def test_ranks_that_share_cores_are_warned_of(

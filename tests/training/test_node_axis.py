@@ -36,12 +36,15 @@ def compare(cases: list[Case], found: dict[str, Tensor]) -> None:
     """Likelihoods and parameters after ten steps with those of one process."""
     alone = {key: train_alone(Case(*key)) for key in {case[:2] for case in cases}}
     worst: dict[str, float] = {}
+    missed = []
     for case in cases:
         for name, expected in alone[case[:2]].items():
             tolerance = 1e-5 if case.rule == "online_em" or name == "nats" else 1e-4
             gap = (found[f"{case.name}/{name}"] - expected).abs().max() / expected.abs().max()
-            assert gap <= tolerance, (case, name, float(gap))
             worst[case.rule] = max(worst.get(case.rule, 0.0), float(gap))
+            if not gap <= tolerance:
+                missed.append((case.name, name, float(gap)))
+    assert not missed, missed
     print(f"{len(cases)} cases, largest relative gaps: {worst}")
 
 

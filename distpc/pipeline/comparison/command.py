@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distpc.artifacts import RunLock, read_json, write_bytes, write_json
+from distpc.artifacts import Artifact, RunLock, read_json, write_bytes, write_json
 from distpc.config import RunConfig
 from distpc.errors import ConfigError
 from distpc.inference.report import versions
@@ -13,7 +13,7 @@ from distpc.parallel.cluster import Cluster
 from distpc.parallel.mesh import is_rank, launcher_name
 from distpc.pipeline.comparison.budget import with_budget
 from distpc.pipeline.comparison.plot import check_plotting, draw_curves, draw_sizes
-from distpc.pipeline.comparison.schedule import Scheduler
+from distpc.pipeline.comparison.schedule import Scheduler, is_finished
 from distpc.pipeline.comparison.table import facts_of, rows_of, table_text, unit_of
 from distpc.pipeline.comparison.variants import Run, plan_runs
 
@@ -69,9 +69,12 @@ def describe_runs(config: RunConfig, folder: Path) -> str:
         ConfigError: variants that differ in circuit, data or budget.
     """
     runs = plan_runs(config, folder.absolute())
-    lines = []
+    index, lines = runs[0].folder / "index", []
+    # Without an index of the samples nothing is done.
+    has_index = Artifact.find(index) is not None
     for run in runs:
-        state = "done" if (run.folder / "report.json").is_file() else "to run"
+        done = has_index and is_finished(with_budget(run, index, config.compare.num_visits)[0])
+        state = "done" if done else "to run"
         lines.append(f"  {state:<7} {run.name:<40} {run.folder}")
     return "\n".join([f"{len(runs)} runs:", *lines])
 

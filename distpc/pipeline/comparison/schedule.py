@@ -143,7 +143,7 @@ def _run(job: Job, environment: dict[str, str], is_here: bool) -> str | None:
         is_here: whether the cluster is this machine alone: then a run of one rank trains in the
             job's own process, which saves the start of another.
     """
-    if is_here and job.run.config.parallel.num_ranks == 1:
+    if is_here and job.run.config.parallel.total_ranks == 1:
         environment = {**environment, **alone()}
     folder = job.run.folder
     config = folder / CONFIG
