@@ -11,6 +11,11 @@ from typing import Protocol
 
 from distpc.parallel.memory import FLOAT_BYTES, Layout, share
 
+EXCHANGE_OPERATIONS = 2
+"""Bare operations that take as long as one of the node axis does beside its bytes: it packs scales
+with messages, brings what it gathered onto one scale, and waits for the slower rank each time
+(1.1 ms for 0.5 ms where tools/bench_layouts.py was run)."""
+
 
 class Sizes(Protocol):
     """What decides the traffic of one rank of the node axis; see `circuits.footprint.Footprint`."""
@@ -62,7 +67,7 @@ class Traffic:
     Attributes:
         parameters: bytes of statistics and flows, over the data axis.
         messages: bytes of gathered products and of flows scattered back, over the node axis.
-        num_collectives: operations that they are sent in.
+        num_collectives: bare operations that take as long as those that they are sent in.
     """
 
     parameters: int
@@ -123,8 +128,9 @@ def traffic(
     }[stage]
     # Forward gathers the product below each sum, backward scatters the flow that comes back.
     messages = FLOAT_BYTES * costs.exchanged * local_batch * (m - 1) // m
+    exchanges = EXCHANGE_OPERATIONS * costs.num_exchanges * pieces
     return Traffic(
         parameters=payload * (n - 1) // n,
         messages=messages,
-        num_collectives=operations * (n > 1) + costs.num_exchanges * pieces * (m > 1),
+        num_collectives=operations * (n > 1) + exchanges * (m > 1),
     )
