@@ -102,13 +102,16 @@ class Nodes:
     def kill_actor(self, random: Random) -> str | None:
         """Kill one worker process; None when there is none."""
         nodes = self._cluster.worker_nodes
-        actors = [process for node in nodes for process in _actors(_raylet(node))]
+        actors = {p.pid: (t, p) for node in nodes for t, p in _actors(_raylet(node))}
         if not actors:
             return None
-        victim = random.choice(sorted(actors, key=lambda process: process.pid))
-        name = _title(victim).split()[0]
-        victim.kill()
-        return f"{name} {victim.pid}"
+        title, victim = actors[random.choice(sorted(actors))]
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            # It went by itself since it was looked at.
+            return None
+        return f"{title.split()[0]} {victim.pid}"
 
     def kill_raylet(self, random: Random) -> str | None:
         """Kill one node's raylet, the head's included; a new node comes a few seconds later."""
@@ -152,12 +155,14 @@ def _raylet(node: Any) -> psutil.Process | None:
     return None
 
 
-def _actors(raylet: psutil.Process | None) -> list[psutil.Process]:
+def _actors(raylet: psutil.Process | None) -> list[tuple[str, psutil.Process]]:
+    """Titles and processes of a node's workers."""
     try:
         children = raylet.children(recursive=True) if raylet is not None else []
     except psutil.NoSuchProcess:
         return []
-    return [process for process in children if _title(process).startswith(ACTOR)]
+    titled = [(_title(process), process) for process in children]
+    return [(title, process) for title, process in titled if title.startswith(ACTOR)]
 
 
 def _title(process: psutil.Process) -> str:
