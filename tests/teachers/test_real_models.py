@@ -158,7 +158,8 @@ def test_language_models_through_the_elastic_half(
     # What is before (or behind) is in the features: bytes of one token share their cluster.
     assert facts["neighbour_information_bits"]["horizontal"] > 1.5
     report = json.loads((tmp_path / "assign/report.json").read_text())
-    assert sum(report["usage"]) == facts["samples"] * length
+    # Behind the end of a document there is nothing to cluster.
+    assert sum(report["usage"]) + report["missing"] == facts["samples"] * length
     _check_what_it_sees(load_teacher(tmp_path / "teacher"), sees)
 
 
