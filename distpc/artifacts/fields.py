@@ -5,9 +5,13 @@ Fingerprints are of the values alone: calling a field otherwise redoes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+ABSENT = object()
+"""Value of a `Named` in a list that is left out there, but keeps its name, for comparisons with
+results that have it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ def plain(value: Any) -> Any:
         return plain(value.value)
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
-    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+    return [plain(part) for part in _there(value)] if isinstance(value, list | tuple) else value
 
 
 def names_in(value: Any, path: str) -> dict[str, str]:
@@ -41,9 +45,20 @@ def names_in(value: Any, path: str) -> dict[str, str]:
         for key, part in value.items():
             found |= names_in(part, f"{path}.{key}")
     elif isinstance(value, list | tuple):
-        for number, part in enumerate(value):
+        there = _there(value)
+        # Of the places behind the last, the first that is left out is told of.
+        left_out = [part for part in value if _is_absent(part)][:1]
+        for number, part in enumerate([*there, *left_out]):
             found |= names_in(part, f"{path}[{number}]")
     return found
+
+
+def _is_absent(value: Any) -> bool:
+    return isinstance(value, Named) and value.value is ABSENT
+
+
+def _there(values: Sequence[Any]) -> list[Any]:
+    return [value for value in values if not _is_absent(value)]
 
 
 def called(path: str, names: Mapping[str, str]) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from distpc.artifacts.files import PARTIAL_SUFFIX, atomic_path, is_disk_full, no_space
 from distpc.config.urls import SCHEME, require_place
@@ -233,7 +234,8 @@ def without_secrets(text: str) -> str:
     for name, value in sorted(held.items(), key=lambda pair: -len(pair[1])):
         if len(value) < _SHORTEST_SECRET:
             break
-        pattern = re.escape(value)
+        # As it is, and as it stands in a URL.
+        pattern = f"(?:{re.escape(value)}|{re.escape(quote(value, safe=''))})"
         if len(value) < _LONG_SECRET:
             pattern = rf"(?<!\w){pattern}(?!\w)"
         text = re.sub(pattern, f"<{name}>", text)

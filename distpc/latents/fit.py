@@ -145,14 +145,21 @@ def check_distinct(holders: Holders, views: Sequence[View], num_clusters: int, w
         found = np.unique(np.concatenate([found, *holders.each("distinct", items)]))
         if len(found) >= num_clusters:
             return
-    place = "" if views[0].position is None else f" of position {views[0].position}"
+    place, fix = "", ""
+    if views[0].position is not None:
+        place = f" of position {views[0].position}"
+        fix = (
+            "set latents.codebook=shared, or of text a data.source.chunk_length_tokens that more "
+            "documents reach; or "
+        )
     raise LatentError(
         f"there are fewer different features{place} than clusters",
         where=where,
         found=f"{len(found)} different feature vectors",
         expected=f"at least latents.num_clusters = {num_clusters}",
-        fix="set fewer latents.num_clusters, raise latents.max_samples, or look at the teacher:"
-        " one that gives every patch the same features has not learnt to tell them apart",
+        fix=f"{fix}set fewer latents.num_clusters, raise latents.max_samples, or look at the "
+        "teacher: one that gives all patches or tokens the same features has not learnt to tell "
+        "them apart",
     )
 
 

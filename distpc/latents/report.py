@@ -194,13 +194,14 @@ def refuse_collapse(report: LatentReport, config: LatentsConfig, where: Path) ->
         where=where,
         found=f"usage entropy {report.usage_entropy_bits:.3f} bits, {report.used} of "
         f"{len(report.usage)} clusters used, {report.dead} dead, the largest holds "
-        f"{report.largest_share:.1%} of all patches",
+        f"{report.largest_share:.1%} of all latents",
         expected=f"at least {least_bits:.3f} bits "
         f"(latents.min_usage_entropy_fraction = {config.min_usage_entropy_fraction:g} of "
         f"{report.max_entropy_bits:g}) and at most {most_dead:g} dead clusters "
         f"(latents.max_dead_fraction = {config.max_dead_fraction:g})",
-        fix="set fewer latents.num_clusters, try teacher.kind=pixels to see whether the teacher "
-        "is at fault, train the teacher longer, or lower these limits if such data are expected",
+        fix="set fewer latents.num_clusters, try a control (teacher.kind=pixels, of text onehot) "
+        "to see whether the teacher is at fault, train the teacher longer, or lower these limits "
+        "if such data are expected",
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from distpc.config import RunConfig, load_config
 from distpc.config.sources import SizesSource
 from distpc.data.shards import colored, source_spec
@@ -70,6 +72,7 @@ def plan_command(
     # Sizes alone cannot be trained on.
     if not isinstance(config.data.source, SizesSource):
         lines += _start(path, words, cluster)
+        lines += _teacher_warning(config, cluster)
     # Several machines cannot be this one.
     warning = crowded(cluster.gpus_per_host, config.parallel.threads_per_rank)
     if cluster.hosts == 1 and warning is not None:
@@ -83,7 +86,7 @@ def _pinned(config: RunConfig, overrides: Sequence[str], cluster: Cluster) -> Pi
     Raises:
         ConfigError: it names other ranks than the cluster has.
     """
-    given = {override.partition("=")[0].strip() for override in overrides}
+    given = _given(overrides)
     parallel = config.parallel
     for field, found, expected, option in (
         ("num_hosts", parallel.num_hosts, cluster.hosts, "--nodes"),
@@ -100,6 +103,17 @@ def _pinned(config: RunConfig, overrides: Sequence[str], cluster: Cluster) -> Pi
     values = parallel.node_parallel, parallel.zero_stage, config.finetune.micro_batch_size
     pairs = zip(Pinned.FIELDS.items(), values, strict=True)
     return Pinned(**{name: value for (name, field), value in pairs if field in given})
+
+
+def _given(overrides: Sequence[str]) -> set[str]:
+    """Names of the fields that the command line has, those in whole sections too."""
+    given = set()
+    for override in overrides:
+        name, _, text = override.partition("=")
+        given.add(name.strip())
+        if isinstance(value := yaml.safe_load(text), dict):
+            given |= {f"{name.strip()}.{key}" for key in value}
+    return given
 
 
 def _words(overrides: Sequence[str], cluster: Cluster, chosen: Option, pinned: Pinned) -> list[str]:
@@ -125,6 +139,17 @@ def _start(path: Path, words: Sequence[str], cluster: Cluster) -> list[str]:
         f"run        NNODES={cluster.hosts} NPROC={cluster.gpus_per_host} RDZV=HOST:29400 "
         f"launch/torchrun.sh {arguments} --out FOLDER",
         "           on each machine; HOST is the first of them, and all see FOLDER",
+    ]
+
+
+def _teacher_warning(config: RunConfig, cluster: Cluster) -> list[str]:
+    """What keeps the ranks from training the teacher, which the plan is not for."""
+    training = config.teacher.training
+    if training is None or training.batch_size >= cluster.num_ranks:
+        return []
+    return [
+        f"warning    a run is refused while teacher.{config.teacher.kind}.batch_size is "
+        f"{training.batch_size}: each of {cluster.num_ranks} ranks needs a sample; raise it"
     ]
 
 

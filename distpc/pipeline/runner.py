@@ -321,7 +321,7 @@ class Pipeline:
                 fix="choose another --out, or move the folder away",
             )
         begun = read_json(attempt)
-        if begun["fingerprint"] == wanted:
+        if begun.get("fingerprint") == wanted:
             return replace(step, state="interrupted")
         why = step.differs(begun.get("made_from"), _SINCE)
         reason = f"an unfinished attempt with another config: {why}"

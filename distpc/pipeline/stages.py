@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from distpc.artifacts import Stage
-from distpc.artifacts.fields import Named
+from distpc.artifacts.fields import ABSENT, Named
 from distpc.config import RunConfig
 from distpc.config.sources import ShardsSource, TextSource, TokenSamplesSource
 from distpc.config.teachers import PRETRAINED, TEXT_ONLY, TeacherConfig
@@ -43,10 +43,10 @@ def _teacher(config: RunConfig) -> Any:
         Named("data.patch_size_pixels", config.data.patch_size_pixels),
         _seed(config),
     ]
-    if teacher.state != "token":
-        fields.append(Named("teacher.state", teacher.state))
-    if teacher.shuffle_samples:
-        fields.append(Named("teacher.shuffle_num_samples", teacher.shuffle_num_samples))
+    state = ABSENT if teacher.state == "token" else teacher.state
+    shuffled = teacher.shuffle_num_samples if teacher.shuffle_samples else ABSENT
+    fields.append(Named("teacher.state", state))
+    fields.append(Named("teacher.shuffle_num_samples", shuffled))
     return fields
 
 
@@ -71,12 +71,13 @@ def _features(config: RunConfig) -> Any:
         Named("latents.max_samples", latents.max_samples),
         Named("teacher.extraction_mixed_precision", mixed),
     ]
-    if not latents.keep_features:
-        fitted_to = latents.fit_samples or f"of {latents.num_clusters} clusters"
-        fields.append(Named("latents.fit_samples", fitted_to))
     if _is_text(config):
         # Features of text that do not say which tokens are missing are another result.
         fields.append("missing tokens marked")
+    fitted_to = latents.fit_samples or f"of {latents.num_clusters} clusters"
+    # Last: where it stands does not move then, and differences are told by its name.
+    some = ABSENT if latents.keep_features else fitted_to
+    fields.append(Named("latents.fit_samples", some))
     return fields
 
 
@@ -136,7 +137,7 @@ def _finetune(config: RunConfig) -> Any:
     how = ("micro_batch_size", "checkpoint_every_seconds", "keep_checkpoints")
     settings = _section("finetune", config.finetune, without=how), _seed(config)
     if not config.integral.enabled:
-        return settings
+        return *settings, Named("integral", ABSENT)
     without = ("evaluate_states", "block_points")
     return *settings, _section("integral", config.integral, without=without)
 

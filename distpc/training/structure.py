@@ -182,6 +182,7 @@ def _check_chain(config: RunConfig, spec: DatasetSpec) -> None:
             where="structure.num_states",
             found=config.structure.num_states,
             expected=f"{states}: latents.num_clusters{ending}",
+            fix=f"set structure.num_states to {states}, or change latents.num_clusters",
         )
 
 

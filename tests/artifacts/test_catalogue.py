@@ -11,7 +11,7 @@ import pytest
 
 from distpc.artifacts import Artifact, fingerprint, write_json
 from distpc.artifacts.catalogue import check, difference, entries, find, publish, take
-from distpc.artifacts.fields import Named, names_in, plain
+from distpc.artifacts.fields import ABSENT, Named, names_in, plain
 from distpc.artifacts.place import Place
 from distpc.errors import ArtifactError
 
@@ -129,7 +129,6 @@ import os, signal, sys
 from pathlib import Path
 from distpc.artifacts import Artifact
 from distpc.artifacts import catalogue
-from distpc.artifacts.fields import Named, names_in, plain
 from distpc.artifacts.place import Place
 
 catalogue.THREADS = 1
@@ -185,3 +184,22 @@ def test_all_that_differs_is_named() -> None:
     assert many.startswith("latents is 1 there, 2 here; seed is 1 there")
     assert many.endswith("; 4 more differences")
     assert "..." in difference({"a": "x" * 200}, {"a": "y"}, {})
+
+
+def test_what_is_left_out_has_a_name() -> None:
+    def fields(samples: object) -> list[object]:
+        return [Named("seed", 3), Named("latents.fit_samples", samples)]
+
+    assert plain(fields(ABSENT)) == [3]
+    with_it = {"fields": plain(fields(64))}
+    for there, samples, words in (
+        (with_it, ABSENT, "64 there, absent here"),
+        ({"fields": [3]}, 64, "absent there, 64 here"),
+    ):
+        names = names_in(fields(samples), "fields")
+        here = {"fields": plain(fields(samples))}
+        assert difference(there, here, names) == f"latents.fit_samples is {words}"
+    # What is left out before another value takes no place.
+    state_and_bank = [Named("teacher.state", ABSENT), Named("teacher.bank", 5)]
+    assert plain(state_and_bank) == [5]
+    assert names_in(state_and_bank, "fields")["fields[0]"] == "teacher.bank"

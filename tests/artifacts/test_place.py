@@ -98,6 +98,8 @@ def test_secrets_are_taken_out_of_what_servers_say(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("AWS_SESSION_TOKEN", "")
     said = places.without_secrets("signed with abc/def, refused")
     assert said == "signed with <AWS_SECRET_ACCESS_KEY>, refused"
+    said = places.without_secrets("http://host/bucket?token=abc%2Fdef&list")
+    assert said == "http://host/bucket?token=<AWS_SECRET_ACCESS_KEY>&list"
 
 
 def test_short_credentials_are_no_parts_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
