@@ -160,7 +160,7 @@ def test_a_rank_that_goes_with_its_machine_is_lost(cluster: Cluster, tmp_path: P
     environment = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     try:
         placed = hosts.start(
-            [target, payload, str(tmp_path), "0", "1", "60"],
+            [target, payload, str(tmp_path), "0", "1", "60", "60"],
             {**alone(), **environment},
             tmp_path / "rank-0.log",
         )
