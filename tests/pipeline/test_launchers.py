@@ -134,6 +134,9 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         subprocess.run(
             start, env=environment(**variables), check=True, capture_output=True, timeout=300
         )
+        # It answers before it takes jobs.
+        trial = [*RAY, "job", "submit", "--", "true"]
+        wait_for(lambda: not subprocess.run(trial, env=environment(**variables)).returncode, 60)
         yield variables
     finally:
         reaper.sweep(folder)
