@@ -42,13 +42,9 @@ for attempt in $(seq 30); do
     answer=$("$VENV/bin/ray" job submit --no-wait --submission-id "$id" --address "$ADDRESS" \
         --runtime-env-json "{\"working_dir\": \"$REPO\", \"excludes\": $excludes}" \
         -- "${JOB_PYTHON:-python}" -m distpc run "${CONFIG#"$REPO/"}" "${ARGS[@]}" 2>&1) && break
-    if [[ "$answer" != *"No available agent"* || "$attempt" = 30 ]]; then
-        echo "$answer" >&2
-        exit 1
-    fi
+    [[ "$answer" == *"No available agent"* && "$attempt" != 30 ]] || { echo "$answer" >&2; exit 1; }
     sleep 2
 done
-echo "ray_job.sh: job $id"
 "$VENV/bin/ray" job logs --follow --address "$ADDRESS" "$id"
 status=$("$VENV/bin/ray" job status --address "$ADDRESS" "$id" 2>&1)
-[[ "$status" == *SUCCEEDED* || "$status" == *succeeded* ]] || { echo "$status" >&2; exit 1; }
+[[ "$status" == *succeeded* ]] || { echo "$status" >&2; exit 1; }
