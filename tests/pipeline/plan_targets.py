@@ -21,6 +21,7 @@ from distpc.structures.hclt import hclt_graph
 from distpc.structures.tree import Tree
 from distpc.training.lay_out import lay_out_
 from distpc.training.optimizer import CircuitOptimizer
+from distpc.training.rules import Smoothing, make_rule
 
 SMALL = {
     "num_variables": 4,
@@ -32,6 +33,7 @@ SMALL = {
     "reduce_bucket": 1000,
 }
 STEPS = 3
+SMOOTHING = Smoothing(1.0, 1.0, 1000)
 
 
 def measure(payload: dict[str, Any], mesh: Mesh) -> None:
@@ -60,7 +62,7 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     graph = hclt_graph(Tree.balanced(case["num_variables"]), case["num_states"])
     categories = [case["num_categories"]] * case["num_variables"]
     circuit = Circuit(graph, categories, max_fold_bytes=case["max_fold_bytes"], device="meta")
-    circuit.set_smoothing(1.0, 1.0, 1000)
+    make_rule(case.get("rule", "online_em"), circuit, SMOOTHING).resume()
     if case.get("recompute"):
         circuit.recompute_messages_()
     mesh = mesh.with_node_axis(case.get("node_axis", 1))
@@ -69,7 +71,10 @@ def _train(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     splits = lay_out_(circuit, start, mesh, zero_stage=case["zero_stage"], reduce_bucket=bucket)
     del start
     laid_out = _status("VmHWM") - idle
-    optimizer = CircuitOptimizer(circuit.parameter_groups())
+    rule = make_rule(case.get("rule", "online_em"), circuit, SMOOTHING)
+    if case["zero_stage"] > 0:
+        rule.work_on_shards()
+    optimizer = CircuitOptimizer(circuit.parameter_groups(), step_size=0.01, rule=rule)
     engine: Engine | Plain = Plain(circuit, optimizer)
     if not case.get("plain"):
         engine = Engine(

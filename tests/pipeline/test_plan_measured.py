@@ -71,7 +71,11 @@ def compare(
         local = share(case["batch"], data_axis)
         pieces = share(local, case["micro_batch"])
         planned = peak_bytes(
-            costs, layout, micro_batch=share(local, pieces), num_micro_batches=pieces
+            costs,
+            layout,
+            micro_batch=share(local, pieces),
+            num_micro_batches=pieces,
+            state_copies=2 if case.get("rule") == "adam" else 0,
         )
         peak, found = sum(planned.values()), [rank["peak_bytes"] for rank in ranks]
         sent = traffic(
@@ -131,6 +135,18 @@ def test_replicas(num_ranks: int, tmp_path: Path) -> None:
         for b, m in ((512, 512), (256, 64))
     ]
     compare(cases, num_ranks, tmp_path / "ranks")
+
+
+@pytest.mark.slow
+def test_adam_keeps_two_more_tensors(tmp_path: Path) -> None:
+    shape = {"num_variables": 144, "num_states": 256, "num_categories": 16, "rule": "adam"}
+    shape |= {"max_fold_bytes": 2**22, "reduce_bucket": 2_000_000}
+    cases = [
+        {**shape, "zero_stage": stage, "batch": b, "micro_batch": m}
+        for stage in range(4)
+        for b, m in ((512, 512), (256, 64))
+    ]
+    compare(cases, 2, tmp_path / "ranks")
 
 
 @pytest.mark.slow
