@@ -6,18 +6,15 @@ Shapes: N samples of a shard, Z latents of a sample, D feature width, K clusters
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from distpc.errors import LatentError
 from distpc.latents.codebook import Codebook, read_codebook
 from distpc.latents.encode import Encoder, EncoderSettings
-from distpc.latents.store import read_shard, shard_path, write_shard
+from distpc.latents.store import StoredShard, read_shard, shard_path, write_shard
 from distpc.parallel.stopwatch import count
 
 
@@ -50,31 +47,22 @@ class Assignment:
         codebook = read_codebook(Path(self.path), features=self.features, shape=self.shape)
         return codebook.to(self.device)
 
-    def write_latents(
-        self,
-        codebook: Codebook,
-        name: str,
-        features: Tensor,
-        present: Tensor | None,
-        keys: Sequence[str],
-        notes: dict[str, Any],
-    ) -> None:
-        """Write (N, Z) int32 latents of (N, Z, D) float16 features, of which those `present`
-        (N, Z) have one, under their samples' keys.
+    def write_latents(self, codebook: Codebook, name: str, shard: StoredShard) -> None:
+        """Write (N, Z) int32 latents of a shard of features, under their samples' keys.
 
         Raises:
             LatentError: the features have another width, or are not finite.
         """
         path = shard_path(Path(self.out), name)
-        if tuple(features.shape[1:]) != self.shape:
+        if tuple(shard.rows.shape[1:]) != self.shape:
             raise LatentError(
                 "the features have another width than the centroids",
                 where=path,
-                found=f"features of shape {tuple(features.shape)}",
+                found=f"features of shape {tuple(shard.rows.shape)}",
                 expected=f"(samples, {self.shape[0]}, {self.shape[1]})",
                 fix="run the features and fit stages again for this teacher",
             )
-        latents, distances = codebook.assign(features, present)
+        latents, distances = codebook.assign(shard.rows, shard.present)
         inertia = float(distances.double().sum())
         if not np.isfinite(inertia):
             raise LatentError("features are not finite", where=path, found=f"inertia {inertia}")
@@ -83,12 +71,12 @@ class Assignment:
             "features": self.features,
             "num_clusters": codebook.num_clusters,
             "inertia": inertia,
-            "grid": notes.get("grid"),
-            "bad": notes.get("bad", {}),
+            "grid": shard.metadata.get("grid"),
+            "bad": shard.metadata.get("bad", {}),
         }
-        if present is not None:
-            noted["missing"] = int((~present).sum())
-        write_shard(path, "latents", latents, keys, noted)
+        if shard.present is not None:
+            noted["missing"] = int((~shard.present).sum())
+        write_shard(path, "latents", latents, shard.keys, noted)
 
 
 class Assigner:
@@ -108,9 +96,7 @@ class Assigner:
         """Write the latents of shard `name`."""
         path = shard_path(self._features, name)
         shard = read_shard(path, "features", fingerprint=self._assignment.features)
-        self._assignment.write_latents(
-            self._codebook, name, shard.rows, shard.present, shard.keys, shard.metadata
-        )
+        self._assignment.write_latents(self._codebook, name, shard)
         count(samples=len(shard.keys), shards=1)
 
 
@@ -126,13 +112,6 @@ class FusedAssigner(Encoder):
         self._assignment = assignment
         self._codebook = assignment.read()
 
-    def write(
-        self,
-        name: str,
-        features: Tensor,
-        present: Tensor | None,
-        keys: Sequence[str],
-        notes: dict[str, Any],
-    ) -> None:
+    def write(self, name: str, shard: StoredShard) -> None:
         """A latent shard."""
-        self._assignment.write_latents(self._codebook, name, features, present, keys, notes)
+        self._assignment.write_latents(self._codebook, name, shard)

@@ -23,6 +23,7 @@ from distpc.artifacts.cache import Cache, use
 from distpc.data.index import ShardEntry, ShardIndex
 from distpc.data.reader import read_shard
 from distpc.errors import ResourceError
+from distpc.latents.store import StoredShard, shard_path
 from distpc.parallel.stopwatch import count, holding
 from distpc.teachers import load_teacher
 
@@ -106,22 +107,13 @@ class Encoder(ABC):
         self._encoding = threading.Lock()
 
     @abstractmethod
-    def write(
-        self,
-        name: str,
-        features: Tensor,
-        present: Tensor | None,
-        keys: Sequence[str],
-        notes: dict[str, Any],
-    ) -> None:
+    def write(self, name: str, shard: StoredShard) -> None:
         """Keep what is wanted of a shard's features, whole or not at all.
 
         Args:
             name: of the shard.
-            features: (N, Z, D) float16, finite.
-            present: (N, Z) bool, which of them there are; None where all are.
-            keys: of the N samples.
-            notes: JSON values that go with the shard.
+            shard: finite float16 features (N, Z, D), not stored yet; `path` is the file for what
+                is made of them.
         """
 
     def __call__(self, task: ShardTask) -> ShardNote:
@@ -140,7 +132,8 @@ class Encoder(ABC):
         if allowed and keys:
             present = self._teacher.present(torch.from_numpy(shard.x[rows]))
             notes = self._notes(features, present, bad)
-            self.write(shard.name, features, present, keys, notes)
+            path = shard_path(self._out, shard.name)
+            self.write(shard.name, StoredShard(path, features, keys, notes, present))
         count(samples=len(keys), shards=1)
         return ShardNote(shard.name, len(keys), bad, allowed and bool(keys))
 

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from distpc.artifacts.manifest import Artifact
 from distpc.artifacts.stage import StageContext
 from distpc.config import RunConfig
@@ -22,7 +20,14 @@ from distpc.data.patches import PatchGrid
 from distpc.errors import LatentError
 from distpc.latents.encode import Encoder, EncoderSettings
 from distpc.latents.shard_work import BAD_SAMPLES, BadSamples, encode_shards, refuse_bad
-from distpc.latents.store import SUFFIX, read_shard, read_tensors, shard_path, write_shard
+from distpc.latents.store import (
+    SUFFIX,
+    StoredShard,
+    read_shard,
+    read_tensors,
+    shard_path,
+    write_shard,
+)
 
 WORKER = "distpc.latents.extract:Extractor"
 SPLIT = "train"
@@ -34,16 +39,9 @@ cluster's spread."""
 class Extractor(Encoder):
     """Ray worker: keeps features, (N, Z, D) float16 under the samples' keys."""
 
-    def write(
-        self,
-        name: str,
-        features: Tensor,
-        present: Tensor | None,
-        keys: Sequence[str],
-        notes: dict[str, Any],
-    ) -> None:
+    def write(self, name: str, shard: StoredShard) -> None:
         """A feature shard."""
-        write_shard(shard_path(self._out, name), "features", features, keys, notes, present)
+        write_shard(shard.path, "features", shard.rows, shard.keys, shard.metadata, shard.present)
 
 
 def run(ctx: StageContext) -> None:
