@@ -307,6 +307,8 @@ class EvaluateConfig(Section):
     """Samples evaluated at once."""
     num_pictures: int = Field(default=36, ge=1)
     """Samples and completions in the picture grids."""
+    max_train_samples: int = Field(default=100_000, ge=1)
+    """Training samples evaluated at the end, the first ones; valid and test always count whole."""
 
 
 class ParallelConfig(Section):

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
-MAX_TRAIN_SAMPLES = 100_000
-"""Training samples evaluated at the end: enough for an error below a thousandth of a bit."""
 COMPLETIONS = 4
 COMPLETION_MASKS = ("right", "bottom", "centre")
 
@@ -41,7 +39,7 @@ def run(ctx: StageContext) -> None:
     """Evaluate the fine-tuned model: evaluation.json, and pictures or a file of samples.
 
     Every sample of valid and test is evaluated exactly once, of train at most
-    MAX_TRAIN_SAMPLES (the number stands in the result). Images get samples.png and
+    evaluate.max_train_samples (the number stands in the result). Images get samples.png and
     completions.png, text samples.txt, arrays samples.csv. The figures also go to TensorBoard and
     into the stage's metadata.
     """
@@ -54,7 +52,7 @@ def run(ctx: StageContext) -> None:
             index,
             split,
             batch_size=batch_size,
-            limit=MAX_TRAIN_SAMPLES if split == "train" else None,
+            limit=ctx.config.evaluate.max_train_samples if split == "train" else None,
         )
         for split in SPLITS
         if index.num_samples(split)

@@ -143,7 +143,7 @@ def _finetune(config: RunConfig) -> Any:
 
 
 def _evaluate(config: RunConfig) -> Any:
-    figures = Named("evaluate.num_pictures", config.evaluate.num_pictures), _seed(config)
+    figures = _section("evaluate", config.evaluate, without=("batch_size",)), _seed(config)
     if not config.integral.enabled:
         return figures
     return *figures, Named("integral.evaluate_states", config.integral.evaluate_states)

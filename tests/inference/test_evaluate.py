@@ -53,9 +53,10 @@ def test_every_split_is_counted_whole(digits_run, evaluation):
     assert 1.5 < evaluation["test_bpd"] < 2.5
 
 
-def test_train_may_be_a_stated_number_of_samples(digits_run, digits_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_TRAIN_SAMPLES", 150)
-    ctx = context(digits_run, digits_config, "evaluate", "shards", "index", "finetune")
+def test_train_may_be_a_stated_number_of_samples(digits_run, digits_config, tmp_path):
+    few = digits_config.evaluate.model_copy(update={"max_train_samples": 150})
+    config = digits_config.model_copy(update={"evaluate": few})
+    ctx = context(digits_run, config, "evaluate", "shards", "index", "finetune")
     ctx.out = tmp_path
     ctx.tensorboard = tmp_path / "tb"
     evaluate.run(ctx)

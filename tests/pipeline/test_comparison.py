@@ -1,6 +1,7 @@
 """`distpc compare`: which runs it plans, what it refuses, what it reports, and a whole one."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -137,10 +138,11 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     """EM and distillation on digits, then the same command again: nothing is run twice."""
     variants = "compare.variants={em: " + EM + ", pixels: {}}"
     overrides = [variants, "compare.seeds=[0]", "compare.sizes=[4, 8]", "finetune.num_epochs=3",
-                 "evaluate.num_pictures=4"]  # fmt: skip
+                 "evaluate.num_pictures=4", "compare.num_parallel=2"]  # fmt: skip
     command = [sys.executable, "-m", "distpc", "compare", str(CONFIG), *overrides]
     command += ["--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    environment = {name: of for name, of in os.environ.items() if name != "OMP_NUM_THREADS"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
     rows = report["variants"]
@@ -160,6 +162,10 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 100
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*/report.json")}
     assert len(made) == 4
+    # Jobs side by side share the cores.
+    cores = len(os.sched_getaffinity(0))
+    for log in tmp_path.glob("runs/*/*/*/log.txt"):
+        assert f"[distpc] {max(1, cores // 2)} threads in the job" in log.read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr[-4000:]
     assert {path: path.stat().st_mtime_ns for path in made} == made

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from distpc.config import load_config
 from distpc.errors import DistpcError
 from distpc.parallel.processes import die_with_parent
@@ -20,6 +22,7 @@ def main(arguments: list[str]) -> int:
     """Exit status: 0, or 2 for an error that the user can mend, which is the last line."""
     die_with_parent(os.getppid())
     config, out, *until = arguments
+    print(f"[distpc] {torch.get_num_threads()} threads in the job's own process", flush=True)
     pipeline = Pipeline(load_config(Path(config)), Path(out))
     try:
         if until:

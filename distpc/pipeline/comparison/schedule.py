@@ -101,8 +101,15 @@ class Scheduler:
         parallel = jobs[0].run.config.parallel
         with Cluster.connect(parallel) as cluster, Progress(label, len(jobs), "runs") as progress:
             count = self._num_parallel or cluster.num_runs(parallel)
-            environment = {**os.environ, **cluster.environment(), "PYTHONPATH": python_path()}
-            with ThreadPoolExecutor(max_workers=max(1, count)) as pool:
+            environment = {
+                # Stages that are no training run in the job itself: with a thread a core in each
+                # of several jobs, threads would spin for cores that others have.
+                "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
+                **os.environ,
+                **cluster.environment(),
+                "PYTHONPATH": python_path(),
+            }
+            with ThreadPoolExecutor(max_workers=count) as pool:
                 waiting = {pool.submit(_run, job, environment, cluster.is_own): job for job in jobs}
                 try:
                     for done in _as_done(waiting):
