@@ -113,7 +113,9 @@ def summarize(report: dict[str, Any], folder: Path) -> str:
     """The closing lines of a run."""
     shown = ("_bpd", "_bpc", "_bpt", "_documents", "perplexity")
     figures = {key: value for key, value in report.items() if key.endswith(shown)}
-    lines = [f"{key:<12} {value:.4f}" for key, value in sorted(figures.items()) if value]
+    caveat = report["dataset"]["caveat"]
+    beside = f"  {caveat}" if caveat else ""
+    lines = [f"{key:<12} {value:.4f}{beside}" for key, value in sorted(figures.items()) if value]
     latents = report.get("latents")
     if latents:
         lines.append(f"latents      {json.dumps(latents)}")

@@ -103,8 +103,14 @@ def rows_of(runs: Sequence[Run], facts: Sequence[dict[str, Any]], batch: int) ->
     return rows
 
 
-def table_text(rows: Mapping[str, Mapping[str, Any]], unit: str) -> str:
-    """The rows as a Markdown table, the best first within each size."""
+def table_text(rows: Mapping[str, Mapping[str, Any]], unit: str, caveat: str = "") -> str:
+    """The rows as a Markdown table, the best first within each size.
+
+    Args:
+        rows: of `rows_of`.
+        unit: of the figures.
+        caveat: of the data, see `DatasetSpec`; it stands below the table.
+    """
     titles = ["variant", f"test {unit}", "spread", f"valid {unit}", "parameters", "visits",
               "distilled on", "dead states", "training s"]  # fmt: skip
     own = f"teacher_valid_{unit}"
@@ -126,7 +132,8 @@ def table_text(rows: Mapping[str, Mapping[str, Any]], unit: str) -> str:
         " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     ]
-    return "\n".join(f"| {line} |" for line in padded) + "\n"
+    below = [f"\nAll figures are {caveat}."] if caveat else []
+    return "\n".join([*(f"| {line} |" for line in padded), *below]) + "\n"
 
 
 def _name(variant: str, size: int | None) -> str:
