@@ -33,7 +33,7 @@ def describe(pipeline: Pipeline, builds: Collection[str] | None = None) -> str:
     from distpc.data.shards import source_spec
 
     config = pipeline.config
-    spec = source_spec(config.data)
+    spec = source_spec(config)
     data = f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables"
     circuit = [] if set(OF_CIRCUIT).isdisjoint(builds) else _circuit(config, spec)
     lines = [dump_config(config).rstrip(), "", data, *circuit, "", "stages:"]
