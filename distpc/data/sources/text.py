@@ -154,7 +154,8 @@ def _tokenised(
     """The tokenizer, the documents' tokens, and the token that ends them.
 
     Tokenizers are trained on the documents `learnt`; the characters of a vocabulary are all that
-    occur, since there is no token for one that does not. Kept, because a run opens its source several times.
+    occur, since there is no token for one that does not. Kept, because a run opens its source
+    several times.
     """
     # Not `read_text`, which would turn \r\n into \n.
     texts = [(root / name).read_bytes().decode("utf-8") for name, _, _ in checksums]
