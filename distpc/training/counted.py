@@ -128,10 +128,10 @@ def table_parts(
     sizes: dict[str, int] = {}
     for index, name in table_names(graph).items():
         region = graph.regions[index]
-        width = graph.fan_in(index)
-        if region.kind == "input":
-            assert region.variable is not None
+        if region.variable is not None:
             width = num_categories[region.variable] or 0
+        else:
+            width = graph.fan_in(index)
         sizes[name] = 8 * region.num_units * width
     parts: list[tuple[list[str], int]] = [([], 0)]
     for name, size in sizes.items():
