@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,6 @@ def clustering(
     config: LatentsConfig,
     seed: int,
     position: int | None = None,
-    **hooks: Callable[..., None],
 ) -> Lloyd:
     """The clustering of `views`, all of one position or of all.
 
@@ -95,11 +94,10 @@ def clustering(
         config: of the clustering.
         seed: of the run.
         position: theirs in a sample, by whatever number the views call it; None for all.
-        hooks: `keep` and `log` of `Lloyd`.
     """
     sizes = [fact.size(position) for fact in facts]
     bits = grid_bits(sum(sizes), max(fact.largest for fact in facts))
-    return Lloyd(holders, views, sizes, bits, config, seed + (position or 0), **hooks)
+    return Lloyd(holders, views, sizes, bits, config, seed + (position or 0))
 
 
 def checkpoint(out: Path, position: int) -> Path:

@@ -9,11 +9,12 @@ import torch
 from distpc.config.schema import LatentsConfig
 from distpc.errors import LatentError
 from distpc.latents.holder import Draw, FeatureHolder, ShardFacts, View
-from distpc.latents.positions import blocks, clustering, num_positions
+from distpc.latents.positions import PositionFitter, blocks, checkpoint, clustering, num_positions
 from distpc.latents.questions import Holders
 from distpc.latents.state import FitState
 
 from .jobs import local_holders, local_job, write_features
+from .stages import Run
 
 CONFIG = LatentsConfig(num_clusters=6, num_rounds=8)
 
@@ -79,3 +80,25 @@ def test_positions_have_features(tmp_path):
     assert "position 1" in caught.value.found
     with pytest.raises(LatentError, match="different numbers of positions"):
         num_positions([*facts, ShardFacts(5, np.array([5]), np.zeros(1), 1.0, 1.0)], tmp_path)
+
+
+def test_finished_positions_are_kept(tmp_path, points):
+    run = Run(tmp_path, latents={"num_clusters": 6, "codebook": "per_position"})
+    ctx = run.context("fit")
+    holder = {"folder": str(tmp_path), "fingerprint": "f", "device": "cpu"}
+    facts = [FeatureHolder(**holder).describe(name) for name in points]
+    work = ctx.to_json(), holder, facts, points
+    PositionFitter(*work)((0, 2))
+    files = [checkpoint(ctx.out, position) for position in (0, 1)]
+    states = [FitState.load(file, ctx.fingerprint) for file in files]
+    files[0].unlink()
+    before = files[1].stat().st_mtime_ns
+    PositionFitter(*work)((0, 2))
+    assert files[1].stat().st_mtime_ns == before
+    for file, state in zip(files, states, strict=True):
+        assert torch.equal(FitState.load(file, ctx.fingerprint).best, state.best)
+    # Those of other settings are not.
+    files[1].write_bytes(files[0].read_bytes())
+    ctx.fingerprint = "another"
+    PositionFitter(ctx.to_json(), *work[1:])((1, 2))
+    assert torch.equal(FitState.load(files[1], "another").best, states[1].best)
