@@ -81,6 +81,12 @@ def test_a_run_and_a_table_are_added(copy: Path) -> None:
     page = (copy / "docs" / "results.md").read_text()
     assert "| 1,234 | 2.5000 | 2.2500 |" in page and "4 s; commit" in page
     assert "| 32 | 1.25 |" in page
+    assert "All figures" not in page
+    report["dataset"]["caveat"] = "of lossy colours"
+    (copy / "run" / "report.json").write_text(json.dumps(report))
+    store.add(copy, "new", copy / "run", title="a new one", command="distpc run x.yaml")
+    render.write(copy)
+    assert "All figures are of lossy colours." in (copy / "docs" / "results.md").read_text()
 
 
 @pytest.mark.slow

@@ -241,9 +241,12 @@ class Circuit(nn.Module):
         number, table = self._tables[region]
         return self.bank_list[number], table
 
-    def uses(self) -> list[Tensor]:
-        """For each region (num_units,): how often a sample is expected to use each unit."""
-        return queries.uses(self)
+    def uses(self, *, smoothed: bool = True) -> list[Tensor]:
+        """For each region (num_units,): how often a sample is expected to use each unit.
+
+        Without smoothing: as far as data, and not pseudocounts, say so.
+        """
+        return queries.uses(self, smoothed=smoothed)
 
     @torch.no_grad()
     def rescale_to_uses_(self) -> None:
@@ -286,15 +289,6 @@ class Circuit(nn.Module):
                 bits = -torch.special.xlogy(weights, weights).sum(-1) / torch.log(torch.tensor(2.0))
                 entropies[name] = float(bits.mean())
         return entropies
-
-    def dead_states(self, threshold: float = 1e-4) -> int:
-        """How many states (units of latent regions, or else of all products) a sample is expected
-        to use less than `threshold` times."""
-        regions = self.graph.regions
-        states = [i for i, region in enumerate(regions) if region.latent is not None]
-        states = states or [i for i, region in enumerate(regions) if region.kind == "product"]
-        uses = self.uses()
-        return sum(int((uses[index] < threshold).sum()) for index in states)
 
     def log_prob(
         self,

@@ -240,7 +240,7 @@ def read_description(path: Path, tensors: str = TENSORS) -> dict[str, Any]:
             where=path,
             found="no such file" if isinstance(error, FileNotFoundError) else error,
             expected=f"a folder with {path.name} and {tensors}",
-            fix="name a model folder, such as runs/digits/model",
+            fix="name a model folder, such as runs/digits/model; `distpc run CONFIG` writes it",
         ) from error
     except ValueError as error:
         raise ModelFileError(

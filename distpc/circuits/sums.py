@@ -134,7 +134,10 @@ class SumBank(Bank):
     @property
     def floor(self) -> float | Masked:
         """What the read-out adds to statistics."""
-        return self.smoothing if self.mask is None else Masked(self.smoothing, self.mask)
+        return self._floor(self.smoothing)
+
+    def _floor(self, smoothing: float, place: Any = ...) -> float | Masked:
+        return smoothing if self.mask is None else Masked(smoothing, self.mask[place])
 
     def forward(self, u: Tensor, in_logs: bool = False) -> tuple[Tensor, Tensor | None]:
         """(E, B, K) -> (E, B, K'); consecutive rows share a matrix where E > T.
@@ -150,11 +153,17 @@ class SumBank(Bank):
         """theta, shape (T, K', fan_in)."""
         return read_out(self.statistics.detach().to(dtype), self.floor)
 
-    def weight_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, range, Tensor]]:
-        """(table, units, theta (n, fan-in)) of all units, few enough at once to bound memory."""
+    def weight_blocks(
+        self, dtype: torch.dtype, *, smoothed: bool = True
+    ) -> Iterator[tuple[int, range, Tensor]]:
+        """(table, units, theta (n, fan-in)) of all units, few enough at once to bound memory.
+
+        Without smoothing they say what the data alone gave.
+        """
         num_tables, num_units, fan_in = self.statistics.shape
+        smoothing = self.smoothing if smoothed else 0.0
         if self.statistics.numel() <= _ENTRIES_AT_ONCE:
-            weights = self.weights(dtype)
+            weights = read_out(self.statistics.detach().to(dtype), self._floor(smoothing))
             yield from ((table, range(num_units), weights[table]) for table in range(num_tables))
             return
         size = max(1, _ENTRIES_AT_ONCE // fan_in)
@@ -162,9 +171,7 @@ class SumBank(Bank):
             for first in range(0, num_units, size):
                 units = range(first, min(first + size, num_units))
                 place = table, slice(units.start, units.stop)
-                floor: float | Masked = self.smoothing
-                if self.mask is not None:
-                    floor = Masked(self.smoothing, self.mask[place])
+                floor = self._floor(smoothing, place)
                 yield table, units, read_out(self.statistics.detach()[place].to(dtype), floor)
 
     def smallest_weights(self) -> Tensor:
@@ -177,7 +184,7 @@ class SumBank(Bank):
 
     def weights_of(self, table: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """theta (K', fan-in)."""
-        floor = self.smoothing if self.mask is None else Masked(self.smoothing, self.mask[table])
+        floor = self._floor(self.smoothing, table)
         return read_out(self.statistics.detach()[table].to(dtype), floor)
 
     def totals(self, values: Tensor) -> Tensor:

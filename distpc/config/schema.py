@@ -280,8 +280,9 @@ class FinetuneConfig(Section):
     reseed_every_epochs: float = Field(default=0.0, ge=0)
     """How often dead states are started again from parts of the most used ones; 0: never. Not in
     the last fifth of the training, which new states need to settle."""
-    reseed_below: float = Field(default=1e-4, gt=0)
-    """Uses a sample, over all positions, below which a state is dead."""
+    reseed_below: float = Field(default=0.05, gt=0)
+    """Share of an even use below which a state is dead: of K values that data use alike, each has a
+    K-th of the uses. What smoothing alone gives a state does not count."""
     evaluate_every_epochs: float = Field(default=1.0, gt=0)
     """How often the validation split is evaluated and a checkpoint may become the best one."""
     checkpoint_every_seconds: float = Field(default=60.0, ge=0)

@@ -68,7 +68,8 @@ class TokenizerConfig(Section):
 
     kind: Literal["bytes", "characters", "bpe", "folder"] = "bytes"
     """`bytes`: of UTF-8; `characters`: those that occur in the source; `bpe`: byte-pair encoding of
-    bytes, trained on the source; `folder`: a tokenizer.json that was made elsewhere."""
+    bytes, trained on the training split's documents; `folder`: a tokenizer.json that was made
+    elsewhere."""
     vocabulary_size: int = Field(default=8192, ge=257)
     """Tokens of a trained byte-pair encoding (kind bpe)."""
     folder: str | None = None

@@ -50,7 +50,7 @@ def run(ctx: StageContext) -> None:
     if isinstance(data.source, ShardsSource):
         existing.take_over(ctx, data.source)
         return
-    source = open_source(data.source, ctx.out)
+    source = open_split(ctx.config, ctx.out)
     try:
         spec = colored(source.spec, data.color)
         seed = ctx.config.split_seed
@@ -87,7 +87,7 @@ def source_identity(config: RunConfig, folder: Path) -> dict[str, Any]:
         if isinstance(config.data.source, TextSource):
             return text_identity(config.data.source)
         with tempfile.TemporaryDirectory() as scratch:
-            source = open_source(config.data.source, Path(scratch))
+            source = open_split(config, Path(scratch))
             try:
                 return source.identity()
             finally:
@@ -99,20 +99,38 @@ def source_identity(config: RunConfig, folder: Path) -> dict[str, Any]:
         return shards.metadata["identity"]
 
 
-def source_spec(data: DataConfig) -> DatasetSpec:
-    """What the shards of this source will hold, without writing any.
+def source_spec(config: RunConfig) -> DatasetSpec:
+    """What the shards of this run's source will hold, without writing any.
 
     Raises:
         ConfigError, DataError: as `run`, as far as opening the source shows it.
     """
+    data = config.data
     if isinstance(data.source, ShardsSource):
         return existing.load_spec(data.source, data.color)
     with tempfile.TemporaryDirectory() as scratch:
-        source = open_source(data.source, Path(scratch))
+        source = open_split(config, Path(scratch))
         try:
             return colored(source.spec, data.color)
         finally:
             source.close()
+
+
+def open_split(config: RunConfig, scratch: Path) -> Source:
+    """The source, which learns what it has to learn (a tokenizer) from the training split alone.
+
+    Args:
+        config: of the run.
+        scratch: folder on whose disk compressed archives may be unpacked while they are read.
+
+    Raises:
+        DataError: it is missing, or not what its kind promises.
+    """
+
+    def training(num_groups: int) -> np.ndarray:
+        return _deal(num_groups, config.data, config.split_seed, "documents")["train"]
+
+    return open_source(config.data.source, scratch, training)
 
 
 def colored(spec: DatasetSpec, color: str) -> DatasetSpec:
@@ -162,15 +180,25 @@ def split_positions(source: Source, data: DataConfig, seed: int) -> dict[str, np
     num_own = source.num_samples - published
     groups = np.arange(num_own) if source.groups is None else source.groups
     num_groups = int(groups.max()) + 1 if num_own else 0
-    counts = _split_counts(num_groups, data, source.group_name)
-    order = seeded_permutation(num_groups, seed)
-    positions, first = {}, 0
-    for split, count in counts.items():
-        positions[split] = _members(groups, order[first : first + count])
-        first += count
+    dealt = _deal(num_groups, data, seed, source.group_name)
+    positions = {split: _members(groups, chosen) for split, chosen in dealt.items()}
     if published:
         positions["test"] = np.arange(num_own, source.num_samples)
     return positions
+
+
+def _deal(num_groups: int, data: DataConfig, seed: int, name: str) -> dict[str, np.ndarray]:
+    """The groups of every split, in a seeded order.
+
+    Raises:
+        DataError: a split would get nothing.
+    """
+    order = seeded_permutation(num_groups, seed)
+    dealt, first = {}, 0
+    for split, count in _split_counts(num_groups, data, name).items():
+        dealt[split] = order[first : first + count]
+        first += count
+    return dealt
 
 
 def _split_counts(num_groups: int, data: DataConfig, name: str) -> dict[str, int]:

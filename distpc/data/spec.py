@@ -58,6 +58,16 @@ class DatasetSpec:
         return "bpt" if self.tokens == "tokens" else "bpc"
 
     @property
+    def caveat(self) -> str:
+        """What has to stand beside every figure of these data; empty where nothing has to.
+
+        Lossy YCoCg gives several colours one value: fewer bits are needed than for the pictures.
+        """
+        if self.color == "ycocg_lossy":
+            return "of lossy colours (YCoCg, rounded): not comparable with figures of RGB"
+        return ""
+
+    @property
     def counted(self) -> Literal["characters", "values"]:
         """What a likelihood is divided by: characters of UTF-8 bytes, else the values there are."""
         is_bytes = self.kind == "text" and self.tokens == "bytes"

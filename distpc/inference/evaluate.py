@@ -61,6 +61,7 @@ def run(ctx: StageContext) -> None:
         "format_version": FORMAT_VERSION,
         "dataset": spec.name,
         "unit": spec.unit,
+        "caveat": spec.caveat,
         "num_parameters": circuit.num_parameters,
         **_headline(figures, spec),
         "splits": {split: value.to_json() for split, value in figures.items()},
@@ -75,6 +76,8 @@ def run(ctx: StageContext) -> None:
         for split, value in figures.items():
             writer.add_scalar(f"evaluate/{split}_{spec.unit}", value.bits, 0)
             writer.add_scalar(f"evaluate/{split}_non_finite", value.num_non_finite, 0)
+        if spec.caveat:
+            writer.add_text("evaluate/caveat", f"All figures are {spec.caveat}.", 0)
         _show(ctx, circuit, spec, index, writer)
     write_json(ctx.out / "evaluation.json", result)
     ctx.metadata.update(result, peak_memory_bytes=peak_memory_bytes())

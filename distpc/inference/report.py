@@ -120,6 +120,7 @@ def _dataset(spec: DatasetSpec, evaluation: Mapping[str, Any]) -> dict[str, Any]
         "num_variables": spec.num_variables,
         "image_shape": spec.image_shape,
         "color": spec.color,
+        "caveat": spec.caveat,
         "has_missing": spec.has_missing,
         "num_samples": {name: split["num_samples_in_split"] for name, split in splits.items()},
     }

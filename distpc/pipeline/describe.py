@@ -33,7 +33,7 @@ def describe(pipeline: Pipeline, builds: Collection[str] | None = None) -> str:
     from distpc.data.shards import source_spec
 
     config = pipeline.config
-    spec = source_spec(config.data)
+    spec = source_spec(config)
     data = f"data: {spec.name}, {spec.kind}, {spec.num_variables} variables"
     circuit = [] if set(OF_CIRCUIT).isdisjoint(builds) else _circuit(config, spec)
     lines = [dump_config(config).rstrip(), "", data, *circuit, "", "stages:"]
@@ -113,7 +113,9 @@ def summarize(report: dict[str, Any], folder: Path) -> str:
     """The closing lines of a run."""
     shown = ("_bpd", "_bpc", "_bpt", "_documents", "perplexity")
     figures = {key: value for key, value in report.items() if key.endswith(shown)}
-    lines = [f"{key:<12} {value:.4f}" for key, value in sorted(figures.items()) if value]
+    caveat = report["dataset"]["caveat"]
+    beside = f"  {caveat}" if caveat else ""
+    lines = [f"{key:<12} {value:.4f}{beside}" for key, value in sorted(figures.items()) if value]
     latents = report.get("latents")
     if latents:
         lines.append(f"latents      {json.dumps(latents)}")

@@ -175,7 +175,7 @@ def planned_spec(config: RunConfig) -> DatasetSpec:
     """The shape of a config's samples; a source of kind sizes states it without any data."""
     source = config.data.source
     if not isinstance(source, SizesSource):
-        return source_spec(config.data)
+        return source_spec(config)
     count = source.num_variables
     shape = source.image_shape
     if shape is not None:

@@ -14,8 +14,7 @@ from distpc.config.sources import ShardsSource
 from distpc.config.teachers import PRETRAINED
 from distpc.data import existing
 from distpc.data.patches import PatchGrid
-from distpc.data.shards import colored, source_spec, split_positions
-from distpc.data.sources import open_source
+from distpc.data.shards import colored, open_split, source_spec, split_positions
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ConfigError, DataError
 from distpc.parallel.cluster import Cluster, check_machine
@@ -117,9 +116,9 @@ def _read(shards: Artifact) -> tuple[DatasetSpec, int | None]:
 def _open(config: RunConfig) -> tuple[DatasetSpec, int | None]:
     """The data set's spec and the size of its training split, where it is known."""
     if isinstance(config.data.source, ShardsSource):
-        return source_spec(config.data), existing.num_samples(config.data.source).get("train")
+        return source_spec(config), existing.num_samples(config.data.source).get("train")
     with tempfile.TemporaryDirectory() as scratch:
-        source = open_source(config.data.source, Path(scratch))
+        source = open_split(config, Path(scratch))
         try:
             spec = colored(source.spec, config.data.color)
             return spec, len(split_positions(source, config.data, config.split_seed)["train"])

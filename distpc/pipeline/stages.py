@@ -134,7 +134,8 @@ def _distill(config: RunConfig) -> Any:
 
 
 def _finetune(config: RunConfig) -> Any:
-    how = ("micro_batch_size", "checkpoint_every_seconds", "keep_checkpoints")
+    how: tuple[str, ...] = ("micro_batch_size", "checkpoint_every_seconds", "keep_checkpoints")
+    how += () if config.finetune.reseed_every_epochs else ("reseed_below",)
     settings = _section("finetune", config.finetune, without=how), _seed(config)
     if not config.integral.enabled:
         return *settings, Named("integral", ABSENT)

@@ -43,7 +43,8 @@ def model_folder(config: PretrainedConfig) -> Path:
             where=folder,
             found=f"no {needed}" if folder.is_dir() else "no such folder",
             expected=f"a folder with {needed}",
-            fix="correct teacher.pretrained.folder, a folder that save_pretrained wrote",
+            fix="correct teacher.pretrained.folder, a folder that save_pretrained wrote, or fetch "
+            "a public model: python tools/get_models.py NAME",
         )
     return folder
 

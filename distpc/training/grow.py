@@ -63,7 +63,7 @@ def grow_and_prune(
         loops: how often.
         fraction: of the edges to prune in each loop; 0 only grows.
         noise, cross: see `transforms.grow`.
-        reseed: start states again that data uses less often a sample than that; 0: none.
+        reseed: start states again that data use less than this share of an even use; 0: none.
         max_parameters: no loop starts whose circuit would have more statistics than that.
         valid: (N', V) samples to choose epochs and the best loop by.
         seed: of noise and of the order of samples.
@@ -97,7 +97,7 @@ def grow_and_prune(
         if reseed > 0:
             flows = aggregate_flows(smaller, x)
             smaller = reseed_states(
-                smaller, threshold=reseed, flows=flows, noise=noise, seed=seed + loop
+                smaller, below=reseed, flows=flows, noise=noise, seed=seed + loop
             ).circuit
         grown = grow(smaller, noise=noise, cross=cross, seed=seed + loop)
         if max_parameters is not None and grown.num_parameters > max_parameters:

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from distpc.circuits.circuit import Circuit
+from distpc.circuits.transforms import count_dead
 from distpc.data.pictures import to_display, to_grid
 from distpc.data.spec import DatasetSpec
 from distpc.errors import ResourceError
 from distpc.parallel.event_files import Curves
 
-DEAD_STATE_THRESHOLD = 1e-4
-"""Uses per sample below which a state counts as dead."""
 NUM_SAMPLES = 36
 NUM_COMPLETED_IMAGES = 6
 COMPLETIONS_PER_IMAGE = 4
@@ -58,7 +57,7 @@ class Monitor(Curves):
         """
         if not self.enabled:
             return {}
-        figures = {"latents/dead_states": float(circuit.dead_states(DEAD_STATE_THRESHOLD))}
+        figures = {"latents/dead_states": float(count_dead(circuit).number)}
         for name, bits in circuit.entropy_of_weights().items():
             figures[f"sum_weight_entropy_bits/{name}"] = float(bits)
         usage = latent_usage(circuit)

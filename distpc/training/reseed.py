@@ -21,14 +21,14 @@ def reseed_dead(engine: Engine, whole: Circuit, below: float, *, seed: int) -> i
         engine: of the training.
         whole: on rank 0 a circuit that can hold whole parameters; the engine's own under ZeRO 0 to
             2 without a node axis.
-        below: uses a sample, by the circuit's own statistics, under which a state is dead.
+        below: share of an even use, by the statistics, under which a state is dead.
         seed: of the noise that tells a state from the one that it is a part of.
     """
     state, number = engine.full_state(), 0
     if engine.mesh.is_main:
         if whole is not engine.module:
             whole.load_state_dict(state, assign=True)
-        found = reseed_states(whole, threshold=below, seed=seed)
+        found = reseed_states(whole, below=below, seed=seed)
         state, number = found.circuit.state_dict(), found.number
     number = broadcast_object(number, engine.mesh)
     if number:

@@ -392,11 +392,12 @@ class Trainer:
             health = parts.monitor.health(facts.step, circuit)
             dead = f"dead states {int(health.get('latents/dead_states', 0))}  "
             parts.monitor.pictures(facts.step, circuit, examples, force=last)
+        caveat = f"{self.spec.caveat}  " if self.spec.caveat else ""
         train = "" if facts.train_bits is None else f"train {facts.train_bits:.4f}  "
         progress.say(
             f"finetune: step {facts.step}  epoch {facts.valid['epoch']:.2f}  {train}"
             f"valid {facts.valid['bits']:.4f} {unit}  best {facts.best['bits']:.4f} "
-            f"(step {int(facts.best['step'])})  {dead}"
+            f"(step {int(facts.best['step'])})  {caveat}{dead}"
             f"{self._samples_per_second():.0f} samples/s"
         )
 

@@ -56,7 +56,7 @@ def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("no model")
     with pytest.raises(ModelFileError, match="not a model folder") as caught:
         load_model(tmp_path / "file.txt")
-    assert "file.txt" in str(caught.value)
+    assert "file.txt" in str(caught.value) and "distpc run CONFIG" in str(caught.value)
     (tmp_path / "circuit.json").mkdir()
     with pytest.raises(ModelFileError, match="not a model folder"):
         load_model(tmp_path)

@@ -13,7 +13,9 @@ from distpc.circuits.circuit import Circuit
 from distpc.circuits.exact import enumerate_worlds, log_prob_exact
 from distpc.circuits.sums import SumBank
 from distpc.circuits.transforms import (
+    DEAD_BELOW,
     aggregate_flows,
+    count_dead,
     fold_smoothing,
     grow,
     merge_states,
@@ -23,7 +25,9 @@ from distpc.circuits.transforms import (
     similar_states,
     split_states,
 )
+from distpc.circuits.transforms.dead import exchangeable, find_dead
 from distpc.circuits.transforms.merge import Pair
+from distpc.circuits.transforms.prune import uses_of
 from distpc.circuits.transforms.states import find_states
 from distpc.errors import ConfigError, StructureError
 from distpc.structures.builder import GraphBuilder
@@ -207,16 +211,11 @@ def test_the_cheapest_pair_loses_least() -> None:
     assert near < far
 
 
-@pytest.mark.parametrize("name", FREE)
-def test_unused_states_go_without_a_trace(name: str) -> None:
-    """Edges into two states are cut, so that nothing uses them."""
-    circuit = small_circuit(name, seed=9)
+def cut_edges(circuit: Circuit) -> list[int]:
+    """Cut the edges into one state of each group, so that nothing uses them; those states."""
     states = find_states(circuit)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for state, regions in enumerate(states.regions):
-        if not states.pinned[state] and regions:
-            groups.setdefault(regions, []).append(state)
-    dead = [group[1] for group in groups.values() if len(group) > 1]
+    groups = exchangeable(states)
+    dead = [group[1] for group in groups if len(group) > 1]
     assert dead
     for index, region in enumerate(circuit.graph.regions):
         if region.kind == "sum":
@@ -229,6 +228,13 @@ def test_unused_states_go_without_a_trace(name: str) -> None:
                 gone = np.isin(states.of_units[child], dead)
             mixed = circuit.graph.mixed_units(index)
             circuit.statistics_of(index)[torch.from_numpy(gone[mixed])] = 0.0
+    return dead
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_unused_states_go_without_a_trace(name: str) -> None:
+    circuit = small_circuit(name, seed=9)
+    states, dead = find_states(circuit), cut_edges(circuit)
     circuit.rescale_to_uses_()
     pruned = prune_states(circuit)
     assert pruned.circuit.num_parameters < circuit.num_parameters
@@ -243,6 +249,22 @@ def test_unused_states_go_without_a_trace(name: str) -> None:
     noisy = reseed_states(circuit).circuit
     assert_sound(noisy)
     assert noisy.graph.to_json() == circuit.graph.to_json()
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_states_that_live_on_smoothing_are_dead(name: str) -> None:
+    circuit = small_circuit(name, seed=9)
+    assert count_dead(circuit).number == 0
+    dead = cut_edges(circuit)
+    # Strong enough for every state to look used to the model's own probabilities.
+    circuit.set_smoothing(1000.0, 1000.0, 10)
+    states = find_states(circuit)
+    by_model = find_dead(states, exchangeable(states), uses_of(circuit, None), DEAD_BELOW)
+    assert not by_model.any()
+    found = count_dead(circuit)
+    assert found.number == len(dead) < found.of
+    again = reseed_states(circuit)
+    assert again.number == len(dead) and count_dead(again.circuit).number == 0
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -304,7 +326,7 @@ def test_transforms_follow_one_another() -> None:
     new = prune_edges(new, aggregate_flows(new, x), fraction=0.6).circuit
     new = prune_states(new).circuit
     new = merge_states(new, similar_states(new, 2)).circuit
-    new = reseed_states(split_states(new, [(0, 0)]), threshold=1e-3).circuit
+    new = reseed_states(split_states(new, [(0, 0)]), below=1e-3).circuit
     assert_sound(new)
     fit(new, x, epochs=2, progress=False)
     assert_sound(new)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from distpc.artifacts.files import write_json
+from distpc.config import RunConfig
 from distpc.config.sources import TextSource, TokenizerConfig, TokenSamplesSource
 from distpc.data.documents import iterate_documents, save_documents
 from distpc.data.index import build_index
-from distpc.data.shards import ShardWriter
+from distpc.data.shards import ShardWriter, open_split, split_positions
 from distpc.data.sources import open_source
 from distpc.data.sources.text import Text, text_identity
 from distpc.data.spec import MISSING, DatasetSpec
@@ -124,6 +125,34 @@ def test_a_tokenizer_made_elsewhere_may_have_an_end_token(tmp_path: Path) -> Non
     assert text_identity(config) == source.identity()
     train_bpe(TEXTS, 271).save(tmp_path / "made")
     assert text_identity(config) != source.identity()
+
+
+def test_a_tokenizer_learns_from_training_documents_alone(tmp_path: Path) -> None:
+    """Every document repeats a word of its own, which only a token learnt from it holds whole."""
+    words = [letter * 8 for letter in "ABCDEFGHIJ"]
+    for number, word in enumerate(words):
+        (tmp_path / f"{number}.txt").write_text(f"{word} " * 50)
+    config = RunConfig.model_validate(
+        {
+            "name": "words",
+            "data": {
+                "source": {
+                    "kind": "text",
+                    "path": str(tmp_path),
+                    "tokenizer": {"kind": "bpe", "vocabulary_size": 270},
+                },
+                "split": {"train": 0.6, "valid": 0.2, "test": 0.2},
+            },
+        }
+    )
+    source = open_split(config, tmp_path)
+    assert isinstance(source, Text) and source.groups is not None
+    positions = split_positions(source, config.data, config.split_seed)
+    trained = set(source.groups[positions["train"]].tolist())
+    lengths = [len(source.tokenizer.encode(word)) for word in words]
+    assert len(trained) == 6
+    assert all((lengths[number] < 8) == (number in trained) for number in range(10))
+    assert source.identity() == text_identity(source._config)
 
 
 def test_chunks_are_read_document_by_document(tmp_path: Path) -> None:

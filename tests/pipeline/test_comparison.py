@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from distpc.config import RunConfig, load_config
 from distpc.errors import ConfigError, TrainingError
 from distpc.pipeline.comparison.command import describe_runs
 from distpc.pipeline.comparison.table import rows_of, table_text
 from distpc.pipeline.comparison.variants import Run, plan_runs, standard_variants
+from distpc.pipeline.describe import summarize
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_compare.yaml"
 EM = "{group: em, set: {finetune.initialization: random, teacher.kind: none}}"
@@ -174,3 +177,38 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     for other, state in (([], "done"), (["finetune.batch_size=99"], "to run")):
         told = describe_runs(config(*overrides, *other), tmp_path).splitlines()[1:]
         assert [line.startswith(f"  {state}") for line in told] == [True] * 4
+
+
+def test_figures_of_lossy_colours_say_so(tmp_path: Path) -> None:
+    """Wherever a figure is printed: while it trains, at the end, in tables and stored results."""
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        pixels = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "c.yaml").write_text(
+        "name: lossy\n"
+        f"data: {{source: {{kind: image_folder, path: {tmp_path / 'images'}}},\n"
+        "       color: ycocg_lossy}\n"
+        "teacher: {kind: none}\n"
+        "structure: {kind: hclt, num_states: 2}\n"
+        "finetune: {initialization: random, num_epochs: 1, batch_size: 16}\n"
+        "evaluate: {num_pictures: 4}\n"
+        "parallel: {num_ranks: 1, num_workers: 1}\n"
+        "compare: {variants: {em: {}}}\n"
+    )
+    command = [sys.executable, "-m", "distpc", "compare", tmp_path / "c.yaml", "--out"]
+    result = subprocess.run(
+        [*command, tmp_path / "out"], capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    caveat = "of lossy colours (YCoCg, rounded): not comparable with figures of RGB"
+    assert f"All figures are {caveat}." in result.stdout
+    run = tmp_path / "out" / "runs" / "em" / "seed-0"
+    trained = [line for line in (run / "log.txt").read_text().splitlines() if " valid " in line]
+    assert trained and all(caveat in line for line in trained)
+    report = json.loads((run / "report.json").read_text())
+    assert report["dataset"]["caveat"] == caveat
+    figures = [line for line in summarize(report, run).splitlines() if "_bpd" in line]
+    assert len(figures) == 3 and all(line.endswith(caveat) for line in figures)
+    assert report["dataset"]["caveat"] not in table_text({}, "bpd")

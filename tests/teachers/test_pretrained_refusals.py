@@ -35,6 +35,7 @@ def test_a_missing_folder_is_named(kind: str, tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="no model in the folder") as caught:
         build(kind, tmp_path / "nowhere")
     assert (caught.value.where, caught.value.found) == (str(tmp_path / "nowhere"), "no such folder")
+    assert "tools/get_models.py" in str(caught.value)
     with pytest.raises(TeacherError, match="no model in the folder") as caught:
         build(kind, tmp_path)
     assert caught.value.found == "no config.json"

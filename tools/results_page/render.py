@@ -75,11 +75,13 @@ HEAD = ("| what | parameters | test | command |", "|---|---|---|---|")
 
 
 def _rows(name: str, result: Result) -> Iterator[str]:
+    caveat = _caveat(result)
+    beside = f" ({caveat})" if caveat else ""
     if result["kind"] == "run":
         unit = _unit(result)
         yield (
             f"| {result['title']} | {result['num_parameters']:,} | "
-            f"{result[f'test_{unit}']:.4f} {unit} | `{result['command']}` |"
+            f"{result[f'test_{unit}']:.4f} {unit}{beside} | `{result['command']}` |"
         )
     elif result["kind"] == "compare":
         unit = _unit(next(iter(result["variants"].values())))
@@ -90,7 +92,8 @@ def _rows(name: str, result: Result) -> Iterator[str]:
             figures = ", ".join(f"{row['variant']} {row[f'test_{unit}']:.4f}" for row in shown)
             at = "" if size is None else f", size {size}"
             yield (
-                f"| {result['title']}{at} | {rows[0]['num_parameters']:,} | {figures} {unit} | "
+                f"| {result['title']}{at} | {rows[0]['num_parameters']:,} | "
+                f"{figures} {unit}{beside} | "
                 f"[{name}]({PAGE}#{name}) |"
             )
     else:
@@ -110,6 +113,8 @@ def _page(results: Mapping[str, Result]) -> str:
         parts.append(f"## {name}\n\n{result['title']}.\n")
         parts.append(f"    {result['command']}\n")
         parts.append(_body(name, result))
+        if result["kind"] == "run" and _caveat(result):
+            parts.append(f"All figures are {_caveat(result)}.\n")
         where = f"{machine['cores']} cores of {machine['cpu']}, Python {machine['python']}"
         seconds = f"{result['seconds']:,.0f} s" if result.get("seconds") else "seconds not kept"
         what = f" ({result['seconds_are']})" if "seconds_are" in result else ""
@@ -133,7 +138,7 @@ def _body(name: str, result: Result) -> str:
         pictures = [f"![{name}: {unit} over samples]({FOLDER.name}/{name}_curves.png)"]
         if any(row["size"] is not None for row in rows.values()):
             pictures.append(f"![{name}: {unit} over size]({FOLDER.name}/{name}_sizes.png)")
-        return table_text(rows, unit) + "\n" + "\n".join(pictures) + "\n"
+        return table_text(rows, unit, _caveat(result)) + "\n" + "\n".join(pictures) + "\n"
     lines = [result["columns"], ["---"] * len(result["columns"]), *result["rows"]]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
@@ -142,11 +147,16 @@ def _draw(repo: Path, name: str, result: Result) -> list[Path]:
     rows = result["variants"]
     unit = _unit(next(iter(rows.values())))
     curves, sizes = (repo / FOLDER / f"{name}_{kind}.png" for kind in ("curves", "sizes"))
-    draw_curves(rows, unit, curves)
+    draw_curves(rows, unit, curves, _caveat(result))
     if all(row["size"] is None for row in rows.values()):
         return [curves]
-    draw_sizes(rows, unit, sizes)
+    draw_sizes(rows, unit, sizes, _caveat(result))
     return [curves, sizes]
+
+
+def _caveat(result: Result) -> str:
+    """What stands beside its figures; results that were stored before there was one have none."""
+    return str(result.get("dataset", {}).get("caveat", ""))
 
 
 def _unit(figures: Mapping[str, Any]) -> str:

@@ -31,18 +31,27 @@ class WeightBlock(NamedTuple):
 
 
 @torch.no_grad()
-def uses(circuit: Circuit, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def uses(
+    circuit: Circuit, dtype: torch.dtype = torch.float32, *, smoothed: bool = True
+) -> list[Tensor]:
     """For each region (num_units,): how often a sample is expected to use each of its units.
 
     Computed in float64: without evidence every unit's likelihood is 1, and a sum hands on its use
     in proportion to its weights.
+
+    Args:
+        circuit: whose uses.
+        dtype: of the result.
+        smoothed: whether smoothing counts, as it does in the circuit's distribution. A state that
+            no data use has uses by smoothing alone.
     """
     banks = circuit.bank_list
 
     def weights(bank: int) -> Iterable[WeightBlock]:
         sums = banks[bank]
         assert isinstance(sums, SumBank)
-        return (WeightBlock(*block) for block in sums.weight_blocks(torch.float64))
+        blocks = sums.weight_blocks(torch.float64, smoothed=smoothed)
+        return (WeightBlock(*block) for block in blocks)
 
     return hand_down(circuit.graph, circuit.schedule, weights, circuit.device, dtype)
 

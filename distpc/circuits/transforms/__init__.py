@@ -1,5 +1,6 @@
 """Structure learning as functions from a circuit (and flows of data) to a new circuit."""
 
+from distpc.circuits.transforms.dead import DEAD_BELOW, DeadStates, count_dead
 from distpc.circuits.transforms.flows import Flows, aggregate_flows
 from distpc.circuits.transforms.grow import Reseeded, grow, reseed_states, split_states
 from distpc.circuits.transforms.merge import Merged, Pair, merge_states, similar_states
@@ -13,6 +14,8 @@ from distpc.circuits.transforms.prune import (
 from distpc.circuits.transforms.smoothing import fold_smoothing
 
 __all__ = [
+    "DEAD_BELOW",
+    "DeadStates",
     "Flows",
     "Merged",
     "Pair",
@@ -20,6 +23,7 @@ __all__ = [
     "PruningBound",
     "Reseeded",
     "aggregate_flows",
+    "count_dead",
     "fold_smoothing",
     "grow",
     "merge_states",

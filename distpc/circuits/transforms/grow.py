@@ -9,7 +9,6 @@ copies times 0.2).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from distpc.circuits.circuit import Circuit
 from distpc.circuits.inputs import CategoricalBank
 from distpc.circuits.sums import SumBank
 from distpc.circuits.transforms.carry import UnitMap, carry_over, mixing_blocks, unit_maps
+from distpc.circuits.transforms.dead import DEAD_BELOW, exchangeable, find_dead
 from distpc.circuits.transforms.flows import Flows
 from distpc.circuits.transforms.prune import uses_of
 from distpc.circuits.transforms.states import States, find_states
@@ -111,7 +111,7 @@ class Reseeded(NamedTuple):
 def reseed_states(
     circuit: Circuit,
     *,
-    threshold: float = 1e-4,
+    below: float = DEAD_BELOW,
     flows: Flows | None = None,
     noise: float = 0.3,
     seed: int = 0,
@@ -124,28 +124,26 @@ def reseed_states(
 
     Args:
         circuit: left as it is.
-        threshold: uses a sample below which a state is dead.
-        flows, noise, seed: as for `grow`.
+        below: share of an even use below which a state is dead, see `dead`.
+        flows: of data, to tell dead states by; without them statistics count.
+        noise, seed: as for `grow`.
 
     Raises:
         ConfigError: a setting out of its range.
         StructureError: a structure whose single units cannot change, naming the region.
     """
-    _check("threshold", threshold, np.inf)
+    _check("below", below, np.inf)
     _check("noise", noise, np.inf)
     states = find_states(circuit)
     states.refuse_rigid("re-seeding")
-    use = states.use(uses_of(circuit, flows))
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for state, regions in enumerate(states.regions):
-        if regions and not states.pinned[state]:
-            groups[regions].append(state)
+    groups, nodes = exchangeable(states), uses_of(circuit, flows, smoothed=False)
+    use, dead = states.use(nodes), find_dead(states, groups, nodes, below)
     parts: dict[int, tuple[int, ...]] = {}
-    for group in groups.values():
-        alive = [state for state in group if use[state] >= threshold]
+    for group in groups:
+        alive = [state for state in group if not dead[state]]
         takers = dict.fromkeys(alive, 1)
         for state in group:
-            if use[state] < threshold and alive:
+            if dead[state] and alive:
                 source = max(alive, key=lambda s: use[s] / takers[s])
                 takers[source] += 1
                 parts[state] = (source,)

@@ -178,10 +178,11 @@ def pruning_bound(
     return PruningBound(float(bound), float(use.mean()))
 
 
-def uses_of(circuit: Circuit, flows: Flows | None) -> list[np.ndarray]:
-    """Uses a sample of every region's units: of data, or those that the model expects."""
+def uses_of(circuit: Circuit, flows: Flows | None, *, smoothed: bool = True) -> list[np.ndarray]:
+    """Uses a sample of every region's units: of data, or those that the model expects, with its
+    smoothing or without."""
     if flows is None:
-        return [use.double().cpu().numpy() for use in circuit.uses()]
+        return [use.double().cpu().numpy() for use in circuit.uses(smoothed=smoothed)]
     return [(nodes / max(flows.num_samples, 1)).cpu().numpy() for nodes in flows.nodes]
 
 

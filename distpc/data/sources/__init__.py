@@ -14,21 +14,24 @@ from distpc.config.sources import (
     TokenSamplesSource,
 )
 from distpc.config.sources import Source as SourceConfig
-from distpc.data.sources.base import BadSampleError, Source
+from distpc.data.sources.base import BadSampleError, Source, TrainingGroups
 from distpc.errors import DataError
 
-__all__ = ["BadSampleError", "Source", "open_source"]
+__all__ = ["BadSampleError", "Source", "TrainingGroups", "open_source"]
 
 
 def open_source(
     config: SourceConfig,
     scratch: Path,
+    training: TrainingGroups | None = None,
 ) -> Source:
     """The source that `data.source` describes, checked as far as its headers go.
 
     Args:
         config: the section `data.source`.
         scratch: folder on whose disk compressed archives may be unpacked while they are read.
+        training: says which groups are the training split's, for what is learnt from them (the
+            tokenizer of texts); None: all are.
 
     Raises:
         DataError: it is missing, or not what its kind promises.
@@ -48,7 +51,7 @@ def open_source(
     if isinstance(config, TextSource):
         from distpc.data.sources.text import Text
 
-        return Text(config)
+        return Text(config, training)
     if isinstance(config, TokenSamplesSource):
         from distpc.data.sources.token_samples import TokenSamples
 

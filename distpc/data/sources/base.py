@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ class BadSampleError(Exception):
         super().__init__(name, reason)
         self.name = name
         self.reason = reason
+
+
+TrainingGroups = Callable[[int], np.ndarray]
+"""From the number of groups to the numbers of those in the training split."""
 
 
 class Source(ABC):

@@ -11,7 +11,7 @@ import numpy as np
 
 from distpc.config.sources import TextSource
 from distpc.data.documents import save_documents
-from distpc.data.sources.base import Source, existing
+from distpc.data.sources.base import Source, TrainingGroups, existing
 from distpc.data.spec import MISSING, DatasetSpec
 from distpc.data.tokenizers import FOLDER, Tokenizer, load_tokenizer, make_tokenizer
 from distpc.errors import DataError
@@ -23,13 +23,14 @@ Checksums = tuple[tuple[str, int, int], ...]
 class Text(Source):
     """Documents (files) in order of name, each cut into chunks of tokens.
 
-    All documents are held in memory as tokens, one to four bytes each.
+    All documents are held in memory as tokens, one to four bytes each. A tokenizer is trained on
+    the training split's documents (on all of a single one, whose chunks are shared out).
     """
 
     group_name = "documents"
 
-    def __init__(self, config: TextSource) -> None:
-        self._length = config.chunk_length_tokens
+    def __init__(self, config: TextSource, training: TrainingGroups | None = None) -> None:
+        self._config, self._length = config, config.chunk_length_tokens
         self._root, files = _files(config)
         self._checksums, self._empty = _read_checksums(self._root, files)
         if not self._checksums:
@@ -39,7 +40,11 @@ class Text(Source):
                 found=f"{len(files)} .txt files, {len(self._empty)} of them empty",
                 expected="at least one file with content",
             )
-        self.tokenizer, self._documents, end = _tokenised(config, self._root, self._checksums)
+        count = len(self._checksums)
+        learnt = range(count) if training is None or count == 1 else training(count).tolist()
+        self.tokenizer, self._documents, end = _tokenised(
+            config, self._root, self._checksums, frozenset(learnt)
+        )
         chunks = [-(-len(document) // self._length) for document in self._documents]
         self._firsts = np.cumsum([0, *chunks])
         self.num_samples = int(self._firsts[-1])
@@ -68,7 +73,7 @@ class Text(Source):
 
     def identity(self) -> dict[str, Any]:
         """Size and checksum of every document, and the digest of a tokenizer made elsewhere."""
-        return _identity(self._checksums, self.tokenizer)
+        return _identity(self._config, self._checksums, self.tokenizer)
 
     def facts(self) -> dict[str, Any]:
         """How many documents, bytes and tokens, and which files were empty."""
@@ -96,12 +101,18 @@ def text_identity(config: TextSource) -> dict[str, Any]:
     root, files = _files(config)
     folder = config.tokenizer.folder
     tokenizer = None if folder is None else load_tokenizer(Path(folder).expanduser())
-    return _identity(_read_checksums(root, files)[0], tokenizer)
+    return _identity(config, _read_checksums(root, files)[0], tokenizer)
 
 
-def _identity(checksums: Checksums, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    # Trained tokenizers follow from the documents and the configuration.
-    own = {} if tokenizer is None or tokenizer.makes != "tokens" else {"": tokenizer.digest}
+def _identity(
+    config: TextSource, checksums: Checksums, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    own: dict[str, Any] = {}
+    if config.tokenizer.kind == "folder" and tokenizer is not None:
+        own[""] = tokenizer.digest
+    elif config.tokenizer.kind == "bpe":
+        # It follows from the documents, the configuration and whose documents it is trained on.
+        own[""] = "trained on the training split"
     return {**{name: [size, crc] for name, size, crc in checksums}, **own}
 
 
@@ -138,15 +149,20 @@ def _read_checksums(root: Path, files: list[Path]) -> tuple[Checksums, list[str]
 
 @lru_cache(maxsize=1)
 def _tokenised(
-    config: TextSource, root: Path, checksums: Checksums
+    config: TextSource, root: Path, checksums: Checksums, learnt: frozenset[int]
 ) -> tuple[Tokenizer, list[np.ndarray], int | None]:
     """The tokenizer, the documents' tokens, and the token that ends them.
 
-    Kept, because a run opens its source several times.
+    Tokenizers are trained on the documents `learnt`; the characters of a vocabulary are all that
+    occur, since there is no token for one that does not. Kept, because a run opens its source
+    several times.
     """
     # Not `read_text`, which would turn \r\n into \n.
     texts = [(root / name).read_bytes().decode("utf-8") for name, _, _ in checksums]
-    tokenizer = make_tokenizer(config.tokenizer, texts)
+    if config.tokenizer.kind == "bpe":
+        tokenizer = make_tokenizer(config.tokenizer, [texts[number] for number in sorted(learnt)])
+    else:
+        tokenizer = make_tokenizer(config.tokenizer, texts)
     end = None
     if config.end_of_document:
         name = config.tokenizer.end_token

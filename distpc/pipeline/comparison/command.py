@@ -93,9 +93,10 @@ def _report(
         "variants": rows,
         "versions": versions(),
     }
-    write_bytes(folder / "table.md", table_text(rows, unit).encode())
-    draw_curves(rows, unit, folder / "curves.png")
+    caveat = first["dataset"]["caveat"]
+    write_bytes(folder / "table.md", table_text(rows, unit, caveat).encode())
+    draw_curves(rows, unit, folder / "curves.png", caveat)
     if config.compare.sizes:
-        draw_sizes(rows, unit, folder / "sizes.png")
+        draw_sizes(rows, unit, folder / "sizes.png", caveat)
     write_json(folder / "report.json", report)
     return report

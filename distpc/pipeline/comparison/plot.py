@@ -26,7 +26,9 @@ def check_plotting() -> None:
         )
 
 
-def draw_curves(rows: Mapping[str, Mapping[str, Any]], unit: str, out: Path) -> None:
+def draw_curves(
+    rows: Mapping[str, Mapping[str, Any]], unit: str, out: Path, caveat: str = ""
+) -> None:
     """Validation bits of every row over training samples passed, a panel a size, to a PNG."""
     pyplot = _pyplot()
     sizes = list(dict.fromkeys(row["size"] for row in rows.values()))
@@ -49,11 +51,13 @@ def draw_curves(rows: Mapping[str, Mapping[str, Any]], unit: str, out: Path) -> 
         panel.set_title("" if size is None else f"size {size}")
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
-    figure.savefig(out, dpi=110)
+    _write(figure, out, caveat)
     pyplot.close(figure)
 
 
-def draw_sizes(rows: Mapping[str, Mapping[str, Any]], unit: str, out: Path) -> None:
+def draw_sizes(
+    rows: Mapping[str, Mapping[str, Any]], unit: str, out: Path, caveat: str = ""
+) -> None:
     """Test bits of every variant over size, with the range of the seeds, to a PNG."""
     pyplot = _pyplot()
     figure, panel = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
@@ -77,8 +81,14 @@ def draw_sizes(rows: Mapping[str, Mapping[str, Any]], unit: str, out: Path) -> N
     panel.set_ylabel(f"test {unit}")
     panel.grid(alpha=0.3)
     panel.legend(fontsize="small")
-    figure.savefig(out, dpi=110)
+    _write(figure, out, caveat)
     pyplot.close(figure)
+
+
+def _write(figure: Any, out: Path, caveat: str) -> None:
+    if caveat:
+        figure.suptitle(f"All figures are {caveat}.", fontsize="small")
+    figure.savefig(out, dpi=110)
 
 
 def _mean_curve(row: Mapping[str, Any]) -> list[tuple[float, float]]:

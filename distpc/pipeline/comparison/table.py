@@ -7,16 +7,11 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-import torch
-
 from distpc.artifacts import Artifact, read_json
-from distpc.circuits.circuit import Circuit
 from distpc.circuits.io import load_model
+from distpc.circuits.transforms import count_dead
 from distpc.errors import TrainingError
 from distpc.pipeline.comparison.variants import Run
-
-DEAD_USES = 1e-4
-"""A state that a sample is expected to use less often than this, over all positions, is dead."""
 
 
 def facts_of(run: Run, charged: int) -> dict[str, Any]:
@@ -30,7 +25,7 @@ def facts_of(run: Run, charged: int) -> dict[str, Any]:
     training = Artifact.open(run.folder / "finetune").metadata
     unit = unit_of(report)
     circuit = load_model(run.folder / "model")
-    dead, states = dead_states(circuit)
+    dead, states = count_dead(circuit)
     curve = [[samples + charged, bits] for samples, bits in training["curve"]]
     # A likelihood of the teacher's own: exact of language models, of autoencoders a bound, the bits
     # of their codes included.
@@ -52,21 +47,6 @@ def facts_of(run: Run, charged: int) -> dict[str, Any]:
 def unit_of(report: Mapping[str, Any]) -> str:
     """bpd, bpc or bpt."""
     return next(key.removeprefix("test_") for key in report if key.startswith("test_"))
-
-
-def dead_states(circuit: Circuit) -> tuple[int, int]:
-    """States of the latents that hardly any sample uses at any position, and how many there are.
-
-    Latents of one size are one set of states, as they are where inputs are tied; of several sizes
-    each counts its own.
-    """
-    by_size: dict[int, torch.Tensor] = {}
-    for region, uses in zip(circuit.graph.regions, circuit.uses(), strict=True):
-        if region.latent is not None:
-            total = by_size.setdefault(len(uses), torch.zeros_like(uses))
-            total += uses
-    dead = sum(int((uses < DEAD_USES).sum()) for uses in by_size.values())
-    return dead, sum(by_size)
 
 
 def rows_of(runs: Sequence[Run], facts: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
@@ -103,8 +83,14 @@ def rows_of(runs: Sequence[Run], facts: Sequence[dict[str, Any]], batch: int) ->
     return rows
 
 
-def table_text(rows: Mapping[str, Mapping[str, Any]], unit: str) -> str:
-    """The rows as a Markdown table, the best first within each size."""
+def table_text(rows: Mapping[str, Mapping[str, Any]], unit: str, caveat: str = "") -> str:
+    """The rows as a Markdown table, the best first within each size.
+
+    Args:
+        rows: of `rows_of`.
+        unit: of the figures.
+        caveat: of the data, see `DatasetSpec`; it stands below the table.
+    """
     titles = ["variant", f"test {unit}", "spread", f"valid {unit}", "parameters", "visits",
               "distilled on", "dead states", "training s"]  # fmt: skip
     own = f"teacher_valid_{unit}"
@@ -126,7 +112,8 @@ def table_text(rows: Mapping[str, Mapping[str, Any]], unit: str) -> str:
         " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     ]
-    return "\n".join(f"| {line} |" for line in padded) + "\n"
+    below = [f"\nAll figures are {caveat}."] if caveat else []
+    return "\n".join([*(f"| {line} |" for line in padded), *below]) + "\n"
 
 
 def _name(variant: str, size: int | None) -> str:
