@@ -17,6 +17,9 @@ from distpc.config.teachers import TeacherConfig
 WHOLE_ROWS = ("mini_batch_em", "full_batch_em", "anemone")
 """Training rules that ZeRO cannot shard whatever the data."""
 
+DISTILLED = ("patches", "hmm", "hclt")
+"""Kinds of structure whose latents a teacher can supervise."""
+
 
 class SplitConfig(Section):
     """How samples are shared out, by a seeded permutation; fractions add up to one."""
@@ -95,8 +98,8 @@ class LatentsConfig(Section):
     """Make clusters about equally large: after every round but the last, centroids of small ones
     move into large ones and split them; all num_rounds are made (algorithm lloyd)."""
     codebook: Literal["shared", "per_position"] = "shared"
-    """One codebook for all latents of a sample, or one for each; tied leaves (structure.kind
-    patches) need a shared one."""
+    """One codebook for all latents of a sample, or one for each, which may have fewer different
+    features than clusters; tied leaves (structure.kind patches) need a shared one."""
     projection: Literal["none", "pca", "whiten"] = "none"
     """Map of features before they are clustered: their principal components, or those divided by
     their standard deviations."""
@@ -138,9 +141,10 @@ class StructureConfig(Section):
     variables; `chow_liu`: a Chow-Liu tree over the variables themselves, deterministic; `hmm`: a
     hidden Markov model over the variables in their order; `quad_tree`, `quad_graph`: images
     halved down to the pixel in one way, or in both and mixed; `rat`: random halves of the
-    variables; `poon_domingos`: all rectangles of an image on a grid. Every kind but `patches` and
-    `hmm` goes with teacher.kind none and finetune.initialization random. A distilled `hmm` has as
-    many states as clusters, and one more where documents end in a token of their own."""
+    variables; `poon_domingos`: all rectangles of an image on a grid. Every kind but `patches`,
+    `hmm` and `hclt` goes with teacher.kind none and finetune.initialization random. A distilled
+    `hmm` has as many states as clusters, and one more where documents end in a token of their own;
+    a distilled `hclt`, of grey images in patches of one pixel, as many as clusters."""
     num_states: int = Field(default=32, ge=1)
     """Units K of every latent or inner region (all kinds but patches, factorised, chow_liu)."""
     num_input_units: int | None = Field(default=None, ge=1)
@@ -442,17 +446,18 @@ class RunConfig(Section):
         if self.distill.kind == "progressive" and distilled:
             check_progressive(self)
         has_teacher = self.teacher.kind != "none"
-        if kind == "hmm" and distilled != has_teacher:
+        if kind in ("hmm", "hclt") and distilled != has_teacher:
+            names = {"hmm": "hidden Markov model", "hclt": "hidden Chow-Liu tree"}
             raise ValueError(
-                "a hidden Markov model is distilled from a teacher, or random without one: set "
+                f"a {names[kind]} is distilled from a teacher, or random without one: set "
                 f"teacher.kind (it is {self.teacher.kind}), or finetune.initialization to random"
             )
-        if kind not in ("patches", "hmm") and distilled:
+        if kind not in DISTILLED and distilled:
             raise ValueError(
                 f"structure.kind {kind} has no teacher latents to distil from: "
                 "set finetune.initialization to random"
             )
-        if kind not in ("patches", "hmm") and has_teacher:
+        if kind not in DISTILLED and has_teacher:
             raise ValueError(f"structure.kind {kind} uses no teacher: set teacher.kind to none")
         if self.integral.enabled:
             self._check_integral()

@@ -135,6 +135,16 @@ class MaskedLmConfig(MaskedConfig):
     """Transformer blocks."""
 
 
+class PixelsConfig(Section):
+    """The data's own values."""
+
+    radius: int = Field(default=0, ge=0)
+    """Pixels on every side of a patch that its feature shows as well, edges repeated."""
+    sigma: float = Field(default=1.0, gt=0)
+    """Weight of those: exp(-d^2 / (2 sigma^2)) at d pixels from the patch, 1 inside it (radius
+    above 0)."""
+
+
 class PretrainedConfig(Section):
     """A model that was trained elsewhere, read from a local folder."""
 
@@ -178,7 +188,8 @@ class TeacherConfig(Section):
     autoencoder; `vae`: variational autoencoder; `data2vec`: self-distillation. Trained here, of
     text: `causal_lm`, `masked_lm`: transformer language models. Pretrained: `hf_vision`: a Hugging
     Face vision model; `efficientnet`: EfficientNet-Lite0; `hf_text`: a Hugging Face language model
-    or encoder. Controls: `pixels`: the patch itself; `random`: a random projection of it, of text
+    or encoder. Controls: `pixels`: the patch itself (or with what is around it, which teaches
+    latents of single pixels); `random`: a random projection of it, of text
     random vectors of a token and its context; `onehot`: the token itself. `none`: no distillation
     (structures without latents of a teacher)."""
     sees: Literal["prefix", "suffix", "both"] = "suffix"
@@ -208,6 +219,8 @@ class TeacherConfig(Section):
     """Used when kind is masked_lm."""
     pretrained: PretrainedConfig = PretrainedConfig()
     """Used when kind is hf_vision, hf_text or efficientnet."""
+    pixels: PixelsConfig = PixelsConfig()
+    """Used when kind is pixels."""
     random_width: int = Field(default=16, ge=1)
     """Width of the random control's features."""
     extraction_batch_size: int = Field(default=256, ge=1)
@@ -226,6 +239,8 @@ class TeacherConfig(Section):
         """What of the settings counts for the configured kind (JSON values)."""
         if self.kind == "random":
             return {"width": self.random_width, "sees": self.sees}
+        if self.kind == "pixels":
+            return self.pixels.model_dump(mode="json") if self.pixels.radius else None
         if self.kind in PRETRAINED:
             # Which folder does not matter: the digest of its files counts.
             chosen = self.pretrained.model_dump(mode="json", exclude={"folder"})

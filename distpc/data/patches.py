@@ -74,6 +74,18 @@ class PatchGrid:
 
         Within a patch, variables run (row, column, channel), the same in every patch.
         """
-        index = np.arange(self.height * self.width * self.channels)
-        index = index.reshape(self.rows, self.size, self.columns, self.size, self.channels)
-        return index.transpose(0, 2, 1, 3, 4).reshape(self.num_patches, -1)
+        return self.windows(0)
+
+    def windows(self, radius: int) -> np.ndarray:
+        """(Z, S * S * channels) index of the variables of every patch and of `radius` pixels on
+        all its sides, S = size + 2 * radius, in the order of `variables`.
+
+        Beyond the image's edge its outermost pixels stand once more.
+        """
+        reach = np.arange(-radius, self.size + radius)
+        rows = self.size * np.arange(self.rows)[:, None] + reach
+        columns = self.size * np.arange(self.columns)[:, None] + reach
+        rows, columns = rows.clip(0, self.height - 1), columns.clip(0, self.width - 1)
+        pixels = rows[:, None, :, None] * self.width + columns[None, :, None, :]
+        index = pixels[..., None] * self.channels + np.arange(self.channels)
+        return index.reshape(self.num_patches, -1)

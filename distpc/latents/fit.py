@@ -19,8 +19,8 @@ from distpc.config.schema import LatentsConfig
 from distpc.errors import LatentError
 from distpc.latents.codebook import Codebook, write_codebook
 from distpc.latents.holder import ShardFacts, View
-from distpc.latents.kmeans import grid_bits
-from distpc.latents.lloyd import Lloyd
+from distpc.latents.positions import WORKER as POSITIONS_WORKER
+from distpc.latents.positions import blocks, checkpoint, clustering, num_positions
 from distpc.latents.principal import Projection, fit_projection
 from distpc.latents.questions import Holders, shard_of
 from distpc.latents.round_log import RoundLog
@@ -37,6 +37,7 @@ from distpc.parallel.tally import Tally
 WORKER = "distpc.latents.holder:FeatureHolder"
 CENTROIDS = "centroids.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINTS = "checkpoint*.safetensors"
 _GROUPS_PER_WORKER = 4
 """Groups of shards that a worker is asked about in a round: enough to share them out evenly."""
 _MANY_CLUSTERS = 16_384
@@ -65,18 +66,16 @@ def run(ctx: StageContext) -> None:
                 projection = principal_directions(holders, names, config, features.path)
         with holders_of(cluster, ctx, projection, tally) as holders:
             facts = holders.each("describe", names)
-            positions: list[int | None] = [None]
-            if config.codebook == "per_position":
-                positions = list(range(_num_positions(facts, features.path)))
-            states = []
-            for position in positions:
-                views = [View(name, position) for name in names]
+            if config.codebook == "shared":
+                views = [View(name) for name in names]
                 check_distinct(holders, views, config.num_clusters, features.path)
-                states.append(_cluster(ctx, holders, views, facts))
+                states = [_cluster(ctx, holders, views, facts)]
+        if config.codebook == "per_position":
+            states = _cluster_positions(ctx, cluster, projection, facts, tally)
     _write(ctx, states, facts, projection)
     ctx.metadata["workers"] = tally.to_json()
-    for position in positions:
-        (ctx.out / _checkpoint(position)).unlink(missing_ok=True)
+    for path in ctx.out.glob(CHECKPOINTS):
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -87,16 +86,11 @@ def holders_of(
     tally: Tally | None = None,
 ) -> Iterator[Holders]:
     """Workers that hold the shards of the features stage; they end with the block."""
-    features = ctx.input("features")
+    folder = ctx.input("features").path
     kwargs = {
-        "folder": str(features.path),
-        "fingerprint": features.fingerprint,
-        "device": "cuda" if ctx.config.parallel.gpus_per_worker > 0 else "cpu",
+        **_holding(ctx, projection),
         "in_memory": ctx.config.latents.feature_memory == "held",
-        "projection": None
-        if projection is None
-        else (projection.mean.numpy(), projection.basis.numpy()),
-        "most_bytes": _share(features.path, projection, ctx.config.parallel.num_workers),
+        "most_bytes": _share(folder, projection, ctx.config.parallel.num_workers),
     }
     with cluster.pool(WORKER, kwargs, tally=tally) as pool:
 
@@ -108,6 +102,19 @@ def holders_of(
         few = ctx.config.latents.num_clusters < _MANY_CLUSTERS
         groups = ctx.config.parallel.num_workers * (_GROUPS_PER_WORKER if few else 1)
         yield Holders(ask, partial(ask, hold=True), cluster.put, groups)
+
+
+def _holding(ctx: StageContext, projection: Projection | None) -> dict[str, Any]:
+    """Arguments of every `FeatureHolder` of the features stage."""
+    features = ctx.input("features")
+    return {
+        "folder": str(features.path),
+        "fingerprint": features.fingerprint,
+        "device": "cuda" if ctx.config.parallel.gpus_per_worker > 0 else "cpu",
+        "projection": None
+        if projection is None
+        else (projection.mean.numpy(), projection.basis.numpy()),
+    }
 
 
 def _share(folder: Path, projection: Projection | None, num_workers: int) -> int:
@@ -145,19 +152,12 @@ def check_distinct(holders: Holders, views: Sequence[View], num_clusters: int, w
         found = np.unique(np.concatenate([found, *holders.each("distinct", items)]))
         if len(found) >= num_clusters:
             return
-    place, fix = "", ""
-    if views[0].position is not None:
-        place = f" of position {views[0].position}"
-        fix = (
-            "set latents.codebook=shared, or of text a data.source.chunk_length_tokens that more "
-            "documents reach; or "
-        )
     raise LatentError(
-        f"there are fewer different features{place} than clusters",
+        "there are fewer different features than clusters",
         where=where,
         found=f"{len(found)} different feature vectors",
         expected=f"at least latents.num_clusters = {num_clusters}",
-        fix=f"{fix}set fewer latents.num_clusters, raise latents.max_samples, or look at the "
+        fix="set fewer latents.num_clusters, raise latents.max_samples, or look at the "
         "teacher: one that gives all patches or tokens the same features has not learnt to tell "
         "them apart",
     )
@@ -166,48 +166,36 @@ def check_distinct(holders: Holders, views: Sequence[View], num_clusters: int, w
 def _cluster(
     ctx: StageContext, holders: Holders, views: Sequence[View], facts: Sequence[ShardFacts]
 ) -> FitState:
-    """One codebook, from where a killed attempt left it."""
-    path = ctx.out / _checkpoint(views[0].position)
+    """The codebook of all positions, from where a killed attempt left it."""
+    path = ctx.out / CHECKPOINT
     state = FitState.load(path, ctx.fingerprint)
-    with RoundLog(ctx, state, views[0].position) as log:
-        job = make_job(ctx, holders, views, facts)
+    with RoundLog(ctx, state) as log:
+        job = clustering(holders, views, facts, ctx.config.latents, ctx.config.seed)
         job = replace(job, keep=lambda state: state.save(path, ctx.fingerprint), log=log)
         return job.run(state)
 
 
-def make_job(
-    ctx: StageContext, holders: Holders, views: Sequence[View], facts: Sequence[ShardFacts]
-) -> Lloyd:
-    """The clustering of `views`, all of one position or of all; `facts` are of their shards."""
-    config = ctx.config.latents
-    position = views[0].position
-    sizes = [fact.size(position) for fact in facts]
-    return Lloyd(
-        holders,
-        views,
-        sizes,
-        grid_bits(sum(sizes), max(fact.largest for fact in facts)),
-        config,
-        ctx.config.seed + (position or 0),
-    )
-
-
-def _checkpoint(position: int | None) -> str:
-    if position is None:
-        return CHECKPOINT
-    return CHECKPOINT.replace(".", f"-{position:04d}.", 1)
-
-
-def _num_positions(facts: Sequence[ShardFacts], where: Path) -> int:
-    found = {fact.positions for fact in facts}
-    if len(found) != 1:
-        raise LatentError(
-            "shards have features of different numbers of positions",
-            where=where,
-            found=sorted(found),
-            expected="one number of latents a sample, where latents.codebook is per_position",
-        )
-    return found.pop()
+def _cluster_positions(
+    ctx: StageContext,
+    cluster: Cluster,
+    projection: Projection | None,
+    facts: Sequence[ShardFacts],
+    tally: Tally,
+) -> list[FitState]:
+    """A codebook for each position; what a killed attempt has finished is kept."""
+    features = ctx.input("features")
+    number = num_positions(facts, features.path)
+    kwargs = {
+        "context": ctx.to_json(),
+        "holder": _holding(ctx, projection),
+        "facts": cluster.put(list(facts)),
+        "names": feature_shards(features),
+    }
+    parts = blocks(facts, len(facts[0].sums), ctx.config.parallel.num_workers)
+    for _ in cluster.map(POSITIONS_WORKER, kwargs, parts, label="k-means", tally=tally):
+        pass
+    paths = [checkpoint(ctx.out, position) for position in range(number)]
+    return [FitState.load(path, ctx.fingerprint) for path in paths]
 
 
 def _write(

@@ -106,6 +106,8 @@ class FeatureHolder:
             comes out is kept in float16.
         most_bytes: that are kept of either; further shards are read, or projected, for every
             question anew.
+        positions: the first of those that are held, and the one behind the last; views number
+            them from 0, and they are copied into memory. Default: all.
     """
 
     def __init__(
@@ -116,11 +118,13 @@ class FeatureHolder:
         in_memory: bool = False,
         projection: tuple[np.ndarray, np.ndarray] | None = None,
         most_bytes: int = sys.maxsize,
+        positions: tuple[int, int] | None = None,
     ) -> None:
         self._folder = Path(folder)
         self._fingerprint = fingerprint
         self._device = torch.device(device)
-        self._in_memory = in_memory
+        self._in_memory = in_memory or positions is not None
+        self._positions = slice(*(positions or (None,)))
         self._projection: Projection | None = None
         if projection is not None:
             mean, basis = projection
@@ -330,7 +334,9 @@ class FeatureHolder:
                 found=f"shape {tuple(rows.shape)}, {rows.dtype}",
                 expected="(samples, latents, width), torch.float16",
             )
-        return rows, tensors.get(PRESENT)
+        present = tensors.get(PRESENT)
+        held = self._positions
+        return rows[:, held], None if present is None else present[:, held]
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         # Arrays from the object store are read-only; torch wants to own what it may write to.

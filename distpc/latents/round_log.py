@@ -19,19 +19,15 @@ class RoundLog:
     Args:
         ctx: of the stage.
         state: of the fit; rounds of a killed attempt are written again, so no curve has holes.
-        position: whose codebook it is, if there is one for each.
     """
 
-    def __init__(self, ctx: StageContext, state: FitState, position: int | None = None) -> None:
+    def __init__(self, ctx: StageContext, state: FitState) -> None:
         self._folder = ctx.tensorboard / "fit"
-        if position is not None:
-            self._folder /= f"position-{position:04d}"
         self._state = state
         self._writers: dict[int, SummaryWriter] = {}
         config = ctx.config.latents
         total = config.num_restarts * (config.num_rounds + 1)
-        label = "k-means" if position is None else f"k-means {position}"
-        self._progress = Progress(label, total, "rounds")
+        self._progress = Progress("k-means", total, "rounds")
         if not state.inertia:
             for folder in self._folder.glob("*/"):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -150,6 +150,11 @@ def _evaluate(config: RunConfig) -> Any:
     return *figures, Named("integral.evaluate_states", config.integral.evaluate_states)
 
 
+def _has_tree_of_latents(config: RunConfig) -> bool:
+    """Whether the structure is learnt from latents; trees over variables are from the data."""
+    return config.structure.tree_of == "latents" and config.structure.kind != "hclt"
+
+
 def has_teacher(config: RunConfig) -> bool:
     """Whether the run makes latents at all."""
     return config.teacher.kind != "none"
@@ -205,7 +210,7 @@ STAGES: tuple[Stage, ...] = (
         "distpc.training.structure:run",
         (*DATA, "assign"),
         _structure,
-        unread=lambda config: () if config.structure.tree_of == "latents" else ("assign",),
+        unread=lambda config: () if _has_tree_of_latents(config) else ("assign",),
     ),
     Stage(
         "distill",

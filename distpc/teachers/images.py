@@ -56,7 +56,11 @@ class ImageTeacher(Teacher):
         return "its patch"
 
     def patches(self, x: Tensor) -> Tensor:
-        """Patch values scaled to [0, 1]: x (B, V) integers -> (B, Z, P) float32.
+        """Patch values scaled to [0, 1]: x (B, V) integers -> (B, Z, P) float32; see `scaled`."""
+        return self.scaled(x)[:, self.patch_variables]
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Values scaled to [0, 1]: x (B, V) integers -> (B, V) float32.
 
         Raises:
             TeacherError: wrong width or type, or a value that is missing or no category.
@@ -66,4 +70,4 @@ class ImageTeacher(Teacher):
         if x.shape[0] and not 0 <= float(scaled.min()) <= float(scaled.max()) <= 1:
             largest = int(self.largest_values.max())
             raise self.refuse_values(x, f"complete samples, values 0 .. {largest}")
-        return scaled[:, self.patch_variables]
+        return scaled

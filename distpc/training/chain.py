@@ -8,7 +8,7 @@ Legend: N chunks, V steps, K states, C tokens.
 
 from __future__ import annotations
 
-import time
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ from distpc.config.distillation import DistillConfig
 from distpc.data.index import ShardEntry
 from distpc.data.spec import MISSING
 from distpc.errors import LatentError
-from distpc.latents.store import write_tensors
 from distpc.parallel.stopwatch import count
 from distpc.structures.chain_layout import ChainLayout
 from distpc.training.assembly import mix_rows, random_emissions, random_transitions
-from distpc.training.pieces import Piece, load_graph, make_pieces
+from distpc.training.counted import add_counts_, summed
+from distpc.training.pieces import Piece, PieceMaker, load_graph, make_pieces
 from distpc.training.samples import LatentSource, num_states
 
 WORKER = "distpc.training.chain:ChainWorker"
@@ -60,7 +60,7 @@ def distil_chain(ctx: StageContext) -> tuple[Circuit, dict[str, Any], LatentSour
         )
     pieces = _plan(source, layout)
     missing, workers = make_pieces(ctx, WORKER, pieces)
-    counts = _summed(ctx, pieces)
+    counts = summed(ctx, pieces)
     circuit = Circuit(graph, spec.num_categories, seed=ctx.config.seed)
     assemble_chain_(circuit, counts, ctx.config.distill, ctx.config.seed)
     notes = {
@@ -143,35 +143,19 @@ def assemble_chain_(
     circuit.set_smoothing(settings.pseudocount, settings.pseudocount, samples)
 
 
-class ChainWorker:
-    """Counts some shards and writes their file; lives in a process of its own.
+class ChainWorker(PieceMaker):
+    """Counts some shards."""
 
-    Args:
-        context: the stage's context as JSON.
-    """
+    @cached_property
+    def _layout(self) -> ChainLayout:
+        return ChainLayout.of(self._graph)
 
-    def __init__(self, context: dict[str, Any]) -> None:
-        self._ctx = StageContext.from_json(context)
-        self._layout = ChainLayout.of(load_graph(self._ctx))
-        self._source = LatentSource.of(self._ctx, self._layout.length)
-        self._entries = {entry.name: entry for entry in self._source.shards()}
-
-    def __call__(self, item: dict[str, Any]) -> None:
-        """Make the piece that `describe` described."""
-        piece = Piece(**{**item, "shards": tuple(item["shards"])})
-        began = time.monotonic()
+    def make(self, piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A piece of kind counts."""
         total: dict[str, Tensor] = {}
         for name in piece.shards:
-            for key, value in self._count(self._entries[name]).items():
-                total[key] = total[key] + value if key in total else value
-        seconds = time.monotonic() - began
-        notes = {
-            "fingerprint": self._ctx.fingerprint,
-            "holds": piece.name,
-            "seconds": f"{seconds:.3f}",
-        }
-        write_tensors(piece.path(self._ctx.out), total, notes)
-        count(pieces=1)
+            add_counts_(total, self._count(self._entries[name]))
+        return total, {}
 
     def _count(self, entry: ShardEntry) -> dict[str, Tensor]:
         x, latents = self._source.read(entry)
@@ -197,11 +181,3 @@ def _plan(source: LatentSource, layout: ChainLayout) -> list[Piece]:
             names = tuple(entry.name for entry in own)
             pieces.append(Piece(f"chain-{names[0]}", "counts", cost, shards=names))
     return sorted(pieces, key=lambda piece: -piece.cost)
-
-
-def _summed(ctx: StageContext, pieces: list[Piece]) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
-    for piece in pieces:
-        for key, value in piece.load(ctx)[0].items():
-            total[key] = total[key] + value if key in total else value
-    return total

@@ -24,7 +24,7 @@ from distpc.latents.store import read_shard, read_tensors, shard_path, write_ten
 from distpc.parallel.stopwatch import count
 from distpc.structures.patch_layout import PatchLayout
 from distpc.training.growing import Grower, Growth
-from distpc.training.pieces import Piece, PieceMaker, patch_categories
+from distpc.training.pieces import PatchPieceMaker, Piece, patch_categories
 from distpc.training.refinement import head_likelihoods
 from distpc.training.samples import LatentSource
 
@@ -58,7 +58,7 @@ def leaf_folder(ctx: StageContext, cluster: int) -> Path:
     return ctx.out / "leaves" / f"{cluster:04d}"
 
 
-class ClusterWorker(PieceMaker):
+class ClusterWorker(PatchPieceMaker):
     """Grows leaf circuits of clusters, and computes soft likelihoods under all of them."""
 
     def __init__(self, context: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ Legend: N samples, V variables, Z latents.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -75,7 +75,11 @@ def used_units(graph: RegionGraph, latents: np.ndarray) -> list[np.ndarray]:
 
 
 def count_tables(
-    graph: RegionGraph, num_categories: Sequence[int | None], x: np.ndarray, latents: np.ndarray
+    graph: RegionGraph,
+    num_categories: Sequence[int | None],
+    x: np.ndarray,
+    latents: np.ndarray,
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Counts (K', K) of each table of sums and (K, C) of each table of inputs, int64, by name.
 
@@ -84,6 +88,7 @@ def count_tables(
         num_categories: C of every variable.
         x: (N, V) values, -1 where missing.
         latents: (N, Z) values, all known.
+        names: of the tables to count; default: all.
 
     Raises:
         StructureError: see `used_units`.
@@ -92,6 +97,8 @@ def count_tables(
     cells: dict[str, list[np.ndarray]] = defaultdict(list)
     shapes: dict[str, tuple[int, int]] = {}
     for index, name in table_names(graph).items():
+        if names is not None and name not in names:
+            continue
         region, own = graph.regions[index], units[index]
         if region.kind == "sum":
             columns, width = units[region.children[0]], graph.fan_in(index)

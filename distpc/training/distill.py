@@ -18,6 +18,7 @@ from distpc.errors import LatentError
 from distpc.structures.patch_layout import PatchLayout
 from distpc.training.assembly import Counts, assemble_
 from distpc.training.chain import distil_chain
+from distpc.training.counted import distil_tree
 from distpc.training.figures import Figures, tally
 from distpc.training.pieces import WORKER, Piece, load_graph, make_pieces, plan_pieces
 from distpc.training.progressive import distil_progressive
@@ -39,6 +40,8 @@ def run(ctx: StageContext) -> None:
     """
     if ctx.config.structure.kind == "hmm":
         circuit, facts, source = distil_chain(ctx)
+    elif ctx.config.structure.kind == "hclt":
+        circuit, facts, source = distil_tree(ctx)
     else:
         circuit, facts, source = _distil_patches(ctx)
     # Heads that were grown are no clusters: their values are not the latents of the data.

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,10 +35,11 @@ from distpc.training.structure import GRAPH
 
 WORKER = "distpc.training.pieces:PieceWorker"
 
+MAX_COUNT_BYTES = 2**30
+"""Of the counts that all pieces of shards hold together, and of one piece of tables."""
+COUNT_COST = 1e-7
+"""Rough seconds a value, only to start the long pieces first."""
 _MAX_COUNT_PIECES = 16
-_MAX_COUNT_BYTES = 2**30
-# Rough seconds a unit of work, only to start the long pieces first.
-_COUNT_COST = 1e-7
 _LEAF_COST = 1e-8
 
 
@@ -47,12 +49,13 @@ class Piece:
 
     Attributes:
         name: of its file.
-        kind: `top` (pair counts of latents), `counts` (values under latents in some shards),
+        kind: `top` (pair counts of latents), `counts` (under latents in some shards),
             `leaf` (one group of hidden Chow-Liu leaves), `codebook` (of latents inside leaves),
             `cluster` (a leaf circuit that grows) or `soft` (likelihoods under all leaf circuits).
         cost: rough seconds.
         shards: names of the shards to count (kinds counts, soft).
-        group: number of the group (kind leaf), or of the cluster (kind cluster).
+        group: number of the group (kind leaf), of the cluster (kind cluster), or of the part of the
+            tables (kind counts; -1: all of them).
     """
 
     name: str
@@ -97,7 +100,7 @@ def plan_pieces(ctx: StageContext, layout: PatchLayout, source: LatentSource) ->
     usage = np.zeros(layout.num_clusters, dtype=np.int64)
     for entry in shards:
         usage += np.bincount(source.latents(entry).ravel(), minlength=len(usage))
-    pieces = [Piece("top", "top", _COUNT_COST * int(usage.sum()))]
+    pieces = [Piece("top", "top", COUNT_COST * int(usage.sum()))]
     if layout.leaf is None:
         pieces += _count_pieces(layout, source)
     else:
@@ -122,7 +125,7 @@ def shard_pieces(source: LatentSource, table_bytes: int) -> list[Piece]:
         table_bytes: that the counts of one piece take.
     """
     shards = source.shards()
-    number = min(len(shards), _MAX_COUNT_PIECES, max(1, _MAX_COUNT_BYTES // table_bytes))
+    number = min(len(shards), _MAX_COUNT_PIECES, max(1, MAX_COUNT_BYTES // table_bytes))
     sizes = np.array([entry.num_samples for entry in shards])
     owner = (np.cumsum(sizes) - sizes) * number // sizes.sum()
     pieces = []
@@ -131,7 +134,7 @@ def shard_pieces(source: LatentSource, table_bytes: int) -> list[Piece]:
         if own:
             samples = sum(entry.num_samples for entry in own)
             names = tuple(entry.name for entry in own)
-            cost = _COUNT_COST * samples * source.index.spec.num_variables
+            cost = COUNT_COST * samples * source.index.spec.num_variables
             name = f"counts-{names[0]}" + (f"-to-{names[-1]}" if len(names) > 1 else "")
             pieces.append(Piece(name, "counts", cost, shards=names))
     return pieces
@@ -155,9 +158,12 @@ class PieceMaker(ABC):
     def __init__(self, context: dict[str, Any]) -> None:
         self._ctx = StageContext.from_json(context)
         self._graph = load_graph(self._ctx)
-        self._layout = PatchLayout.of(self._graph)
-        self._source = LatentSource.of(self._ctx, self._layout.num_patches)
+        self._source = LatentSource.of(self._ctx, self._num_latents())
         self._entries = {entry.name: entry for entry in self._source.shards()}
+
+    def _num_latents(self) -> int:
+        """Latents that a sample has in the assign stage's files: all of the graph's."""
+        return self._graph.num_latents
 
     def __call__(self, item: dict[str, Any]) -> None:
         """Make the piece that `describe` described."""
@@ -174,7 +180,18 @@ class PieceMaker(ABC):
         """Tensors of a piece's file, and notes beside them."""
 
 
-class PieceWorker(PieceMaker):
+class PatchPieceMaker(PieceMaker):
+    """Makes pieces of a patch circuit, whose patches have latents."""
+
+    @cached_property
+    def _layout(self) -> PatchLayout:
+        return PatchLayout.of(self._graph)
+
+    def _num_latents(self) -> int:
+        return self._layout.num_patches
+
+
+class PieceWorker(PatchPieceMaker):
     """Counts the tree over latents and values under them, and trains groups of leaves."""
 
     def make(self, piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:

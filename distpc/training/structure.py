@@ -114,8 +114,10 @@ def check_codebook(config: RunConfig) -> None:
             where="latents.codebook",
             found=f"{config.latents.codebook}, and structure.kind={structure.kind}",
             expected="shared",
-            fix="set latents.codebook=shared; per_position is for latents that are used elsewhere: "
-            "distpc run CONFIG --until assign",
+            fix="set latents.codebook=shared"
+            + (", or structure.tied=false" if structure.tied else "")
+            + "; per_position is for latents that are used elsewhere: distpc run CONFIG --until "
+            "assign",
         )
 
 
@@ -128,6 +130,8 @@ def check_fit(config: RunConfig, spec: DatasetSpec) -> None:
     structure, clusters = config.structure, config.latents.num_clusters
     if structure.kind == "hmm" and config.finetune.initialization == "distilled":
         _check_chain(config, spec)
+    if structure.kind == "hclt" and config.finetune.initialization == "distilled":
+        _check_pixels(config, spec)
     if structure.kind == "patches" and not spec.is_discrete:
         raise ConfigError(
             "patch circuits need categorical values",
@@ -183,6 +187,47 @@ def _check_chain(config: RunConfig, spec: DatasetSpec) -> None:
             found=config.structure.num_states,
             expected=f"{states}: latents.num_clusters{ending}",
             fix=f"set structure.num_states to {states}, or change latents.num_clusters",
+        )
+
+
+def _check_pixels(config: RunConfig, spec: DatasetSpec) -> None:
+    """A distilled hidden Chow-Liu tree has a latent a variable, whose states are the clusters."""
+    structure, size = config.structure, config.data.patch_size_pixels
+    channels = 0 if spec.image_shape is None else spec.image_shape[2]
+    if channels != 1 or not spec.is_discrete:
+        raise ConfigError(
+            "hidden Chow-Liu trees are distilled from teachers of grey images",
+            where="structure.kind",
+            found=f"hclt, and {spec.kind} data" + (f" of {channels} channels" if channels else ""),
+            expected="images with one discrete value a pixel: a latent belongs to every variable",
+            fix="set teacher.kind to none and finetune.initialization to random, or structure.kind "
+            "to patches",
+        )
+    if size != 1:
+        raise ConfigError(
+            "a distilled hidden Chow-Liu tree has a latent a pixel, and teachers give one a patch",
+            where="data.patch_size_pixels",
+            found=size,
+            expected=1,
+            fix="set data.patch_size_pixels to 1, or structure.kind to patches",
+        )
+    if structure.num_states != config.latents.num_clusters:
+        raise ConfigError(
+            "a distilled hidden Chow-Liu tree has a state a cluster",
+            where="structure.num_states",
+            found=structure.num_states,
+            expected=f"{config.latents.num_clusters}: latents.num_clusters",
+            fix=f"set structure.num_states to {config.latents.num_clusters}, or change "
+            "latents.num_clusters",
+        )
+    if structure.layer != "cp":
+        raise ConfigError(
+            "block-diagonal transitions have units of their own, which no latent supervises",
+            where="structure.layer",
+            found=structure.layer,
+            expected="cp",
+            fix="set structure.layer to cp, or teacher.kind to none and finetune.initialization "
+            "to random",
         )
 
 

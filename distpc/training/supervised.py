@@ -15,12 +15,11 @@ from torch import Tensor
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.data.patches import PatchGrid
-from distpc.parallel.stopwatch import count
 from distpc.structures.patch_layout import PatchLayout
 from distpc.structures.region_graph import RegionGraph
-from distpc.training.counting import assemble_counted_, count_tables, table_names
+from distpc.training.counted import CountWorker, distil_counted
 from distpc.training.inner import InnerCodebook, InnerSource, Surroundings
-from distpc.training.pieces import Piece, PieceMaker, make_pieces, shard_pieces
+from distpc.training.pieces import PatchPieceMaker, Piece, make_pieces
 from distpc.training.samples import LatentSource
 
 WORKER = "distpc.training.supervised:SupervisedWorker"
@@ -42,31 +41,12 @@ def distil_supervised(
         LatentError: latents of other samples than the data.
         ResourceError: the cluster is too small, or keeps losing workers.
     """
-    spec = source.index.spec
-    table_bytes = 8 * _num_cells(graph, spec.num_categories)
-    pieces = shard_pieces(source, table_bytes)
-    kept = sum(piece.is_finished(ctx) for piece in [CODEBOOK, *pieces])
+    kept = CODEBOOK.is_finished(ctx)
     make_pieces(ctx, WORKER, [CODEBOOK])
-    _, workers = make_pieces(ctx, WORKER, pieces)
-    total: dict[str, Tensor] = {}
-    for piece in pieces:
-        for name, table in piece.load(ctx)[0].items():
-            total[name] = total[name] + table if name in total else table
-    samples = int(total.pop("num_samples"))
-    circuit = Circuit(
-        graph,
-        spec.num_categories,
-        seed=ctx.config.seed,
-        max_fold_bytes=ctx.config.structure.max_fold_bytes,
-    )
-    assemble_counted_(circuit, total, samples, ctx.config.distill, ctx.config.seed)
-    notes = {
-        "num_samples": samples,
-        "states_never_used": _never_used(layout, total),
-        "pieces": {piece.name: {} for piece in [CODEBOOK, *pieces]},
-        "kept_pieces": kept,
-        "workers": workers,
-    }
+    circuit, tables, notes = distil_counted(ctx, graph, source, WORKER)
+    notes["pieces"] = {CODEBOOK.name: {}, **notes["pieces"]}
+    notes["kept_pieces"] += kept
+    notes["states_never_used"] = _never_used(layout, tables)
     return circuit, notes, InnerSource.around(source, layout, read_codebook(ctx, layout))
 
 
@@ -91,14 +71,15 @@ def read_codebook(ctx: StageContext, layout: PatchLayout) -> InnerCodebook:
     )
 
 
-class SupervisedWorker(PieceMaker):
+class SupervisedWorker(PatchPieceMaker, CountWorker):
     """Fits the codebook of latents inside of patches, and counts under latents of all levels."""
 
     def make(self, piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A piece of kind codebook or counts."""
         if piece.kind == "codebook":
             return {"centroids": self._fit_codebook()}, {}
-        return self._count(piece.shards), {}
+        codebook = read_codebook(self._ctx, self._layout)
+        return self.count(piece, InnerSource.around(self._source, self._layout, codebook)), {}
 
     def _fit_codebook(self) -> Tensor:
         """(T, K, F) centroids, of patches that are drawn from every shard."""
@@ -119,30 +100,6 @@ class SupervisedWorker(PieceMaker):
             self._ctx.config.seed,
         )
         return codebook.centroids
-
-    def _count(self, shards: tuple[str, ...]) -> dict[str, Tensor]:
-        codebook = read_codebook(self._ctx, self._layout)
-        source = InnerSource.around(self._source, self._layout, codebook)
-        categories = self._source.index.spec.num_categories
-        total: dict[str, Tensor] = {}
-        samples = 0
-        for name in shards:
-            x, latents = source.read(self._entries[name])
-            samples += len(x)
-            count(patches=len(x) * self._layout.num_patches)
-            for key, table in count_tables(self._graph, categories, x, latents).items():
-                total[key] = total[key] + table if key in total else table
-        return {**total, "num_samples": torch.tensor([samples])}
-
-
-def _num_cells(graph: RegionGraph, num_categories: Any) -> int:
-    """Entries of all count tables."""
-    sizes: dict[str, int] = {}
-    for index, name in table_names(graph).items():
-        region = graph.regions[index]
-        width = graph.fan_in(index) if region.kind == "sum" else num_categories[region.variable]
-        sizes[name] = region.num_units * int(width)
-    return sum(sizes.values())
 
 
 def _never_used(layout: PatchLayout, tables: dict[str, Tensor]) -> int:

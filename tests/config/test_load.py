@@ -46,7 +46,7 @@ def test_dump_reads_back(minimal: Path, tmp_path: Path) -> None:
         ("data.source.kind=digit", ["digit", "'idx'"]),
         ("finetune.step_size=2", ["finetune.step_size", "less than or equal to 1", "2"]),
         ("data.split.train=0.5", ["data.split", "0.7", "must be 1"]),
-        ("structure.kind=hclt", ["finetune.initialization"]),
+        ("structure.kind=quad_tree", ["finetune.initialization"]),
         ("parallel.offload=true", ["take zero_stage 1 to 3"]),
         ("parallel={zero_stage: 3, recompute_messages: true}", ["take zero_stage 0 to 2"]),
         ("name.first=x", ["below a field that is no section"]),

@@ -117,7 +117,7 @@ def test_fewer_different_points_than_clusters_are_refused(tmp_path):
         check_distinct(job.holders, job.views, 4, tmp_path)
     assert caught.value.found == "3 different feature vectors"
     check_distinct(job.holders, job.views, 3, tmp_path)
-    with pytest.raises(LatentError, match="features of position 1 than clusters"):
+    with pytest.raises(LatentError, match="fewer different features than clusters"):
         check_distinct(job.holders, [View(name, 1) for name in names], 3, tmp_path)
 
 

@@ -122,7 +122,7 @@ def test_too_many_clusters_for_the_tokens_that_are_there(texts):
     views = [View(name, 2) for name in names]
     there = sum(len(read_shard(shard_path(packed[2], name), "features").rows) for name in names)
     check_distinct(local_holders(folder), views, there, folder)
-    with pytest.raises(LatentError, match="fewer different features of position 2") as caught:
+    with pytest.raises(LatentError, match="fewer different features than clusters") as caught:
         check_distinct(local_holders(folder), views, there + 1, folder)
     assert caught.value.found == f"{there} different feature vectors"
 

@@ -123,6 +123,7 @@ _MAE = {"width": 16, "num_heads": 2, "feature_width": 5}
 
 CASES: dict[str, Case] = {
     "pixels": Case("pixels", is_random=False),
+    "pixels-around": Case("pixels", {"pixels": {"radius": 1}}, sees=around, is_random=False),
     "random": Case("random", {"random_width": 7}),
     "random-prefix": Case("random", {"sees": "prefix"}, (TEXT, TOKENS), sees=before),
     "random-suffix": Case("random", {"sees": "suffix"}, (TEXT,), sees=behind),

@@ -14,8 +14,9 @@ import torch
 from distpc.artifacts import Artifact, StageContext
 from distpc.config import RunConfig
 from distpc.config.schema import ParallelConfig
-from distpc.latents.fit import holders_of, make_job
+from distpc.latents.fit import holders_of
 from distpc.latents.holder import Draw, View
+from distpc.latents.positions import clustering
 from distpc.latents.questions import Holders
 from distpc.latents.state import FitState
 from distpc.latents.store import feature_shards
@@ -82,7 +83,7 @@ def cluster_points(
         before = _worker_bytes("VmRSS")
         facts = holders.each("describe", names)
         views = [View(name) for name in names]
-        job = make_job(ctx, holders, views, facts)
+        job = clustering(holders, views, facts, config.latents, config.seed)
         job = replace(job, log=lambda *_: moments.append(time.perf_counter()))
         job.run(state)
         after = _worker_bytes("VmHWM")

@@ -64,5 +64,7 @@ def distillation_visits(config: RunConfig, entries: Sequence[ShardEntry]) -> int
         rounds = 1 + growing.final_heads - growing.first_heads
         of_top = sum(e.num_samples for e in first_shards(entries, growing.top_samples))
         return (1 + rounds * growing.epochs) * samples + (1 + growing.top_epochs) * of_top
-    is_trained = config.structure.leaf == "hclt" and not config.structure.leaf_latents
+    structure = config.structure
+    has_circuits = (structure.kind, structure.leaf) == ("patches", "hclt")
+    is_trained = has_circuits and not structure.leaf_latents
     return (1 + (config.distill.leaf_epochs if is_trained else 0)) * samples
