@@ -10,7 +10,7 @@ from distpc.pipeline.runner import Pipeline
 pytestmark = pytest.mark.slow
 
 
-def run(folder, structure, distill):
+def run(folder, structure, distill, num_epochs=6):
     config = parse_config(
         {
             "name": "leaves",
@@ -19,7 +19,7 @@ def run(folder, structure, distill):
             "latents": {"num_clusters": 4},
             "structure": {"leaf": "hclt", "leaf_num_states": 6, **structure},
             "distill": distill,
-            "finetune": {"num_epochs": 6, "step_size": 0.3},
+            "finetune": {"num_epochs": num_epochs, "step_size": 0.3},
             "parallel": {"num_ranks": 1, "num_workers": 2, "cpus_per_worker": 0.5},
         },
         where="test",
@@ -48,7 +48,8 @@ def test_grown_leaves_are_fine_tuned_with_the_top(tmp_path):
 
 
 def test_leaves_supervised_at_every_level(tmp_path):
-    report = run(tmp_path, {"leaf_num_states": 16, "leaf_latents": True, "leaf_tied": True}, {})
+    structure = {"leaf_num_states": 16, "leaf_latents": True, "leaf_tied": True}
+    report = run(tmp_path, structure, {}, num_epochs=8)
     assert "codebook" in Artifact.open(tmp_path / "distill").metadata["pieces"]
     assert report["valid_bpd"] < report["distillation"]["valid_bpd"] - 0.1
     assert report["test_bpd"] < 2.35
