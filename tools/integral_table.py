@@ -42,7 +42,7 @@ RULES = {
         "schedule": "cosine",
     },
 }
-"""EM with the settings of configs/mnist_hclt.yaml, tuned there; Adam with the literature's rate."""
+"""EM with the settings of configs/mnist_hclt_lvd.yaml; Adam with the literature's rate."""
 
 
 def main() -> None:
