@@ -36,6 +36,7 @@ def draw_curves(
         1, len(sizes), figsize=(6.5 * len(sizes), 4.5), squeeze=False, layout="constrained"
     )
     for panel, size in zip(panels[0], sizes, strict=True):
+        panel.set_prop_cycle(_looks(pyplot))
         shown = {name: row for name, row in rows.items() if row["size"] == size}
         lowest = min(bits for row in shown.values() for _, bits in _mean_curve(row))
         highest = max(row[f"valid_{unit}"] for row in shown.values())
@@ -43,7 +44,7 @@ def draw_curves(
             if "chosen" in row:
                 continue
             curve = _mean_curve(row)
-            panel.plot(*zip(*curve, strict=True), marker=".", label=row["variant"])
+            panel.plot(*zip(*curve, strict=True), markersize=4, label=row["variant"])
         # What lies far above the final figures is the first steps, which tell nothing.
         panel.set_ylim(lowest - 0.02, highest + 4 * (highest - lowest) + 0.02)
         panel.set_xlabel("training samples passed (those of distillation included)")
@@ -61,6 +62,7 @@ def draw_sizes(
     """Test bits of every variant over size, with the range of the seeds, to a PNG."""
     pyplot = _pyplot()
     figure, panel = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
+    panel.set_prop_cycle(_looks(pyplot))
     for variant in dict.fromkeys(row["variant"] for row in rows.values()):
         own = sorted(
             (row for row in rows.values() if row["variant"] == variant), key=lambda r: r["size"]
@@ -72,7 +74,7 @@ def draw_sizes(
         up = [max(values) - m for m, values in zip(means, seeds, strict=True)]
         is_best = any("chosen" in row for row in own)
         panel.errorbar(
-            sizes, means, yerr=[down, up], marker="o", capsize=3, label=variant,
+            sizes, means, yerr=[down, up], capsize=3, label=variant,
             linestyle="--" if is_best else "-",
         )  # fmt: skip
     panel.set_xscale("log", base=2)
@@ -95,6 +97,13 @@ def _mean_curve(row: Mapping[str, Any]) -> list[tuple[float, float]]:
     """Mean over seeds of the bits at each validation; all seeds validate at the same visits."""
     curves = [one["curve"] for one in row["seeds"].values()]
     return [(points[0][0], mean(p[1] for p in points)) for points in zip(*curves, strict=False)]
+
+
+def _looks(pyplot: Any) -> Any:
+    """Colours, and another marker when they begin again: more variants than matplotlib's ten."""
+    from cycler import cycler
+
+    return cycler(marker=["o", "s", "^"]) * cycler(color=pyplot.get_cmap("tab10").colors)
 
 
 def _pyplot() -> Any:
