@@ -17,7 +17,6 @@ from torch import Tensor
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.data.index import ShardEntry
-from distpc.errors import LatentError
 from distpc.parallel.stopwatch import count
 from distpc.structures.region_graph import RegionGraph
 from distpc.training.counting import assemble_counted_, count_tables, table_names
@@ -48,14 +47,7 @@ def distil_tree(ctx: StageContext) -> tuple[Circuit, dict[str, Any], LatentSourc
     graph = load_graph(ctx)
     source = LatentSource.of(ctx, graph.num_latents)
     sizes = {region.num_units for region in graph.regions if region.latent is not None}
-    if sizes != {source.num_clusters}:
-        raise LatentError(
-            "the region graph was made for other latents",
-            where=ctx.input("structure").path,
-            found=f"{sorted(sizes)} values of a latent",
-            expected=f"{source.num_clusters} (latents.num_clusters)",
-            fix="run the structure stage again",
-        )
+    source.check_values(sizes, ctx.input("structure").path)
     circuit, tables, notes = distil_counted(ctx, graph, source, WORKER)
     inputs = {n for i, n in table_names(graph).items() if graph.regions[i].kind == "input"}
     empty = (int((tables[name].sum(-1) == 0).sum()) for name in inputs)

@@ -14,7 +14,6 @@ import torch
 from distpc.artifacts.stage import StageContext
 from distpc.circuits.circuit import Circuit
 from distpc.circuits.io import save_model
-from distpc.errors import LatentError
 from distpc.structures.patch_layout import PatchLayout
 from distpc.training.assembly import Counts, assemble_
 from distpc.training.chain import distil_chain
@@ -61,14 +60,7 @@ def _distil_patches(ctx: StageContext) -> tuple[Circuit, dict[str, Any], LatentS
     graph = load_graph(ctx)
     layout = PatchLayout.of(graph)
     source = LatentSource.of(ctx, layout.num_patches)
-    if layout.num_clusters != source.num_clusters:
-        raise LatentError(
-            "the region graph was made for other latents",
-            where=ctx.input("structure").path,
-            found=f"{layout.num_clusters} values of a latent",
-            expected=f"{source.num_clusters} (latents.num_clusters)",
-            fix="run the structure stage again",
-        )
+    source.check_values({layout.num_clusters}, ctx.input("structure").path)
     if ctx.config.distill.kind == "progressive":
         return distil_progressive(ctx, layout, source)
     if layout.leaf is not None and layout.leaf.has_latents:

@@ -101,6 +101,25 @@ class LatentSource:
                 latents[x == self.index.spec.end_token] = self.num_clusters
         return x, latents
 
+    def check_values(self, sizes: set[int], where: Path) -> None:
+        """Refuse a region graph whose latents have other values than these.
+
+        Args:
+            sizes: numbers of values that the graph's latents have.
+            where: the graph is.
+
+        Raises:
+            LatentError: they are not all `num_clusters`.
+        """
+        if sizes != {self.num_clusters}:
+            raise LatentError(
+                "the region graph was made for other latents",
+                where=where,
+                found=f"{sorted(sizes)} values of a latent",
+                expected=f"{self.num_clusters} (latents.num_clusters)",
+                fix="run the structure stage again",
+            )
+
     def _check_tokens(self, entry: ShardEntry, x: np.ndarray, latents: np.ndarray) -> None:
         lacking = np.argwhere((latents == NO_LATENT) & (x != MISSING))
         if len(lacking):
